@@ -1,0 +1,18 @@
+"""Llama-family decoders in Flax and their checkpoints."""
+
+from restkv_jax.models.build import build_model, init_params
+from restkv_jax.models.config import ModelConfig
+from restkv_jax.models.decoder import Decoder, Layer, Memory, StateFunctions, hidden_states, logits, positions_of
+
+__all__ = [
+    "Decoder",
+    "Layer",
+    "Memory",
+    "ModelConfig",
+    "StateFunctions",
+    "build_model",
+    "hidden_states",
+    "init_params",
+    "logits",
+    "positions_of",
+]

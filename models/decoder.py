@@ -1,0 +1,248 @@
+"""One decoder for Llama and its relatives; what differs between them is configuration."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.kernels import attention
+from restkv_jax.models.config import ModelConfig
+from restkv_jax.models.rope import apply_rope, rope_frequencies, sequence_lengths
+
+
+class Memory(NamedTuple):
+    """What the queries of one layer attend to: keys and values [B, K, N, D], positions int32 [B, N] or [B, K, N]."""
+
+    keys: Array
+    values: Array
+    positions: Array
+
+
+class Layer(NamedTuple):
+    """What a layer shows of itself to the functions that keep its state.
+
+    `index` int32 scalar; `queries` [B, H, w, D] of the last tokens and their `positions` int32 [B, w];
+    `output_projection` [H, D, M]; `sliding_window` int32 scalar.
+    """
+
+    index: Array
+    queries: Array
+    positions: Array
+    output_projection: Array
+    sliding_window: Array
+
+
+class StateFunctions(NamedTuple):
+    """How a state goes through the layers: pure functions that the decoder calls once per layer.
+
+    `remember(index, memory, state) -> (memory, state)` takes the new tokens' keys and values and says what the
+    queries attend to. `revise(layer, memory, state) -> state` runs after the layer's attention.
+    `num_queries` of the last tokens are shown to `revise`.
+    """
+
+    remember: Callable[[Array, Memory, Any], tuple[Memory, Any]]
+    revise: Callable[[Layer, Memory, Any], Any]
+    num_queries: int = 1
+
+
+STATELESS = StateFunctions(lambda index, memory, state: (memory, state), lambda layer, memory, state: state)
+"""Plain causal attention over the tokens given."""
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    return weight * (wide * scale).astype(x.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and gated MLP. Parameters carry their axes: `output_projection` is [H, D, M]."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        init, ones, zeros = nn.initializers.normal(c.initializer_range), nn.initializers.ones, nn.initializers.zeros
+        hidden, heads, kv_heads, dim = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.input_norm = self.param("input_norm", ones, (hidden,))
+        self.query_projection = self.param("query_projection", init, (hidden, heads, dim))
+        self.key_projection = self.param("key_projection", init, (hidden, kv_heads, dim))
+        self.value_projection = self.param("value_projection", init, (hidden, kv_heads, dim))
+        self.output_projection = self.param("output_projection", init, (heads, dim, hidden))
+        self.post_attention_norm = self.param("post_attention_norm", ones, (hidden,))
+        self.gate_projection = self.param("gate_projection", init, (hidden, c.intermediate_size))
+        self.up_projection = self.param("up_projection", init, (hidden, c.intermediate_size))
+        self.down_projection = self.param("down_projection", init, (c.intermediate_size, hidden))
+        self.query_bias = self.param("query_bias", zeros, (heads, dim)) if c.qkv_bias else 0
+        self.key_bias = self.param("key_bias", zeros, (kv_heads, dim)) if c.qkv_bias else 0
+        self.value_bias = self.param("value_bias", zeros, (kv_heads, dim)) if c.qkv_bias else 0
+        self.output_bias = self.param("output_bias", zeros, (hidden,)) if c.output_bias else 0
+        self.gate_bias = self.param("gate_bias", zeros, (c.intermediate_size,)) if c.mlp_bias else 0
+        self.up_bias = self.param("up_bias", zeros, (c.intermediate_size,)) if c.mlp_bias else 0
+        self.down_bias = self.param("down_bias", zeros, (hidden,)) if c.mlp_bias else 0
+        self.query_norm = self.param("query_norm", ones, (dim,)) if c.query_key_norm else None
+        self.key_norm = self.param("key_norm", ones, (dim,)) if c.query_key_norm else None
+
+    def queries(self, hidden: Array, positions: Array, rope: tuple[Array, float]) -> Array:
+        """[B, T, M] to [B, H, T, D], turned by RoPE."""
+        return self._project(hidden, self.query_projection, self.query_bias, self.query_norm, positions, rope)
+
+    def keys(self, hidden: Array, positions: Array, rope: tuple[Array, float]) -> Array:
+        """[B, T, M] to [B, K, T, D], turned by RoPE."""
+        return self._project(hidden, self.key_projection, self.key_bias, self.key_norm, positions, rope)
+
+    def values(self, hidden: Array) -> Array:
+        """[B, T, M] to [B, K, T, D]."""
+        hidden = rms_norm(hidden, self.input_norm, self.config.rms_norm_eps)
+        values = jnp.einsum("btm,mkd->btkd", hidden, self.value_projection) + self.value_bias
+        return einops.rearrange(values, "b t k d -> b k t d")
+
+    def finish(self, hidden: Array, context: Array) -> Array:
+        """Adds the projected attention output, context [B, H, T, D], and the MLP to the residual stream [B, T, M]."""
+        hidden = hidden + jnp.einsum("bhtd,hdm->btm", context, self.output_projection) + self.output_bias
+        x = rms_norm(hidden, self.post_attention_norm, self.config.rms_norm_eps)
+        gate = nn.silu(x @ self.gate_projection + self.gate_bias)
+        return hidden + (gate * (x @ self.up_projection + self.up_bias)) @ self.down_projection + self.down_bias
+
+    def _project(self, hidden, projection, bias, norm, positions, rope):
+        hidden = rms_norm(hidden, self.input_norm, self.config.rms_norm_eps)
+        x = jnp.einsum("btm,mhd->bthd", hidden, projection) + bias
+        if norm is not None:
+            x = rms_norm(x, norm, self.config.rms_norm_eps)
+        return apply_rope(einops.rearrange(x, "b t h d -> b h t d"), positions, *rope)
+
+
+class Decoder(nn.Module):
+    """The decoder stack: embedding, `num_hidden_layers` scanned `DecoderLayer`s, final norm, unembedding."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size))
+        self.layers = DecoderLayer(c)
+        self.final_norm = self.param("final_norm", nn.initializers.ones, (c.hidden_size,))
+        if not c.tie_word_embeddings:
+            self.unembedding = self.param("unembedding", init, (c.vocab_size, c.hidden_size))
+
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array,
+        functions: StateFunctions = STATELESS,
+        state: Any = None,
+        chunk_size: int | None = None,
+    ) -> tuple[Array, Any]:
+        """Runs the layers over the tokens.
+
+        Layers are scanned, and within a layer the tokens go through in chunks: keys and values of all chunks first,
+        then queries, attention and MLP chunk by chunk. So besides the residual stream only one layer's keys and
+        values exist for the whole prompt.
+
+        Args:
+          tokens: int32 [B, T].
+          positions: int32 [B, T], -1 for padding.
+          functions: how `state` is read and written in each layer.
+          state: any pytree, carried through the layers.
+          chunk_size: tokens per chunk, a divisor of `T`; None takes the whole sequence at once.
+
+        Returns:
+          the normed hidden states [B, T, M] and the next state.
+        """
+        rope = rope_frequencies(self.config, sequence_lengths(positions))
+
+        def layer_step(layer, carry, scanned):
+            hidden, state = carry
+            index, sliding_window = scanned
+
+            def keys_values(layer, hidden, positions):
+                return layer.keys(hidden, positions, rope), layer.values(hidden)
+
+            def attend(layer, hidden, positions):
+                queries = layer.queries(hidden, positions, rope)
+                return layer.finish(hidden, attention(queries, *memory[:2], positions, memory.positions, sliding_window))
+
+            keys, values = _over_chunks(keys_values, layer, (hidden, positions), chunk_size, out_axes=2)
+            memory, state = functions.remember(index, Memory(keys, values, positions), state)
+            tail, tail_positions = hidden[:, -functions.num_queries :], positions[:, -functions.num_queries :]
+            hidden = _over_chunks(attend, layer, (hidden, positions), chunk_size, out_axes=1)
+            shown = Layer(
+                index,
+                layer.queries(tail, tail_positions, rope),
+                tail_positions,
+                layer.output_projection,
+                sliding_window,
+            )
+            return (hidden, functions.revise(shown, memory, state)), None
+
+        scan = nn.scan(
+            layer_step,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.config.num_hidden_layers,
+        )
+        scanned = jnp.arange(self.config.num_hidden_layers), jnp.asarray(self.config.sliding_windows, jnp.int32)
+        (hidden, state), _ = scan(self.layers, (self.embedding[tokens], state), scanned)
+        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps), state
+
+    def logits(self, hidden: Array) -> Array:
+        """Scores of the next token, [..., M] to float32 [..., V]."""
+        unembedding = self.embedding if self.config.tie_word_embeddings else self.unembedding
+        return jnp.einsum("...m,vm->...v", hidden, unembedding, preferred_element_type=jnp.float32)
+
+
+def _over_chunks(function, layer: DecoderLayer, arrays: tuple[Array, ...], chunk_size: int | None, out_axes: int):
+    """Applies `function(layer, *arrays)` to chunks of axis 1 and joins the results along `out_axes`."""
+    length = arrays[0].shape[1]
+    if chunk_size is None or chunk_size >= length:
+        return function(layer, *arrays)
+    scan = nn.scan(
+        lambda layer, _, chunk: (None, function(layer, *chunk)),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+    )
+    chunks = jax.tree.map(lambda x: einops.rearrange(x, "b (c t) ... -> c b t ...", t=chunk_size), arrays)
+    _, results = scan(layer, None, chunks)
+    return jax.tree.map(lambda x: _join_chunks(x, out_axes), results)
+
+
+def _join_chunks(x: Array, axis: int) -> Array:
+    """Moves the leading chunk axis of x next to `axis` and merges the two."""
+    moved = jnp.moveaxis(x, 0, axis)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+
+def hidden_states(
+    model: Decoder, params: Any, tokens: Array, mask: Array | None = None, positions: Array | None = None
+) -> Array:
+    """Hidden states of every token under plain causal attention; differentiable.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters.
+      tokens: int32 [B, T].
+      mask: bool [B, T], False on left padding.
+      positions: int32 [B, T] for RoPE and order, ascending in each row; from the mask if not given.
+
+    Returns:
+      [B, T, M].
+    """
+    if positions is None:
+        positions = positions_of(mask if mask is not None else jnp.ones(tokens.shape, bool))
+    return model.apply({"params": params}, tokens, positions)[0]
+
+
+def logits(model: Decoder, params: Any, hidden: Array) -> Array:
+    """Scores of the next token from hidden states, [..., M] to float32 [..., V]."""
+    return model.apply({"params": params}, hidden, method=Decoder.logits)
+
+
+def positions_of(mask: Array) -> Array:
+    """Prompt positions of a left-padded bool mask [B, T]: int32, -1 on padding."""
+    return jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1).astype(jnp.int32)
