@@ -1,6 +1,7 @@
 """Llama-family decoders in Flax and their checkpoints."""
 
 from restkv_jax.models.build import build_model, init_params
+from restkv_jax.models.checkpoint import load_model, save_model
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder, Layer, Memory, StateFunctions, hidden_states, logits, positions_of
 
@@ -13,6 +14,8 @@ __all__ = [
     "build_model",
     "hidden_states",
     "init_params",
+    "load_model",
     "logits",
     "positions_of",
+    "save_model",
 ]

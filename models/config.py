@@ -106,11 +106,22 @@ def read_config(source: Any) -> ModelConfig:
 def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     """Returns the `config.json` contents from which `transformers` builds the same architecture."""
     architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type]
-    same = (
-        "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings initializer_range "
-        "bos_token_id pad_token_id"
-    ).split()
+    same = [
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "initializer_range",
+        "bos_token_id",
+        "pad_token_id",
+    ]
     fields = {name: getattr(config, name) for name in same} | {
         "architectures": [f"{architecture}ForCausalLM"],
         "hidden_act": "silu",

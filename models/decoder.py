@@ -166,7 +166,8 @@ class Decoder(nn.Module):
 
             def attend(layer, hidden, positions):
                 queries = layer.queries(hidden, positions, rope)
-                return layer.finish(hidden, attention(queries, *memory[:2], positions, memory.positions, sliding_window))
+                context = attention(queries, *memory[:2], positions, memory.positions, sliding_window)
+                return layer.finish(hidden, context)
 
             keys, values = _over_chunks(keys_values, layer, (hidden, positions), chunk_size, out_axes=2)
             memory, state = functions.remember(index, Memory(keys, values, positions), state)

@@ -1,5 +1,22 @@
 """Long prompts on a small KV cache: ReST-KV and its relatives for Llama-family models in JAX."""
 
+from restkv_jax.methods import METHODS, full, h2o, knorm, random, restkv, snapkv, streaming_llm, tova
 from restkv_jax.models import build_model, init_params
+from restkv_jax.policy import Eviction, EvictionPolicy, evict_layer
 
-__all__ = ["build_model", "init_params"]
+__all__ = [
+    "METHODS",
+    "Eviction",
+    "EvictionPolicy",
+    "build_model",
+    "evict_layer",
+    "full",
+    "h2o",
+    "init_params",
+    "knorm",
+    "random",
+    "restkv",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+]

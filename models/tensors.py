@@ -1,0 +1,126 @@
+"""Where each parameter of the decoder stands in a Hugging Face checkpoint."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import numpy as np
+from flax import traverse_util
+
+from restkv_jax.models.build import init_params
+from restkv_jax.models.decoder import Decoder
+
+TENSORS = {
+    "embedding": ("model.embed_tokens.weight", "v m -> v m"),
+    "final_norm": ("model.norm.weight", "m -> m"),
+    "unembedding": ("lm_head.weight", "v m -> v m"),
+    "layers.input_norm": ("model.layers.{}.input_layernorm.weight", "m -> m"),
+    "layers.query_projection": ("model.layers.{}.self_attn.q_proj.weight", "(h d) m -> m h d"),
+    "layers.key_projection": ("model.layers.{}.self_attn.k_proj.weight", "(k d) m -> m k d"),
+    "layers.value_projection": ("model.layers.{}.self_attn.v_proj.weight", "(k d) m -> m k d"),
+    "layers.output_projection": ("model.layers.{}.self_attn.o_proj.weight", "m (h d) -> h d m"),
+    "layers.query_bias": ("model.layers.{}.self_attn.q_proj.bias", "(h d) -> h d"),
+    "layers.key_bias": ("model.layers.{}.self_attn.k_proj.bias", "(k d) -> k d"),
+    "layers.value_bias": ("model.layers.{}.self_attn.v_proj.bias", "(k d) -> k d"),
+    "layers.output_bias": ("model.layers.{}.self_attn.o_proj.bias", "m -> m"),
+    "layers.query_norm": ("model.layers.{}.self_attn.q_norm.weight", "d -> d"),
+    "layers.key_norm": ("model.layers.{}.self_attn.k_norm.weight", "d -> d"),
+    "layers.post_attention_norm": ("model.layers.{}.post_attention_layernorm.weight", "m -> m"),
+    "layers.gate_projection": ("model.layers.{}.mlp.gate_proj.weight", "f m -> m f"),
+    "layers.up_projection": ("model.layers.{}.mlp.up_proj.weight", "f m -> m f"),
+    "layers.down_projection": ("model.layers.{}.mlp.down_proj.weight", "m f -> f m"),
+    "layers.gate_bias": ("model.layers.{}.mlp.gate_proj.bias", "f -> f"),
+    "layers.up_bias": ("model.layers.{}.mlp.up_proj.bias", "f -> f"),
+    "layers.down_bias": ("model.layers.{}.mlp.down_proj.bias", "m -> m"),
+}
+"""Parameter: its Hugging Face name, with a place for the layer's number, and the change of axes when loading."""
+
+HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|lm_head\.weight")
+"""Tensors without information of their own: rotary frequencies, and the unembedding of a model that ties it."""
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint: its `shape` there, the parameter it belongs to, its layer or None."""
+
+    shape: tuple[int, ...]
+    parameter: str
+    layer: int | None
+
+
+def parameter_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters by dotted name; those of the layers carry a leading axis `L`."""
+    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    return {name: leaf.shape for name, leaf in flatten(params).items()}
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """Nested parameters to a flat dict with dotted names."""
+    return traverse_util.flatten_dict(params, sep=".")
+
+
+def unflatten(params: dict[str, Any]) -> Any:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(params, sep=".")
+
+
+def checkpoint_tensors(model: Decoder) -> dict[str, Tensor]:
+    """Every tensor that a Hugging Face checkpoint of the model holds, by name."""
+    tensors = {}
+    for parameter, shape in parameter_shapes(model).items():
+        name = TENSORS[parameter][0]
+        stacked = "{}" in name
+        one = jax.ShapeDtypeStruct(shape[1:] if stacked else shape, np.float32)
+        found = jax.eval_shape(lambda x, parameter=parameter: to_checkpoint(parameter, x), one).shape
+        for layer in range(shape[0]) if stacked else [None]:
+            tensors[name.format(layer)] = Tensor(found, parameter, layer)
+    return tensors
+
+
+def to_checkpoint(parameter: str, array: Any) -> Any:
+    """One layer's parameter in the axes of the checkpoint."""
+    theirs, ours = TENSORS[parameter][1].split(" -> ")
+    return einops.rearrange(array, f"{ours} -> {theirs}")
+
+
+def from_checkpoint(parameter: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor of a checkpoint in the axes of one layer's parameter, which has the given shape."""
+    pattern = TENSORS[parameter][1]
+    return einops.rearrange(tensor, pattern, **dict(zip(pattern.split(" -> ")[1].split(), shape, strict=True)))
+
+
+def check_tensors(expected: dict[str, Tensor], found: dict[str, tuple[int, ...]], source: Any) -> None:
+    """Refuses a checkpoint whose tensors are not those of the model.
+
+    Args:
+      expected: from `checkpoint_tensors`.
+      found: shapes by name.
+      source: the directory, for the messages.
+
+    Raises:
+      ValueError: a tensor is missing, has another shape, or is one that the model does not know.
+    """
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise ValueError(
+            f"{source}: the weights lack {_some(missing)}; the files are incomplete or belong to another config.json"
+        )
+    for name, tensor in expected.items():
+        if tuple(found[name]) != tensor.shape:
+            raise ValueError(
+                f"{source}: tensor {name!r} has the wrong shape: found {tuple(found[name])}, expected {tensor.shape} "
+                "from config.json; weights and config.json belong to different models"
+            )
+    unknown = [name for name in found if name not in expected and not HARMLESS.fullmatch(name)]
+    if unknown:
+        raise ValueError(
+            f"{source}: unknown tensors {_some(unknown)}; ignoring them would change the model, so weights and "
+            "config.json must belong together (adapters must be merged first)"
+        )
+
+
+def _some(names: Iterable[str], limit: int = 4) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
