@@ -1,5 +1,23 @@
 """Pure array functions under the cache, each defined by its plain JAX reference."""
 
-from restkv_jax.kernels.attention import attention
+from restkv_jax.kernels import gather, scores
+from restkv_jax.kernels.attention import attention, largest_divisor
+from restkv_jax.kernels.dispatch import by_platform
+from restkv_jax.kernels.scores import output_gram
 
-__all__ = ["attention"]
+attention_centres = by_platform(scores.attention_centres)
+column_sums = by_platform(scores.column_sums)
+gather_pairs = by_platform(gather.gather_pairs)
+removal_errors = by_platform(scores.removal_errors)
+smoothed_removal_error = by_platform(scores.smoothed_removal_error)
+
+__all__ = [
+    "attention",
+    "attention_centres",
+    "column_sums",
+    "gather_pairs",
+    "largest_divisor",
+    "output_gram",
+    "removal_errors",
+    "smoothed_removal_error",
+]

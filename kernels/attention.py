@@ -41,7 +41,7 @@ def attention(
     grouped = einops.rearrange(queries, "b (k g) t d -> b k g t d", k=num_kv_heads)
     if key_positions.ndim == 2:
         key_positions = key_positions[:, None, :]
-    block = num_keys if queries.shape[2] == 1 else _largest_divisor(num_keys, BLOCK)
+    block = num_keys if queries.shape[2] == 1 else largest_divisor(num_keys, BLOCK)
     visible = functools.partial(_visible, query_positions=query_positions, sliding_window=sliding_window)
 
     def attend(carry, start):
@@ -83,6 +83,6 @@ def _online_softmax_step(queries, carry, keys, values, mask):
     return new_peak, total * decay + weights.sum(-1), context * decay[..., None] + update
 
 
-def _largest_divisor(number: int, limit: int) -> int:
+def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`."""
     return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)

@@ -1,5 +1,7 @@
 """Long prompts on a small KV cache: ReST-KV and its relatives for Llama-family models in JAX."""
 
+from restkv_jax.cache import KVCache, cache_bytes, kept_positions
+from restkv_jax.generate import Generation, bucket_length, decode_step, generate, prefill, stream
 from restkv_jax.methods import METHODS, full, h2o, knorm, random, restkv, snapkv, streaming_llm, tova
 from restkv_jax.models import build_model, init_params, load_model, save_model
 from restkv_jax.policy import Eviction, EvictionPolicy, evict_layer
@@ -8,17 +10,26 @@ __all__ = [
     "METHODS",
     "Eviction",
     "EvictionPolicy",
+    "Generation",
+    "KVCache",
+    "bucket_length",
     "build_model",
+    "cache_bytes",
+    "decode_step",
     "evict_layer",
     "full",
+    "generate",
     "h2o",
     "init_params",
+    "kept_positions",
     "knorm",
     "load_model",
+    "prefill",
     "random",
     "restkv",
     "save_model",
     "snapkv",
+    "stream",
     "streaming_llm",
     "tova",
 ]

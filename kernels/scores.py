@@ -1,0 +1,117 @@
+"""What the attention of a few queries says of every key: the hot path of eviction.
+
+All functions take `queries` [B, H, w, D] with `query_positions` int32 [B, w], `keys` and `values` [B, K, T, D] with
+`key_positions` int32 [B, K, T] (-1 where empty), and a `sliding_window` in tokens (int32 scalar).
+Probabilities and scores are float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.kernels.heads import over_query_heads
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def output_gram(output_projection: Array) -> Array:
+    """Gram matrices `W_h W_h^T` of the output projection: [H, D, M] to float32 [H, D, D].
+
+    `||x W_h||^2 = x^T (W_h W_h^T) x`, so norms after the projection cost `D` instead of `M` per dimension.
+    """
+    wide = output_projection.astype(jnp.float32)
+    return jnp.einsum("hdm,hem->hde", wide, wide, precision=HIGHEST)
+
+
+def probabilities(
+    queries: Array, keys: Array, query_positions: Array, key_positions: Array, sliding_window: Array
+) -> tuple[Array, Array]:
+    """Attention of one head, [w, D] on [T, D]: float32 [w, T], and which keys each query sees, bool [w, T]."""
+    past = query_positions[:, None] - key_positions[None, :]
+    visible = (past >= 0) & (past < sliding_window) & (key_positions >= 0)[None, :]
+    logits = jnp.einsum("wd,td->wt", queries, keys, preferred_element_type=jnp.float32, precision=HIGHEST)
+    logits = jnp.where(visible, logits * queries.shape[-1] ** -0.5, -1e30)
+    return jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0.0), visible
+
+
+def removal_error(attention: Array, output: Array, values: Array, gram: Array) -> Array:
+    """How far a head's projected output moves when one key is deleted and the softmax renormalised, for every key.
+
+    `A / (1 - A) * ||(o - v) W||_2`, exact for a single head (ReST-KV, arXiv 2605.08840, layer-wise output
+    reconstruction).
+
+    Args:
+      attention: float32 [T].
+      output: float32 [D], the attention's output `o`.
+      values: [T, D].
+      gram: float32 [D, D], `W W^T`.
+
+    Returns:
+      float32 [T].
+    """
+    moved = output - values.astype(jnp.float32)
+    squared = jnp.einsum("td,de,te->t", moved, gram, moved, precision=HIGHEST)
+    rest = jnp.maximum(1 - attention, jnp.finfo(jnp.float32).eps)
+    return attention / rest * jnp.sqrt(jnp.maximum(squared, 0.0))
+
+
+def column_sums(queries, keys, query_positions, key_positions, sliding_window, weights) -> Array:
+    """`sum_t weights[t] A[t, n]`: attention received by every key, `weights` float32 [w]; float32 [B, H, T]."""
+
+    def one_head(queries, keys, _, query_positions, key_positions):
+        attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
+        return jnp.einsum("w,wt->t", weights, attention, precision=HIGHEST)
+
+    return over_query_heads(one_head, queries, keys, keys, _per_head(query_positions, queries), key_positions)
+
+
+def removal_errors(queries, keys, values, query_positions, key_positions, sliding_window, gram) -> Array:
+    """`removal_error` of every query and key, `gram` float32 [H, D, D]; float32 [B, H, w, T], zero where unseen."""
+
+    def one_head(queries, keys, values, query_positions, key_positions, gram):
+        attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
+        outputs = jnp.einsum("wt,td->wd", attention, values.astype(jnp.float32), precision=HIGHEST)
+        return jax.lax.map(lambda row: removal_error(*row, values, gram), (attention, outputs))
+
+    grams = jnp.broadcast_to(gram, (queries.shape[0], *gram.shape))
+    return over_query_heads(
+        one_head, queries, keys, values, _per_head(query_positions, queries), key_positions, grams
+    )
+
+
+def smoothed_removal_error(queries, keys, values, query_positions, key_positions, sliding_window, gram, weights):
+    """`removal_error` of the attention averaged over the queries, on the keys before the window.
+
+    `A'[n] = sum_t weights[t] A[t, n]` on the `T - w` keys before the queries' own, `o' = sum_n A'[n] v[n]` over
+    the same keys (the ReST-KV authors' `metric_mode="after"`). `gram` float32 [H, D, D], `weights` float32 [w];
+    float32 [B, H, T - w].
+    """
+    prefix = keys.shape[2] - queries.shape[2]
+
+    def one_head(queries, keys, values, query_positions, key_positions, gram):
+        attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
+        attention = jnp.einsum("w,wt->t", weights, attention[:, :prefix], precision=HIGHEST)
+        values = values[:prefix]
+        output = jnp.einsum("t,td->d", attention, values.astype(jnp.float32), precision=HIGHEST)
+        return removal_error(attention, output, values, gram)
+
+    grams = jnp.broadcast_to(gram, (queries.shape[0], *gram.shape))
+    return over_query_heads(
+        one_head, queries, keys, values, _per_head(query_positions, queries), key_positions, grams
+    )
+
+
+def attention_centres(queries, keys, query_positions, key_positions, sliding_window, *, count: int) -> Array:
+    """Mean position of each query's `count` most attended keys; float32 [B, H, w]."""
+
+    def one_head(queries, keys, _, query_positions, key_positions):
+        attention, visible = probabilities(queries, keys, query_positions, key_positions, sliding_window)
+        _, top = jax.lax.top_k(jnp.where(visible, attention, -1.0), count)
+        return key_positions[top].astype(jnp.float32).mean(axis=-1)
+
+    return over_query_heads(one_head, queries, keys, keys, _per_head(query_positions, queries), key_positions)
+
+
+def _per_head(positions: Array, queries: Array) -> Array:
+    """[B, w] to [B, H, w]."""
+    return jnp.broadcast_to(positions[:, None], queries.shape[:3])

@@ -1,0 +1,147 @@
+"""The key-value cache: a pytree of arrays, the only state of generation."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.models.config import ModelConfig
+
+
+@flax.struct.dataclass
+class Importance:
+    """What a cache needs to evict while generating.
+
+    Attributes:
+      scores: float32 [L, B, K, N], moving average of each slot's removal error; NaN until the slot is first seen.
+      gram: float32 [L, H, D, D], Gram matrices of the output projection.
+    """
+
+    scores: Array
+    gram: Array
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Kept keys and values of all layers, with `N` slots per layer, row and KV head.
+
+    Attributes:
+      keys: [L, B, K, N, D], after RoPE.
+      values: [L, B, K, N, D].
+      positions: int32 [L, B, K, N], of the token in its sequence; -1 where a slot is empty.
+      lengths: int32 [L, B, K], slots in use.
+      prompt_lengths: int32 [B], tokens of each prompt.
+      next_positions: int32 [B], position of the next token.
+      importance: where the cache evicts while generating, else None.
+    """
+
+    keys: Array
+    values: Array
+    positions: Array
+    lengths: Array
+    prompt_lengths: Array
+    next_positions: Array
+    importance: Importance | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """`N`."""
+        return self.keys.shape[3]
+
+
+def empty_cache(config: ModelConfig, prompt_lengths: Array, num_slots: int, dtype, evicts: bool = False) -> KVCache:
+    """A cache of empty slots for prompts of the given lengths, int32 [B]; `evicts` gives it an `Importance`."""
+    shape = (config.num_hidden_layers, prompt_lengths.shape[0], config.num_key_value_heads, num_slots)
+    return KVCache(
+        keys=jnp.zeros((*shape, config.head_dim), dtype),
+        values=jnp.zeros((*shape, config.head_dim), dtype),
+        positions=jnp.full(shape, -1, jnp.int32),
+        lengths=jnp.zeros(shape[:3], jnp.int32),
+        prompt_lengths=prompt_lengths,
+        next_positions=prompt_lengths,
+        importance=_empty_importance(config, shape) if evicts else None,
+    )
+
+
+def _empty_importance(config: ModelConfig, shape: tuple[int, ...]) -> Importance:
+    gram_shape = config.num_hidden_layers, config.num_attention_heads, config.head_dim, config.head_dim
+    return Importance(jnp.full(shape, jnp.nan, jnp.float32), jnp.zeros(gram_shape, jnp.float32))
+
+
+def write_layer(cache: KVCache, layer: Array, keys: Array, values: Array, positions: Array) -> KVCache:
+    """Fills the first `C` slots of one layer: keys and values [B, K, C, D], positions int32 [B, K, C]."""
+
+    def put(array, part):
+        return jax.lax.dynamic_update_slice(array, part[None].astype(array.dtype), (layer, *[0] * part.ndim))
+
+    return cache.replace(
+        keys=put(cache.keys, keys),
+        values=put(cache.values, values),
+        positions=put(cache.positions, positions),
+        lengths=put(cache.lengths, (positions >= 0).sum(-1)),
+    )
+
+
+def append(cache: KVCache, layer: Array, keys: Array, values: Array, active: Array, window: int) -> KVCache:
+    """Puts one new pair per row and KV head into a layer, in place under jit.
+
+    The pair takes the first free slot; a full cache that evicts while generating gives it the slot of least
+    importance outside the last `window` positions.
+
+    Args:
+      cache: the state before.
+      layer: int32 scalar.
+      keys: [B, K, D].
+      values: [B, K, D].
+      active: bool [B]; rows that are not stay as they are.
+      window: positions that are never overwritten, counted back from the new one.
+
+    Returns:
+      the next state.
+    """
+    batch, num_kv_heads, _ = keys.shape
+    used = cache.lengths[layer]
+    slots = used
+    if cache.importance is not None:
+        positions = cache.positions[layer]
+        recent = positions > cache.next_positions[:, None, None] - window
+        candidates = jnp.where(recent, jnp.inf, cache.importance.scores[layer])
+        slots = jnp.where(used < cache.num_slots, used, jnp.argmin(candidates, axis=-1))
+    slots = jnp.where(active[:, None], slots, cache.num_slots)
+    place = (layer, jnp.arange(batch)[:, None], jnp.arange(num_kv_heads)[None, :], slots)
+
+    def put(array, new):
+        return array.at[place].set(new.astype(array.dtype), mode="drop", unique_indices=True)
+
+    importance = cache.importance
+    if importance is not None:
+        importance = importance.replace(scores=put(importance.scores, jnp.full(used.shape, jnp.nan)))
+    positions = jnp.broadcast_to(cache.next_positions[:, None], used.shape)
+    lengths = jnp.where(active[:, None], jnp.minimum(used + 1, cache.num_slots), used)
+    return cache.replace(
+        keys=put(cache.keys, keys),
+        values=put(cache.values, values),
+        positions=put(cache.positions, positions),
+        lengths=jax.lax.dynamic_update_index_in_dim(cache.lengths, lengths, layer, 0),
+        importance=importance,
+    )
+
+
+def kept_positions(cache: KVCache) -> Array:
+    """Prompt positions still held in every layer and KV head.
+
+    Args:
+      cache: as `prefill`, `decode_step` or `generate` return it.
+
+    Returns:
+      int32 [L, B, K, N], ascending, then -1 where a slot is empty or holds a generated token.
+    """
+    of_prompt = (cache.positions >= 0) & (cache.positions < cache.prompt_lengths[:, None, None])
+    last = jnp.iinfo(jnp.int32).max
+    ascending = jnp.sort(jnp.where(of_prompt, cache.positions, last), axis=-1)
+    return jnp.where(ascending == last, -1, ascending)
+
+
+def cache_bytes(cache: KVCache) -> int:
+    """Bytes of all arrays of the cache; also for the shapes that `jax.eval_shape` returns."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

@@ -1,0 +1,320 @@
+"""Generation: prefill layer by layer with eviction, then decode on the small cache."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax import kernels
+from restkv_jax.cache import KVCache, append, empty_cache, write_layer
+from restkv_jax.checks import check_prompt, check_sampling, check_token
+from restkv_jax.importance import observe_prompt, observe_token
+from restkv_jax.methods import full
+from restkv_jax.models import Decoder, Layer, Memory, StateFunctions, logits, positions_of
+from restkv_jax.policy import EvictionPolicy, Observation, evict
+from restkv_jax.sampling import row_keys, sample
+
+CHUNK_SIZE = 1024
+"""Prompt tokens whose queries and MLP activations exist at one time."""
+
+
+class Generation(NamedTuple):
+    """What `generate` returns.
+
+    `tokens` int32 [B, max_new_tokens], padding after the end; `lengths` int32 [B], generated tokens of each row, its
+    end-of-sequence token included; `cache`, the final state.
+    """
+
+    tokens: Array
+    lengths: Array
+    cache: KVCache
+
+
+class Decoding(NamedTuple):
+    """Between two steps: the newest token int32 [B], rows that go on bool [B], the number of steps, the cache."""
+
+    token: Array
+    active: Array
+    step: Array
+    cache: KVCache
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn: random keys [B] (None is greedy), temperature, top_k, top_p, eos ids int32 [E], pad id."""
+
+    keys: Array | None
+    temperature: Array | float
+    top_k: Array | int | None
+    top_p: Array | float | None
+    eos_token_ids: Array
+    pad_token_id: Array | int
+
+
+def bucket_length(length: int) -> int:
+    """The padded length of a prompt: 64, then quarter steps between powers of two (80, 96, 112, 128, 160, ...).
+
+    Prompts are padded to it on the left, so at most four programs are compiled per doubling of the length, and
+    at most a fifth of a padded prompt is padding.
+    """
+    if length <= 64:
+        return 64
+    step = (1 << (length - 1).bit_length()) // 8
+    return -(-length // step) * step
+
+
+def prefill(
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array | None = None,
+    policy: EvictionPolicy | None = None,
+    max_new_tokens: int = 64,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Array, KVCache]:
+    """Reads prompts and keeps what the policy chooses of their keys and values.
+
+    Layers are scanned; a layer's full keys and values are dropped as soon as they are scored. Within a layer the
+    tokens go through in chunks, so that besides the residual stream only one chunk's activations exist. Prompts are
+    padded to `bucket_length`, so that new lengths seldom compile anew.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters.
+      tokens: int32 [B, T], padded on the left.
+      mask: bool [B, T], False on padding; None if there is none.
+      policy: what to keep; everything by default.
+      max_new_tokens: slots to reserve for tokens to come.
+      chunk_size: bound on the tokens of a chunk; the result is the same to rounding.
+
+    Returns:
+      the next token's logits, float32 [B, vocabulary], and the cache.
+
+    Raises:
+      ValueError, TypeError: arguments that make no sense, each named.
+    """
+    policy = full() if policy is None else policy
+    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens)
+    return _prefill(model, params, tokens, mask, policy, max_new_tokens, chunk_size)
+
+
+def decode_step(
+    model: Decoder, params: Any, token: Array, cache: KVCache, policy: EvictionPolicy | None = None
+) -> tuple[Array, KVCache]:
+    """Feeds one token per row and returns what the model says next.
+
+    The cache is donated: its buffers are rewritten in place, and the one passed in must not be used again.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters.
+      token: int32 [B].
+      cache: from `prefill` or the step before, made with the same policy.
+      policy: the policy of the prefill.
+
+    Returns:
+      logits, float32 [B, vocabulary], and the next cache.
+
+    Raises:
+      ValueError: a token of another shape, or a full cache.
+    """
+    token = check_token(model, token, cache)
+    return _decode_step(model, params, token, cache, jnp.ones(token.shape, bool), policy or full())
+
+
+def generate(
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array | None = None,
+    policy: EvictionPolicy | None = None,
+    max_new_tokens: int = 64,
+    *,
+    key: Array | None = None,
+    temperature: Array | float | None = None,
+    top_k: Array | int | None = None,
+    top_p: Array | float | None = None,
+    eos_token_ids: tuple[int, ...] | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> Generation:
+    """Generates from prompts on a small cache, prefill and the whole decode loop in one compiled program.
+
+    Greedy without a `key`. Works under the caller's own `jax.jit` with
+    `static_argnames=("model", "policy", "max_new_tokens")`.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters.
+      tokens: int32 [B, T], padded on the left.
+      mask: bool [B, T], False on padding; None if there is none.
+      policy: what to keep of the prompt; everything by default.
+      max_new_tokens: upper bound on the tokens generated.
+      key: a JAX random key, folded with the row's index, or keys [B], one per row; None decodes greedily.
+      temperature: divides the logits; 1 by default.
+      top_k: draw among the `k` best tokens.
+      top_p: draw among the best tokens that hold this probability mass.
+      eos_token_ids: tokens that end a row; the model's own by default.
+      chunk_size: bound on the prompt tokens whose activations exist at one time.
+
+    Returns:
+      a `Generation`.
+
+    Raises:
+      ValueError, TypeError: arguments that make no sense, each named.
+    """
+    policy = full() if policy is None else policy
+    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens)
+    sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
+    return _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size)
+
+
+def stream(
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array | None = None,
+    policy: EvictionPolicy | None = None,
+    max_new_tokens: int = 64,
+    *,
+    key: Array | None = None,
+    temperature: Array | float | None = None,
+    top_k: Array | int | None = None,
+    top_p: Array | float | None = None,
+    eos_token_ids: tuple[int, ...] | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> Iterator[Decoding]:
+    """Yields the state after every token as it comes, for people who watch; the tokens are those of `generate`.
+
+    Arguments as for `generate`, checked at the call. Each `Decoding` holds `token` int32 [B] (padding in rows that
+    have ended), `active` bool [B], and `cache`, which the next step takes over.
+    """
+    policy = full() if policy is None else policy
+    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens)
+    sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
+
+    def steps():
+        now = _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size)
+        yield now
+        for _ in range(max_new_tokens - 1):
+            if not now.active.any():
+                return
+            now = _advance(model, params, now, sampling, policy)
+            yield now
+
+    return steps()
+
+
+@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size"))
+def _prefill(model, params, tokens, mask, policy, max_new_tokens, chunk_size):
+    missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
+    tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))
+    length = tokens.shape[1]
+    slots = policy.slots(length)
+    num_slots = slots + max_new_tokens
+    if policy.while_generating:
+        num_slots = min(num_slots, policy.budget)
+    dtype = params["embedding"].dtype
+    cache = empty_cache(model.config, mask.sum(1, dtype=jnp.int32), num_slots, dtype, policy.while_generating)
+    functions = _prefill_functions(policy, length, slots)
+    chunk_size = kernels.largest_divisor(length, chunk_size)
+    hidden, cache = model.apply({"params": params}, tokens, positions_of(mask), functions, cache, chunk_size)
+    return logits(model, params, hidden[:, -1]), cache
+
+
+def _prefill_functions(policy: EvictionPolicy, length: int, slots: int) -> StateFunctions:
+    """Queries attend to the whole prompt; then the layer's pairs go through the policy into the cache."""
+    window = min(policy.window, length)
+    unscored = policy if slots < length else full()
+    num_queries = length if unscored.scorer is not None and unscored.scorer.all_queries else window
+
+    def revise(layer: Layer, memory: Memory, cache: KVCache) -> KVCache:
+        observation = Observation(
+            layer.queries, memory.keys, memory.values, layer.output_projection,
+            memory.positions, layer.sliding_window, layer.index,
+        )  # fmt: skip
+        kept = evict(unscored, observation, slots)
+        cache = write_layer(cache, layer.index, kept.keys, kept.values, kept.positions)
+        if policy.while_generating:
+            recent = layer._replace(queries=layer.queries[:, :, -window:], positions=layer.positions[:, -window:])
+            cache = observe_prompt(cache, recent, Memory(kept.keys, kept.values, kept.positions))
+        return cache
+
+    return StateFunctions(lambda index, memory, cache: (memory, cache), revise, num_queries)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="cache")
+def _decode_step(model, params, token, cache, active, policy):
+    positions = cache.next_positions[:, None]
+    functions = _decode_functions(policy, active)
+    hidden, cache = model.apply({"params": params}, token[:, None], positions, functions, cache)
+    cache = cache.replace(next_positions=cache.next_positions + active)
+    return logits(model, params, hidden[:, -1]), cache
+
+
+def _decode_functions(policy: EvictionPolicy, active: Array) -> StateFunctions:
+    """The new pair goes into the cache, and the query attends to the cache."""
+
+    def remember(index: Array, new: Memory, cache: KVCache) -> tuple[Memory, KVCache]:
+        cache = append(cache, index, new.keys[:, :, 0], new.values[:, :, 0], active, policy.window)
+        return Memory(cache.keys[index], cache.values[index], cache.positions[index]), cache
+
+    def revise(layer: Layer, memory: Memory, cache: KVCache) -> KVCache:
+        return cache if cache.importance is None else observe_token(cache, layer, memory)
+
+    return StateFunctions(remember, revise)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size"))
+def _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size) -> Decoding:
+    scores, cache = _prefill(model, params, tokens, mask, policy, max_new_tokens, chunk_size)
+    everyone = jnp.ones(tokens.shape[0], bool)
+    return _choose(scores, Decoding(tokens[:, -1], everyone, jnp.int32(0), cache), sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="now")
+def _advance(model, params, now: Decoding, sampling: Sampling, policy) -> Decoding:
+    scores, cache = _decode_step(model, params, now.token, now.cache, now.active, policy)
+    return _choose(scores, now._replace(cache=cache), sampling)
+
+
+def _choose(scores: Array, now: Decoding, sampling: Sampling) -> Decoding:
+    """Draws the next tokens and ends the rows whose newest token is an end of sequence."""
+    keys = sampling.keys
+    if keys is not None:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, now.step))(keys)
+    chosen = sample(scores, keys, sampling.temperature, sampling.top_k, sampling.top_p)
+    token = jnp.where(now.active, chosen, sampling.pad_token_id)
+    ended = (chosen[:, None] == sampling.eos_token_ids).any(axis=1)
+    return Decoding(token, now.active & ~ended, now.step + 1, now.cache)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size"))
+def _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size) -> Generation:
+    now = _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size)
+    batch = tokens.shape[0]
+    generated = jnp.full((batch, max_new_tokens), sampling.pad_token_id, jnp.int32).at[:, 0].set(now.token)
+    lengths = jnp.ones(batch, jnp.int32)
+
+    def unfinished(carry):
+        now, _, _ = carry
+        return (now.step < max_new_tokens) & now.active.any()
+
+    def step(carry):
+        now, generated, lengths = carry
+        lengths = lengths + now.active
+        now = _advance(model, params, now, sampling, policy)
+        return now, generated.at[:, now.step - 1].set(now.token), lengths
+
+    now, generated, lengths = jax.lax.while_loop(unfinished, step, (now, generated, lengths))
+    return Generation(generated, lengths, now.cache)
+
+
+def _sampling(model, batch, key, temperature, top_k, top_p, eos_token_ids) -> Sampling:
+    check_sampling(key, temperature, top_k, top_p)
+    eos = model.config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
+    pad = model.config.pad_token_id
+    pad = pad if pad is not None else (eos[0] if eos else 0)
+    temperature = 1.0 if temperature is None else temperature
+    return Sampling(row_keys(key, batch), temperature, top_k, top_p, jnp.asarray(eos, jnp.int32).reshape(-1), pad)

@@ -1,0 +1,63 @@
+"""H2O: keep what the whole prompt attends to."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax import kernels
+from restkv_jax.policy import EvictionPolicy, Observation
+
+CHUNK = 128
+"""Queries whose attention exists at one time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulatedAttention:
+    """Causal attention received from all queries of the prompt, `sum_t A[t, n]`."""
+
+    all_queries: bool = dataclasses.field(default=True, init=False)
+
+    def __call__(self, observation: Observation, window: int) -> Array:
+        o = observation
+        missing = -o.queries.shape[2] % CHUNK
+        queries = jnp.pad(o.queries, ((0, 0), (0, 0), (0, missing), (0, 0)))
+        positions = jnp.pad(o.query_positions, ((0, 0), (0, missing)), constant_values=-1)
+
+        def add_chunk(total, start):
+            chunk = jax.lax.dynamic_slice_in_dim(queries, start, CHUNK, axis=2)
+            chunk_positions = jax.lax.dynamic_slice_in_dim(positions, start, CHUNK, axis=1)
+            sums = kernels.column_sums(
+                chunk, o.keys, chunk_positions, o.key_positions, o.sliding_window, jnp.ones(CHUNK)
+            )
+            return total + sums, None
+
+        batch, num_heads, length, _ = queries.shape
+        zeros = jnp.zeros((batch, num_heads, o.keys.shape[2]))
+        total, _ = jax.lax.scan(add_chunk, zeros, jnp.arange(0, length, CHUNK))
+        return total[..., : o.keys.shape[2] - window]
+
+
+def h2o(
+    budget: int = 128,
+    window: int = 32,
+    group_reduce: Literal["mean", "max"] = "mean",
+    while_generating: bool = False,
+) -> EvictionPolicy:
+    """H2O: attention accumulated over all queries of the prompt (arXiv 2306.14048).
+
+    Args:
+      budget: slots kept per layer and KV head, the window included.
+      window: last tokens of the prompt, always kept.
+      group_reduce: how the query heads of a KV head agree on one score.
+      while_generating: hold the cache at `budget` slots while tokens are generated.
+    """
+    return EvictionPolicy(
+        budget=budget,
+        window=window,
+        scorer=AccumulatedAttention(),
+        group_reduce=group_reduce,
+        while_generating=while_generating,
+    )

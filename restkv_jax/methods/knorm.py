@@ -1,0 +1,31 @@
+"""Key norm: keep the keys of smallest norm."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.policy import EvictionPolicy, Observation
+
+
+@dataclasses.dataclass(frozen=True)
+class NegativeKeyNorm:
+    """`-||k[n]||_2`: keys of small norm tend to be attended."""
+
+    all_queries: bool = dataclasses.field(default=False, init=False)
+
+    def __call__(self, observation: Observation, window: int) -> Array:
+        o = observation
+        keys = o.keys[:, :, : o.keys.shape[2] - window].astype(jnp.float32)
+        return -jnp.repeat(jnp.linalg.norm(keys, axis=-1), o.queries.shape[1] // keys.shape[1], axis=1)
+
+
+def knorm(budget: int = 128, window: int = 32, while_generating: bool = False) -> EvictionPolicy:
+    """Key norm: keys of smallest L2 norm (arXiv 2406.11430).
+
+    Args:
+      budget: slots kept per layer and KV head, the window included.
+      window: last tokens of the prompt, always kept.
+      while_generating: hold the cache at `budget` slots while tokens are generated.
+    """
+    return EvictionPolicy(budget=budget, window=window, scorer=NegativeKeyNorm(), while_generating=while_generating)

@@ -1,0 +1,92 @@
+"""ReST-KV: evict what changes the layer's output least, smoothed over time and space."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from restkv_jax import kernels
+from restkv_jax.policy import EvictionPolicy, Observation
+from restkv_jax.pooling import make_pooling
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """Error of the layer's output when one key is deleted, smoothed over the window's queries.
+
+    `I[t, n] = A[t, n] / (1 - A[t, n]) * ||(o[t] - v[n]) W_h||_2`; `order="before"` smooths `I` over `t`, as the
+    paper's formula; `order="after"` smooths `A` first, as the authors' code does by default.
+    """
+
+    temporal: Literal["ema", "mean"] = "ema"
+    alpha: float = 0.3
+    order: Literal["after", "before"] = "after"
+    use_output_projection: bool = True
+    all_queries: bool = dataclasses.field(default=False, init=False)
+
+    def __post_init__(self):
+        if self.temporal not in ("ema", "mean"):
+            raise ValueError(f"temporal={self.temporal!r} is unknown; choose 'ema' or 'mean'")
+        if self.order not in ("after", "before"):
+            raise ValueError(f"order={self.order!r} is unknown; choose 'after' or 'before'")
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} must be in (0, 1], the weight of the newest query")
+
+    def __call__(self, observation: Observation, window: int) -> Array:
+        o = observation
+        weights = ema_weights(window, self.alpha) if self.temporal == "ema" else np.full(window, 1 / window, np.float32)
+        dim = o.keys.shape[-1]
+        identity = jnp.broadcast_to(jnp.eye(dim), (o.queries.shape[1], dim, dim))
+        gram = kernels.output_gram(o.output_projection) if self.use_output_projection else identity
+        arrays = o.queries, o.keys, o.values, o.query_positions, o.key_positions, o.sliding_window, gram
+        if self.order == "after":
+            return kernels.smoothed_removal_error(*arrays, jnp.asarray(weights))
+        errors = kernels.removal_errors(*arrays)[..., : o.keys.shape[2] - window]
+        return jnp.einsum("w,bhwp->bhp", weights, errors)
+
+
+def ema_weights(length: int, alpha: float) -> np.ndarray:
+    """Weights of `e_1 = x_1, e_i = alpha x_i + (1 - alpha) e_{i-1}` as a sum over `x`, oldest first; float32 [n]."""
+    weights = alpha * (1 - alpha) ** np.arange(length - 1, -1, -1, dtype=np.float64)
+    weights[0] /= alpha
+    return weights.astype(np.float32)
+
+
+def restkv(
+    budget: int = 128,
+    window: int = 32,
+    temporal: Literal["ema", "mean"] = "ema",
+    alpha: float = 0.3,
+    order: Literal["after", "before"] = "after",
+    pooling: Literal["adaptive", "avg", "max", "none"] = "adaptive",
+    kernel_size: int = 5,
+    scale: int = 2000,
+    use_output_projection: bool = True,
+    group_reduce: Literal["mean", "max"] = "mean",
+    while_generating: bool = False,
+) -> EvictionPolicy:
+    """ReST-KV: layer-wise output reconstruction, smoothed over time and space (arXiv 2605.08840).
+
+    Args:
+      budget: slots kept per layer and KV head, the window included.
+      window: last tokens of the prompt, whose queries judge the others.
+      temporal: how the window's queries are averaged: exponential moving average or plain mean.
+      alpha: weight of the newest query in the moving average.
+      order: smooth the attention and then measure the error ("after"), or measure and then smooth ("before").
+      pooling: smoothing over neighbouring keys.
+      kernel_size: least width of that smoothing, in tokens; odd.
+      scale: drift of the attention, in tokens, that widens the adaptive window by two.
+      use_output_projection: measure errors after the output projection, not in value space.
+      group_reduce: how the query heads of a KV head agree on one score.
+      while_generating: hold the cache at `budget` slots while tokens are generated.
+    """
+    return EvictionPolicy(
+        budget=budget,
+        window=window,
+        scorer=Reconstruction(temporal, alpha, order, use_output_projection),
+        pooling=make_pooling(pooling, kernel_size, scale),
+        group_reduce=group_reduce,
+        while_generating=while_generating,
+    )

@@ -1,0 +1,53 @@
+"""SnapKV: keep what the window attends to."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax import kernels
+from restkv_jax.policy import EvictionPolicy, Observation
+from restkv_jax.pooling import make_pooling
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowAttention:
+    """Attention received from the window's queries, `sum_t A[t, n]`."""
+
+    all_queries: bool = dataclasses.field(default=False, init=False)
+
+    def __call__(self, observation: Observation, window: int) -> Array:
+        o = observation
+        sums = kernels.column_sums(
+            o.queries, o.keys, o.query_positions, o.key_positions, o.sliding_window, jnp.ones(window)
+        )
+        return sums[..., : o.keys.shape[2] - window]
+
+
+def snapkv(
+    budget: int = 128,
+    window: int = 32,
+    pooling: Literal["avg", "max", "none"] = "avg",
+    kernel_size: int = 5,
+    group_reduce: Literal["mean", "max"] = "mean",
+    while_generating: bool = False,
+) -> EvictionPolicy:
+    """SnapKV: attention received from the last queries, pooled over neighbours (arXiv 2404.14469).
+
+    Args:
+      budget: slots kept per layer and KV head, the window included.
+      window: last tokens of the prompt, whose queries judge the others.
+      pooling: smoothing over neighbouring keys.
+      kernel_size: width of that smoothing, in tokens; odd.
+      group_reduce: how the query heads of a KV head agree on one score.
+      while_generating: hold the cache at `budget` slots while tokens are generated.
+    """
+    return EvictionPolicy(
+        budget=budget,
+        window=window,
+        scorer=WindowAttention(),
+        pooling=make_pooling(pooling, kernel_size),
+        group_reduce=group_reduce,
+        while_generating=while_generating,
+    )

@@ -1,0 +1,61 @@
+"""Choosing the next token from its scores."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def sample(
+    logits: Array,
+    keys: Array | None,
+    temperature: Array | float = 1.0,
+    top_k: Array | int | None = None,
+    top_p: Array | float | None = None,
+) -> Array:
+    """Draws one token per row from the tempered, truncated softmax; without keys, takes the best.
+
+    `top_k` keeps the `k` best tokens (ties kept); `top_p` then keeps the smallest set of best tokens whose
+    probabilities reach `p` (nucleus sampling, Holtzman et al. 2020), always at least one.
+
+    Args:
+      logits: float32 [B, V].
+      keys: JAX random keys [B], or None for greedy decoding.
+      temperature: divides the logits; 0 is greedy.
+      top_k: number of tokens to keep.
+      top_p: probability mass to keep, in (0, 1].
+
+    Returns:
+      int32 [B].
+    """
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if keys is None:
+        return best
+    tempered = logits / jnp.maximum(temperature, 1e-6)
+    if top_k is not None or top_p is not None:
+        tempered = _truncate(tempered, top_k, top_p)
+    drawn = jax.vmap(jax.random.categorical)(keys, tempered).astype(jnp.int32)
+    return jnp.where(temperature > 0, drawn, best)
+
+
+def _truncate(logits: Array, top_k: Array | int | None, top_p: Array | float | None) -> Array:
+    vocabulary = logits.shape[-1]
+    descending = -jnp.sort(-logits, axis=-1)
+    if top_k is not None:
+        last = jnp.clip(jnp.asarray(top_k), 1, vocabulary) - 1
+        threshold = jnp.take(descending, last, axis=-1)[:, None]
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+        descending = jnp.where(descending < threshold, -jnp.inf, descending)
+    if top_p is not None:
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        count = jnp.maximum((before < top_p).sum(-1, keepdims=True), 1)
+        threshold = jnp.take_along_axis(descending, count - 1, axis=-1)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    return logits
+
+
+def row_keys(key: Array | None, batch: int) -> Array | None:
+    """One key per row, from a single key or from keys [B] that are given per row already."""
+    if key is None or key.ndim == 1:
+        return key
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))

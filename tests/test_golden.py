@@ -1,0 +1,75 @@
+"""Agreement with arrays computed by the ReST-KV authors' code."""
+
+import functools
+import json
+import pathlib
+
+import einops
+import numpy as np
+import pytest
+
+import restkv_jax as rk
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+POOLING = {"avgpool": "avg", "maxpool": "max", "adaptive": "adaptive", "none": "none"}
+
+
+@functools.cache
+def load(size):
+    with np.load(GOLDEN / f"eviction_{size}.npz") as arrays:
+        return dict(arrays), json.loads(str(arrays["meta"]))
+
+
+def policy_of(case):
+    c = case["config"]
+    budget, window = c["max_capacity_prompt"], c["window_size"]
+    if case["method"] == "streamingllm":
+        return rk.streaming_llm(budget, sinks=budget - window)
+    if case["method"] == "snapkv":
+        return rk.snapkv(budget, window, POOLING[c["pooling"]], c["kernel_size"])
+    return rk.restkv(
+        budget,
+        window,
+        temporal="ema" if c["use_ema"] else "mean",
+        alpha=c["alpha"],
+        order=c["metric_mode"],
+        pooling=POOLING[c["pooling"]],
+        kernel_size=c.get("kernel_size", 5),
+        scale=c.get("scale", 2000),
+        use_output_projection=c["use_wo"],
+    )
+
+
+def uniform_cases():
+    for size in ("small", "medium"):
+        for name, case in load(size)[1]["cases"].items():
+            if case["method"] in ("restkv", "snapkv", "streamingllm") and not case["config"].get("use_pyramid"):
+                yield pytest.param(size, name, id=f"{size}-{name}")
+
+
+@pytest.mark.parametrize(("size", "name"), uniform_cases())
+def test_scores_and_kept_positions(size, name):
+    arrays, meta = load(size)
+    case = meta["cases"][name]
+    window = case["config"]["window_size"]
+    projection = einops.rearrange(arrays["output_projection"], "m (h d) -> h d m", h=meta["shape"]["H"])
+    policy = policy_of(case)
+    queries = arrays["query"][:, :, -policy.window :]
+    ev = rk.evict_layer(policy, queries, arrays["key"], arrays["value"], projection)
+    if case["method"] != "streamingllm":
+        assert policy.window == window
+        np.testing.assert_allclose(ev.scores, arrays[f"{name}/score"], rtol=1e-4)
+    golden = np.sort(arrays[f"{name}/kept"], axis=-1)
+    assert_same_sets_but_for_ties(np.asarray(ev.positions), golden, arrays[f"{name}/score"])
+    np.testing.assert_array_equal(ev.lengths, golden.shape[-1])
+    taken = np.take_along_axis(arrays["key"], np.asarray(ev.positions)[..., None], axis=2)
+    np.testing.assert_array_equal(ev.keys, taken)
+
+
+def assert_same_sets_but_for_ties(kept, golden, score):
+    """Positions kept by one side only must all score what the worst kept key scores: max pooling makes such ties."""
+    for head in range(kept.shape[1]):
+        differing = np.setxor1d(kept[0, head], golden[0, head])
+        if differing.size:
+            prefix = golden[0, head][golden[0, head] < score.shape[-1]]
+            np.testing.assert_array_equal(score[0, head, differing], score[0, head, prefix].min())
