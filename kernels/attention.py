@@ -77,9 +77,7 @@ def _online_softmax_step(queries, carry, keys, values, mask):
     new_peak = jnp.maximum(peak, logits.max(-1))
     weights = jnp.where(mask, jnp.exp(logits - new_peak[..., None]), 0.0)
     decay = jnp.exp(peak - new_peak)
-    update = jnp.einsum(
-        "bkgtn,bknd->bkgtd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-    )
+    update = jnp.einsum("bkgtn,bknd->bkgtd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return new_peak, total * decay + weights.sum(-1), context * decay[..., None] + update
 
 

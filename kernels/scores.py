@@ -74,9 +74,7 @@ def removal_errors(queries, keys, values, query_positions, key_positions, slidin
         return jax.lax.map(lambda row: removal_error(*row, values, gram), (attention, outputs))
 
     grams = jnp.broadcast_to(gram, (queries.shape[0], *gram.shape))
-    return over_query_heads(
-        one_head, queries, keys, values, _per_head(query_positions, queries), key_positions, grams
-    )
+    return over_query_heads(one_head, queries, keys, values, _per_head(query_positions, queries), key_positions, grams)
 
 
 def smoothed_removal_error(queries, keys, values, query_positions, key_positions, sliding_window, gram, weights):
@@ -96,9 +94,7 @@ def smoothed_removal_error(queries, keys, values, query_positions, key_positions
         return removal_error(attention, output, values, gram)
 
     grams = jnp.broadcast_to(gram, (queries.shape[0], *gram.shape))
-    return over_query_heads(
-        one_head, queries, keys, values, _per_head(query_positions, queries), key_positions, grams
-    )
+    return over_query_heads(one_head, queries, keys, values, _per_head(query_positions, queries), key_positions, grams)
 
 
 def attention_centres(queries, keys, query_positions, key_positions, sliding_window, *, count: int) -> Array:

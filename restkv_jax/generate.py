@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from restkv_jax import kernels
@@ -184,11 +185,11 @@ def stream(
     top_p: Array | float | None = None,
     eos_token_ids: tuple[int, ...] | None = None,
     chunk_size: int = CHUNK_SIZE,
-) -> Iterator[Decoding]:
-    """Yields the state after every token as it comes, for people who watch; the tokens are those of `generate`.
+) -> Iterator[np.ndarray]:
+    """Yields tokens as they come, for people who watch: those of `generate`, one int32 numpy array [B] per step.
 
-    Arguments as for `generate`, checked at the call. Each `Decoding` holds `token` int32 [B] (padding in rows that
-    have ended), `active` bool [B], and `cache`, which the next step takes over.
+    Arguments as for `generate`, checked at the call. Rows that have ended yield padding; the stream ends with the
+    last of them.
     """
     policy = full() if policy is None else policy
     tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens)
@@ -196,12 +197,12 @@ def stream(
 
     def steps():
         now = _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size)
-        yield now
+        yield np.array(now.token)
         for _ in range(max_new_tokens - 1):
             if not now.active.any():
                 return
             now = _advance(model, params, now, sampling, policy)
-            yield now
+            yield np.array(now.token)
 
     return steps()
 

@@ -38,9 +38,7 @@ def observe_token(cache: KVCache, layer: Layer, memory: Memory) -> KVCache:
 def _observe(scores: Array, layer: Layer, memory: Memory, gram: Array) -> Array:
     """`e <- alpha x + (1 - alpha) e` over the queries, oldest first; the first sight of a slot sets `e = x`."""
     positions = layer.positions, memory.positions
-    errors = kernels.removal_errors(
-        layer.queries, memory.keys, memory.values, *positions, layer.sliding_window, gram
-    )
+    errors = kernels.removal_errors(layer.queries, memory.keys, memory.values, *positions, layer.sliding_window, gram)
     errors = einops.reduce(errors, "b (k g) w n -> w b k n", "mean", k=memory.keys.shape[1])
 
     def step(scores, seen_by):

@@ -86,7 +86,7 @@ class EvictionPolicy:
     budget: int | None = None
     window: int = 32
     scorer: Scorer | None = None
-    pooling: Pooling = NoPooling()
+    pooling: Pooling = dataclasses.field(default_factory=NoPooling)
     group_reduce: Literal["mean", "max"] = "mean"
     while_generating: bool = False
 

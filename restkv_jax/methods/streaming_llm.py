@@ -36,6 +36,4 @@ def streaming_llm(budget: int = 128, sinks: int = 4, while_generating: bool = Fa
     """
     if budget <= sinks:
         raise ValueError(f"budget={budget} must exceed sinks={sinks}; raise the budget or keep fewer sinks")
-    return EvictionPolicy(
-        budget=budget, window=1, scorer=SinksAndRecency(sinks), while_generating=while_generating
-    )
+    return EvictionPolicy(budget=budget, window=1, scorer=SinksAndRecency(sinks), while_generating=while_generating)
