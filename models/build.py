@@ -1,5 +1,6 @@
 """Models without weights of their own: architecture from a configuration, parameters from a key."""
 
+import functools
 from typing import Any
 
 import jax
@@ -36,6 +37,11 @@ def init_params(model: Decoder, key: Array, dtype: Any = jnp.float32) -> Any:
     Returns:
       a dict of arrays; those of the layers carry a leading axis `L`.
     """
+    return _init_params(model, key, jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "dtype"))
+def _init_params(model: Decoder, key: Array, dtype: Any) -> Any:
     token = jnp.zeros((1, 1), jnp.int32)
     params = model.init(key, token, token)["params"]
     return jax.tree.map(lambda x: x.astype(dtype), params)

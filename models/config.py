@@ -1,5 +1,6 @@
 """The static description of a decoder, read from a Hugging Face configuration."""
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -51,9 +52,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of dimensions")
-        rope_type = dict(self.rope_parameters)["rope_type"]
-        if rope_type not in SUPPORTED_ROPE_TYPES:
-            raise ValueError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(SUPPORTED_ROPE_TYPES)}")
+        _check_rope_type(dict(self.rope_parameters))
 
 
 def read_config(source: Any) -> ModelConfig:
@@ -72,9 +71,14 @@ def read_config(source: Any) -> ModelConfig:
         raise ValueError(
             f"model_type={model_type!r} is not a supported architecture; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
+    _check_rope_type(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    hf = AutoConfig.for_model(**fields)
+    try:
+        hf = AutoConfig.for_model(**fields)
+    except (KeyError, StrictDataclassError) as error:
+        raise ValueError(f"the configuration is not valid: {error.args[0]}") from error
     if hf.hidden_act != "silu":
         raise ValueError(f"hidden_act={hf.hidden_act!r} is not supported; supported: silu")
     eos = hf.eos_token_id
@@ -90,7 +94,7 @@ def read_config(source: Any) -> ModelConfig:
         max_position_embeddings=hf.max_position_embeddings,
         rms_norm_eps=hf.rms_norm_eps,
         tie_word_embeddings=bool(hf.tie_word_embeddings),
-        rope_parameters=tuple(sorted((k, v) for k, v in hf.rope_parameters.items() if v is not None)),
+        rope_parameters=tuple(sorted((k, v) for k, v in hf.rope_parameters.items() if v is not None and k != "type")),
         sliding_windows=_sliding_windows(hf),
         qkv_bias=model_type == "qwen2" or bool(getattr(hf, "attention_bias", False)),
         output_bias=model_type != "qwen2" and bool(getattr(hf, "attention_bias", False)),
@@ -142,9 +146,16 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
+def _check_rope_type(settings: Mapping) -> None:
+    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise ValueError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(SUPPORTED_ROPE_TYPES)}")
+
+
 def _as_dict(source: Any) -> dict[str, Any]:
     if isinstance(source, Mapping):
-        return dict(source)
+        # transformers fills in nested dicts where they are
+        return copy.deepcopy(dict(source))
     if hasattr(source, "to_dict"):
         return source.to_dict()
     path = pathlib.Path(source)

@@ -1,5 +1,6 @@
 """Where each parameter of the decoder stands in a Hugging Face checkpoint."""
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ class Tensor(NamedTuple):
     layer: int | None
 
 
+@functools.cache
 def parameter_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters by dotted name; those of the layers carry a leading axis `L`."""
     params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))

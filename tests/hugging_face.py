@@ -1,0 +1,135 @@
+"""Small random models of `transformers`, the reference that the decoder is compared with."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from restkv_jax.models import Decoder, hidden_states, logits
+
+torch.set_num_threads(1)
+
+BASE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+LLAMA = BASE | {"model_type": "llama"}
+MISTRAL = BASE | {"model_type": "mistral", "sliding_window": None, "head_dim": 8}
+QWEN2 = BASE | {"model_type": "qwen2"}
+QWEN3 = BASE | {"model_type": "qwen3", "head_dim": 12}
+
+ARCHITECTURES = {
+    "llama": LLAMA,
+    "llama, one key per query": LLAMA | {"num_key_value_heads": 4},
+    "llama, one key for all queries": LLAMA | {"num_key_value_heads": 1},
+    "llama, wide heads": LLAMA | {"head_dim": 14},
+    "llama, attention bias": LLAMA | {"attention_bias": True},
+    "llama, mlp bias": LLAMA | {"mlp_bias": True},
+    "llama, tied": LLAMA | {"tie_word_embeddings": True},
+    "llama, large eps": LLAMA | {"rms_norm_eps": 0.3},
+    "mistral": MISTRAL,
+    "mistral, sliding window": MISTRAL | {"sliding_window": 7, "head_dim": 10},
+    "qwen2": QWEN2 | {"tie_word_embeddings": True},
+    "qwen2, window unused": QWEN2 | {"use_sliding_window": False, "sliding_window": 5},
+    "qwen2, window in upper layers": QWEN2
+    | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 3},
+    "qwen3": QWEN3,
+    "qwen3, attention bias, tied": QWEN3 | {"attention_bias": True, "tie_word_embeddings": True},
+    "qwen3, window in upper layers": QWEN3
+    | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "num_hidden_layers": 3},
+}
+"""One configuration per architecture and option."""
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 500.0},
+    "linear": {"rope_type": "linear", "rope_theta": 2000.0, "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 2000.0, "factor": 2.0},
+    "llama3": {"rope_type": "llama3", "rope_theta": 10000.0} | LLAMA3,
+    "yarn": {"rope_type": "yarn", "rope_theta": 2000.0} | YARN,
+    "yarn, mscale": {"rope_type": "yarn", "rope_theta": 2000.0, "mscale": 0.7, "mscale_all_dim": 0.2} | YARN,
+    "yarn, attention factor": {"rope_type": "yarn", "rope_theta": 2000.0, "attention_factor": 1.3} | YARN,
+    "yarn, betas": {"rope_type": "yarn", "rope_theta": 99.0, "beta_fast": 2, "beta_slow": 0.5, "truncate": False}
+    | YARN,
+}
+"""`rope_parameters` of every scaling."""
+
+
+def newer_spelling(config: dict, rope: dict) -> dict:
+    """The configuration with its RoPE settings in `rope_parameters`."""
+    return config | {"rope_parameters": rope}
+
+
+def older_spelling(config: dict, rope: dict, type_key: str = "rope_type") -> dict:
+    """The configuration with its RoPE settings in `rope_theta` and `rope_scaling`."""
+    scaling = {type_key: rope["rope_type"]} | {k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}
+    return config | {"rope_theta": rope["rope_theta"], "rope_scaling": None if len(scaling) == 1 else scaling}
+
+
+def random_model(config: dict, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model with random weights, biases and norms, large enough for every part to matter."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.4 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5 * (2 if "q_proj" in name else 1))
+            # `model.to(dtype)` would round the rotary frequencies too
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def write_model(directory: pathlib.Path, model: PreTrainedModel, config: dict, **options) -> pathlib.Path:
+    """Saves the weights with the configuration just as it is spelled."""
+    model.save_pretrained(directory, **options)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def left_padded(seed: int, lengths: tuple[int, ...], vocab_size: int = BASE["vocab_size"]):
+    """Random tokens int32 [B, T] and their mask bool [B, T]; the padding holds random tokens too."""
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, (len(lengths), max(lengths)), dtype=np.int32)
+    return tokens, np.arange(max(lengths)) >= max(lengths) - np.array(lengths)[:, None]
+
+
+def reference_logits(model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V]."""
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    arrays = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+    with torch.no_grad():
+        return model(**{name: torch.tensor(x, dtype=torch.long) for name, x in arrays.items()}).logits.float().numpy()
+
+
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""Compiles in a quarter of the time."""
+
+
+def our_logits(model: Decoder, params, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V]."""
+
+    @quick_jit
+    def run(params, tokens, mask):
+        return logits(model, params, hidden_states(model, params, tokens, mask))
+
+    return np.asarray(run(params, jnp.asarray(tokens), jnp.asarray(mask)))
