@@ -137,7 +137,7 @@ def run_plot(args: Sequence[str]) -> None:
     spans = {}
     if options.highlight is not None:
         try:
-            spans = {"highlighted": token_span(loaded.tokenizer, loaded.prompt, options.highlight)}
+            spans = {"highlighted text": token_span(loaded.tokenizer, loaded.prompt, options.highlight)}
         except ValueError as error:
             raise UsageError(f"--highlight: {error}") from error
     caches = {
@@ -222,9 +222,7 @@ def _sampling(options: GenerateOptions) -> dict[str, Any]:
     return sampling
 
 
-def _print_answer(
-    loaded: Loaded, policy: EvictionPolicy, max_new_tokens: int, sampling: dict[str, Any]
-) -> Timing:
+def _print_answer(loaded: Loaded, policy: EvictionPolicy, max_new_tokens: int, sampling: dict[str, Any]) -> Timing:
     """Prints the answer as it comes."""
     from transformers import TextStreamer
 
@@ -246,9 +244,7 @@ def _print_answer(
     return Timing(clock.seconds, first - first_compilation, rest - rest_compilation, num_tokens)
 
 
-def _cost_table(
-    loaded: Loaded, method: str, policy: EvictionPolicy, max_new_tokens: int, timing: Timing
-) -> Table:
+def _cost_table(loaded: Loaded, method: str, policy: EvictionPolicy, max_new_tokens: int, timing: Timing) -> Table:
     """Slots and bytes as they are allocated, against the full cache's for the same prompt, and times."""
     length = loaded.tokens.shape[1]
     cache, everything = (_cache_shapes(loaded, p, max_new_tokens) for p in (policy, full()))
@@ -261,7 +257,9 @@ def _cost_table(
     table.add_row("cache bytes", f"{bytes_:,} ({bytes_ / full_bytes:.1%} of the full cache's {full_bytes:,})")
     table.add_row("compilation", f"{timing.compilation:.2f} s, not in the times below")
     table.add_row("time to first token", f"{timing.first:.2f} s")
-    table.add_row("tokens per second", f"{rest / timing.rest:.1f} ({rest} after the first)" if rest else "one token only")
+    table.add_row(
+        "tokens per second", f"{rest / timing.rest:.1f} ({rest} after the first)" if rest else "one token only"
+    )
     table.add_row("device", jax.devices()[0].device_kind)
     table.caption = (
         f"Slots are allocated per layer and KV head, with {max_new_tokens:,} for new tokens; "
