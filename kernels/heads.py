@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-ELEMENTS_AT_ONCE = 2**25
-"""Bound on `heads at once * T * max(w, D)`, the float32 temporaries of one step: 128 MiB."""
+ELEMENTS_AT_ONCE = 2**22
+"""Bound on `heads at once * T * max(w, D)`, the float32 temporaries of one step: 16 MiB."""
 
 
 def over_query_heads(function: Callable, queries: Array, keys: Array, values: Array, *others: Array) -> Array:

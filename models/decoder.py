@@ -161,18 +161,20 @@ class Decoder(nn.Module):
             hidden, state = carry
             index, sliding_window = scanned
 
-            def keys_values(layer, hidden, positions):
-                return layer.keys(hidden, positions, rope), layer.values(hidden)
+            def project(layer, _, chunk):
+                return layer.keys(chunk(hidden), chunk(positions), rope), layer.values(chunk(hidden))
 
-            def attend(layer, hidden, positions):
-                queries = layer.queries(hidden, positions, rope)
-                context = attention(queries, *memory[:2], positions, memory.positions, sliding_window)
-                return layer.finish(hidden, context)
+            def attend(layer, hidden, chunk):
+                queries = layer.queries(chunk(hidden), chunk(positions), rope)
+                context = attention(queries, *memory[:2], chunk(positions), memory.positions, sliding_window)
+                return layer.finish(chunk(hidden), context)
 
-            keys, values = _over_chunks(keys_values, layer, (hidden, positions), chunk_size, out_axes=2)
+            batch, length, _ = hidden.shape
+            empty = jnp.zeros((batch, self.config.num_key_value_heads, length, self.config.head_dim), hidden.dtype)
+            keys, values = _fill_by_chunks(project, layer, (empty, empty), 2, length, chunk_size)
             memory, state = functions.remember(index, Memory(keys, values, positions), state)
             tail, tail_positions = hidden[:, -functions.num_queries :], positions[:, -functions.num_queries :]
-            hidden = _over_chunks(attend, layer, (hidden, positions), chunk_size, out_axes=1)
+            hidden = _fill_by_chunks(attend, layer, hidden, 1, length, chunk_size)
             shown = Layer(
                 index,
                 layer.queries(tail, tail_positions, rope),
@@ -198,25 +200,21 @@ class Decoder(nn.Module):
         return jnp.einsum("...m,vm->...v", hidden, unembedding, preferred_element_type=jnp.float32)
 
 
-def _over_chunks(function, layer: DecoderLayer, arrays: tuple[Array, ...], chunk_size: int | None, out_axes: int):
-    """Applies `function(layer, *arrays)` to chunks of axis 1 and joins the results along `out_axes`."""
-    length = arrays[0].shape[1]
+def _fill_by_chunks(function, layer: DecoderLayer, out: Any, axis: int, length: int, chunk_size: int | None) -> Any:
+    """Overwrites the arrays of `out` along their token `axis`, chunk by chunk and in place.
+
+    `function(layer, out, chunk)` returns the new part; `chunk(x)` takes the current tokens, axis 1, of an array.
+    """
     if chunk_size is None or chunk_size >= length:
-        return function(layer, *arrays)
-    scan = nn.scan(
-        lambda layer, _, chunk: (None, function(layer, *chunk)),
-        variable_broadcast="params",
-        split_rngs={"params": False},
-    )
-    chunks = jax.tree.map(lambda x: einops.rearrange(x, "b (c t) ... -> c b t ...", t=chunk_size), arrays)
-    _, results = scan(layer, None, chunks)
-    return jax.tree.map(lambda x: _join_chunks(x, out_axes), results)
+        return function(layer, out, lambda x: x)
 
+    def step(layer, out, start):
+        part = function(layer, out, lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk_size, axis=1))
+        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis)  # noqa: E731
+        return jax.tree.map(put, out, part), None
 
-def _join_chunks(x: Array, axis: int) -> Array:
-    """Moves the leading chunk axis of x next to `axis` and merges the two."""
-    moved = jnp.moveaxis(x, 0, axis)
-    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+    scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+    return scan(layer, out, jnp.arange(0, length, chunk_size))[0]
 
 
 def hidden_states(

@@ -99,7 +99,6 @@ def append(cache: KVCache, layer: Array, keys: Array, values: Array, active: Arr
     Returns:
       the next state.
     """
-    batch, num_kv_heads, _ = keys.shape
     used = cache.lengths[layer]
     slots = used
     if cache.importance is not None:
@@ -108,7 +107,8 @@ def append(cache: KVCache, layer: Array, keys: Array, values: Array, active: Arr
         candidates = jnp.where(recent, jnp.inf, cache.importance.scores[layer])
         slots = jnp.where(used < cache.num_slots, used, jnp.argmin(candidates, axis=-1))
     slots = jnp.where(active[:, None], slots, cache.num_slots)
-    place = (layer, jnp.arange(batch)[:, None], jnp.arange(num_kv_heads)[None, :], slots)
+    batch, num_kv_heads = slots.shape
+    place = layer, jnp.arange(batch)[:, None], jnp.arange(num_kv_heads)[None, :], slots
 
     def put(array, new):
         return array.at[place].set(new.astype(array.dtype), mode="drop", unique_indices=True)
