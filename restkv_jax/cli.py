@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from restkv_jax.cache import KVCache, cache_bytes
-from restkv_jax.checks import check_sampling
+from restkv_jax.checks import check_prompt, check_sampling
 from restkv_jax.generate import bucket_length, prefill, stream
 from restkv_jax.methods import METHODS, full
 from restkv_jax.models import Decoder, load_model
@@ -175,13 +175,20 @@ def _load(options: PromptOptions) -> Loaded:
         model, params, tokenizer = load_model(options.model, jnp.dtype(options.dtype))
     except (OSError, ValueError, KeyError) as error:
         name = "" if options.model is None else f" {options.model!r}"
-        raise UsageError(f"--model{name} cannot be loaded: {error}") from error
+        reason = str(error).removeprefix(f"path_or_id={options.model!r} ")
+        raise UsageError(f"--model{name} cannot be loaded: {reason}") from error
     if tokenizer is None:
         raise UsageError(f"--model {options.model!r} has no tokenizer; add its tokenizer.json to the directory")
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise UsageError("the prompt is empty: the tokenizer makes no token of it")
-    return Loaded(model, params, tokenizer, prompt, np.asarray([ids], np.int32))
+    tokens = np.asarray([ids], np.int32)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            check_prompt(model, tokens, None, full(), 1)
+    except ValueError as error:
+        raise UsageError(f"--model {options.model!r}: {error}") from error
+    return Loaded(model, params, tokenizer, prompt, tokens)
 
 
 def _read_prompt(options: PromptOptions) -> str:
@@ -201,7 +208,7 @@ def _read_prompt(options: PromptOptions) -> str:
     else:
         source, prompt = "standard input", sys.stdin.read()
     if not prompt.strip():
-        raise UsageError(f"{source} holds an empty prompt; give some text")
+        raise UsageError(f"{source} is empty; give a prompt with some text")
     return prompt
 
 

@@ -210,15 +210,17 @@ def make_policy(name: str, options: Any, prompt_tokens: int | None = None) -> Ev
     if budget.is_percentage and prompt_tokens is None:
         return None
     values["budget"] = slots = budget.slots(prompt_tokens or 0)
-    computed = f"--budget {budget} of a prompt of {prompt_tokens:,} tokens is {slots:,} slots; "
-    return _checked(find_method(name), values, computed if budget.is_percentage else "")
+    if not budget.is_percentage:
+        return _checked(find_method(name), values)
+    computed = f"--budget {budget} of a prompt of {prompt_tokens:,} tokens is {slots:,} slots: "
+    return _checked(find_method(name), values, computed)
 
 
-def _checked(preset: Callable[..., EvictionPolicy], values: dict[str, Any], prefix: str = "") -> EvictionPolicy:
+def _checked(preset: Callable[..., EvictionPolicy], values: dict[str, Any], computed: str = "") -> EvictionPolicy:
     try:
         return preset(**values)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{prefix}{error}") from error
+        raise UsageError(f"{computed if 'budget=' in str(error) else ''}{error}") from error
 
 
 def _parse(target: Any, args: Sequence[str], program: str, classes: Sequence[type], of: str) -> Any:

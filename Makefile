@@ -1,0 +1,43 @@
+# `make demo` and `make test` need make, Python >= 3.11 and a package index, and nothing else.
+
+CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python
+IS_RECENT := import sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(IS_RECENT)" 2> /dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint format wheel clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/bin/python
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet --editable ".[eval]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml scripts/install_torch.py | $(VENV)/bin/python
+	$(PIP) install --quiet --editable ".[dev]"
+	$(BIN)/python scripts/install_torch.py
+	touch $@
