@@ -21,7 +21,7 @@ BASE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
