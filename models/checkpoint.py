@@ -1,6 +1,5 @@
 """Hugging Face checkpoints in safetensors: reading them into parameters and writing them back."""
 
-import contextlib
 import dataclasses
 import importlib.resources
 import json
@@ -9,7 +8,7 @@ import pathlib
 import re
 import shutil
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +32,20 @@ from restkv_jax.models.tensors import (
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("float32", "bfloat16", "float16")
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MODEL_FILES = ("model*.safetensors", INDEX, "config.json", "generation_config.json")
 """What `save_model` replaces in a directory that exists."""
+
+
+class Header(NamedTuple):
+    """A stored tensor: its file, shape and dtype, the latter in the spelling of safetensors."""
+
+    path: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def load_model(
@@ -68,15 +76,15 @@ def load_model(
     directory = _find_directory(path_or_id)
     files = _weight_files(directory)
     model = Decoder(_read_model_config(directory))
-    with contextlib.ExitStack() as stack:
-        handles = _open_tensors(directory, files, stack)
-        expected = checkpoint_tensors(model)
-        check_tensors(expected, {name: file.get_slice(name).get_shape() for name, file in handles.items()}, directory)
-        tokenizer = _load_tokenizer(directory)
-        params = {
-            parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), handles, expected)
-            for parameter, shape in parameter_shapes(model).items()
-        }
+    headers = _read_headers(directory, files)
+    expected = checkpoint_tensors(model)
+    check_tensors(expected, {name: header.shape for name, header in headers.items()}, directory)
+    _check_stored_dtypes({name: headers[name] for name in expected})
+    tokenizer = _load_tokenizer(directory)
+    params = {
+        parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), headers, expected)
+        for parameter, shape in parameter_shapes(model).items()
+    }
     return model, unflatten(params), tokenizer
 
 
@@ -191,40 +199,42 @@ def _read_model_config(directory: pathlib.Path) -> ModelConfig:
     )
 
 
-def _open_tensors(directory: pathlib.Path, files: dict[str, str] | None, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """The open file that holds each tensor."""
-    handles = {}
-    for file in sorted(set(files.values())) if files else [WEIGHTS]:
+def _read_headers(directory: pathlib.Path, files: dict[str, str] | None) -> dict[str, Header]:
+    """Where each tensor is stored, and as what."""
+    headers = {}
+    for path in [directory / file for file in sorted(set(files.values()) if files else [WEIGHTS])]:
         try:
-            handle = stack.enter_context(safe_open(directory / file, framework="np"))
+            with safe_open(path, framework="np") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                headers |= {name: Header(path, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{directory / file} is damaged ({error}); download or write it again") from error
-        handles |= dict.fromkeys(handle.keys(), handle)
-    return handles
+            raise ValueError(f"{path} is damaged ({error}); download or write it again") from error
+    return headers
+
+
+def _check_stored_dtypes(headers: dict[str, Header]) -> None:
+    for name, header in headers.items():
+        if header.dtype not in STORED_DTYPES:
+            raise ValueError(
+                f"tensor {name!r} is stored as {header.dtype}, which is not supported; "
+                f"supported: {', '.join(STORED_DTYPES)}"
+            )
 
 
 def _read_parameter(
-    parameter: str, shape: tuple[int, ...], dtype: Any, handles: dict[str, Any], expected: dict[str, Tensor]
+    parameter: str, shape: tuple[int, ...], dtype: Any, headers: dict[str, Header], expected: dict[str, Tensor]
 ) -> jax.Array:
     """One parameter, all layers stacked, from its tensors."""
     stacked = np.empty(shape, dtype)
     for name, tensor in expected.items():
         if tensor.parameter == parameter:
             place = stacked if tensor.layer is None else stacked[tensor.layer]
-            with np.errstate(over="ignore", invalid="ignore"):
-                place[...] = from_checkpoint(parameter, _read_tensor(handles[name], name), place.shape)
+            # Closing the file gives back the memory that its pages were mapped to.
+            with safe_open(headers[name].path, framework="np") as file, np.errstate(over="ignore", invalid="ignore"):
+                place[...] = from_checkpoint(parameter, file.get_tensor(name), place.shape)
             if not np.isfinite(place).all():
-                raise ValueError(
-                    f"tensor {name!r} holds NaN or infinity (read as {dtype}); the checkpoint is unusable so"
-                )
+                raise ValueError(f"tensor {name!r} holds NaN or infinity (read as {dtype}); the weights are unusable")
     return jnp.asarray(stacked)
-
-
-def _read_tensor(handle: Any, name: str) -> np.ndarray:
-    kind = handle.get_slice(name).get_dtype()
-    if kind not in ("F64", "F32", "F16", "BF16"):
-        raise ValueError(f"tensor {name!r} is stored as {kind}; supported: F64, F32, F16, BF16")
-    return handle.get_tensor(name)
 
 
 def _load_tokenizer(directory: pathlib.Path) -> Any | None:

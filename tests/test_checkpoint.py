@@ -365,7 +365,7 @@ def test_unknown_tensor(directory, name):
 
 def test_integer_tensor(directory):
     edit_weights(directory, lambda tensors: tensors.update({Q: np.zeros(tensors[Q].shape, np.int8)}))
-    with pytest.raises(ValueError, match=rf"'{Q}' is stored as I8; supported"):
+    with pytest.raises(ValueError, match=rf"'{Q}' is stored as I8, which is not supported; supported"):
         rk.load_model(directory)
 
 
