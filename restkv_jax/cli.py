@@ -1,13 +1,15 @@
 """The command line: `restkv generate`, `restkv methods`, `restkv plot`."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import inspect
+import os
 import pathlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import docstring_parser
@@ -18,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from restkv_jax.cache import KVCache, cache_bytes
-from restkv_jax.checks import check_prompt, check_sampling
+from restkv_jax.checks import check_sampling
 from restkv_jax.generate import bucket_length, prefill, stream
 from restkv_jax.methods import METHODS, full
 from restkv_jax.models import Decoder, load_model
@@ -76,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       the exit code: 0; 2 for input that cannot work, with one line on standard error.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    # transformers advises to install PyTorch, which nothing here needs
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.showwarning = lambda message, *rest, **options: _complain(f"warning: {message}")
     try:
         _find_command(args)(args[1:])
@@ -135,15 +139,14 @@ def run_plot(args: Sequence[str]) -> None:
     _plot_policies(options)
     loaded = _load(options)
     spans = {}
-    if options.highlight is not None:
-        try:
+    with _as_usage_error("--highlight: "):
+        if options.highlight is not None:
             spans = {"highlighted text": token_span(loaded.tokenizer, loaded.prompt, options.highlight)}
-        except ValueError as error:
-            raise UsageError(f"--highlight: {error}") from error
-    caches = {
-        f"{name}, budget {options.budget}": prefill(loaded.model, loaded.params, loaded.tokens, policy=policy)[1]
-        for name, policy in _plot_policies(options, loaded.tokens.shape[1]).items()
-    }
+    caches = {}
+    for name, policy in _plot_policies(options, loaded.tokens.shape[1]).items():
+        with _as_usage_error():
+            _, cache = prefill(loaded.model, loaded.params, loaded.tokens, policy=policy)
+        caches[f"{name}, budget {options.budget}" if policy.budget else name] = cache
     plot_kept(caches, spans=spans).savefig(options.output, dpi=150)
     print(f"wrote {options.output}")
 
@@ -182,13 +185,7 @@ def _load(options: PromptOptions) -> Loaded:
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise UsageError("the prompt is empty: the tokenizer makes no token of it")
-    tokens = np.asarray([ids], np.int32)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            check_prompt(model, tokens, None, full(), 1)
-    except ValueError as error:
-        raise UsageError(f"--model {options.model!r}: {error}") from error
-    return Loaded(model, params, tokenizer, prompt, tokens)
+    return Loaded(model, params, tokenizer, prompt, np.asarray([ids], np.int32))
 
 
 def _read_prompt(options: PromptOptions) -> str:
@@ -221,12 +218,9 @@ def _sampling(options: GenerateOptions) -> dict[str, Any]:
         return {}
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed {options.seed} must be in [0, 2**32)")
-    sampling["key"] = jax.random.key(options.seed)
-    try:
-        check_sampling(**sampling)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return sampling
+    with _as_usage_error():
+        check_sampling(key=options.seed, **sampling)
+    return sampling | {"key": jax.random.key(options.seed)}
 
 
 def _print_answer(loaded: Loaded, policy: EvictionPolicy, max_new_tokens: int, sampling: dict[str, Any]) -> Timing:
@@ -236,9 +230,10 @@ def _print_answer(loaded: Loaded, policy: EvictionPolicy, max_new_tokens: int, s
     printer = TextStreamer(loaded.tokenizer, skip_special_tokens=True)
     with CompilationClock() as clock:
         start = time.perf_counter()
-        steps = stream(
-            loaded.model, loaded.params, loaded.tokens, policy=policy, max_new_tokens=max_new_tokens, **sampling
-        )
+        with _as_usage_error():
+            steps = stream(
+                loaded.model, loaded.params, loaded.tokens, policy=policy, max_new_tokens=max_new_tokens, **sampling
+            )
         printer.put(next(steps))
         first, first_compilation = time.perf_counter() - start, clock.seconds
         num_tokens = 1
@@ -285,5 +280,17 @@ def _cache_shapes(loaded: Loaded, policy: EvictionPolicy, max_new_tokens: int) -
         return jax.eval_shape(shapes, loaded.params, loaded.tokens)
 
 
+@contextlib.contextmanager
+def _as_usage_error(prefix: str = "") -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{prefix}{error}") from error
+
+
 def _complain(text: str) -> None:
     print(f"restkv: {' '.join(text.split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

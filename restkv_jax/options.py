@@ -255,7 +255,11 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 
 def _first_part_of_box(text: str) -> str:
-    """The text of a drawn box up to its first rule, on one line."""
-    rows = [row.strip("│╭╮╰╯ ") for row in text.splitlines()[1:]]
-    part = itertools.takewhile(lambda row: not re.fullmatch("─+", row), rows)
-    return " ".join(" ".join(part).split()).removeprefix("Error parsing ").rstrip(".")
+    """The text of a drawn box, below its title and up to its first rule, on one line."""
+    rows = [row.strip("│╭╮╰╯| ") for row in text.splitlines()[1:]]
+    parts = [" ".join(group) for is_rule, group in itertools.groupby(rows, _is_rule) if not is_rule]
+    return " ".join(parts[0].split()).removeprefix("Error parsing ").rstrip(".") if parts else "bad arguments"
+
+
+def _is_rule(row: str) -> bool:
+    return bool(re.fullmatch("[─-]+", row))

@@ -1,5 +1,6 @@
 """Asks the embedded model for numbers hidden in long texts, with the full cache and with ReST-KV's small one."""
 
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -99,4 +100,6 @@ def cost_table(runs: dict[str, Run], num_tokens: int, num_prompts: int) -> Table
 
 
 if __name__ == "__main__":
+    # transformers advises to install PyTorch, which nothing here needs
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     tyro.cli(main)
