@@ -1,6 +1,5 @@
 """Small random models of `transformers`, the reference that the decoder is compared with."""
 
-import functools
 import json
 import pathlib
 
@@ -121,14 +120,10 @@ def reference_logits(model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarra
         return model(**{name: torch.tensor(x, dtype=torch.long) for name, x in arrays.items()}).logits.float().numpy()
 
 
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""Compiles in a quarter of the time."""
-
-
 def our_logits(model: Decoder, params, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """float32 [B, T, V]."""
 
-    @quick_jit
+    @jax.jit
     def run(params, tokens, mask):
         return logits(model, params, hidden_states(model, params, tokens, mask))
 

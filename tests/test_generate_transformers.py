@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from hugging_face import (
     left_padded,
     newer_spelling,
     older_spelling,
-    quick_jit,
     random_model,
     write_model,
 )
@@ -56,7 +56,7 @@ def reference_tokens(reference, tokens, mask, max_new_tokens=NEW):
 
 
 def our_tokens(model, params, tokens, mask, **options):
-    @quick_jit
+    @jax.jit
     def run(params, tokens, mask):
         return rk.generate(model, params, tokens, mask, policy=rk.full(), max_new_tokens=NEW, **options)
 

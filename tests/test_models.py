@@ -18,7 +18,6 @@ from hugging_face import (
     newer_spelling,
     older_spelling,
     our_logits,
-    quick_jit,
     random_model,
     reference_logits,
     write_model,
@@ -120,7 +119,7 @@ def test_chunks_change_nothing(family, chunk_size, tmp_path):
     reference, model, params = loaded(tmp_path, OF_EACH_FAMILY[family])
     tokens, mask = left_padded(5, (24, 17, 2))
 
-    @quick_jit
+    @jax.jit
     def run(params, tokens, mask):
         hidden, _ = model.apply({"params": params}, tokens, positions_of(mask), chunk_size=chunk_size)
         return logits(model, params, hidden)
@@ -148,7 +147,7 @@ def test_gradients_of_the_loss(tmp_path):
         scores = jax.nn.log_softmax(logits(model, params, hidden_states(model, params, tokens)))
         return -jnp.take_along_axis(scores[:, :-1], tokens[:, 1:, None], axis=-1).mean()
 
-    ours = quick_jit(jax.grad(loss))(params)
+    ours = jax.jit(jax.grad(loss))(params)
     long = torch.tensor(tokens, dtype=torch.long)
     reference(input_ids=long, labels=long).loss.backward()
     for parameter, tensor in [("query_projection", "self_attn.q_proj"), ("down_projection", "mlp.down_proj")]:
@@ -192,7 +191,7 @@ def test_init_params_under_eval_shape():
     def init(key):
         return rk.init_params(model, key, jnp.bfloat16)
 
-    params, shapes = quick_jit(init)(jax.random.key(0)), jax.eval_shape(init, jax.random.key(0))
+    params, shapes = jax.jit(init)(jax.random.key(0)), jax.eval_shape(init, jax.random.key(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
     layers = params["layers"]["query_projection"].astype(jnp.float32)
