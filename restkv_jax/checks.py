@@ -13,7 +13,7 @@ from restkv_jax.policy import EvictionPolicy
 
 
 def check_prompt(
-    model: Decoder, tokens: Any, mask: Any | None, policy: EvictionPolicy, max_new_tokens: int
+    model: Decoder, tokens: Any, mask: Any | None, policy: EvictionPolicy, max_new_tokens: int, chunk_size: int = 1
 ) -> tuple[Array, Array]:
     """Checks a batch of prompts; values are looked at where they are known, that is outside of `jax.jit`.
 
@@ -23,6 +23,7 @@ def check_prompt(
       mask: bool or int [B, T], False on padding; None if there is none.
       policy: an `EvictionPolicy`.
       max_new_tokens: at least 1.
+      chunk_size: at least 1.
 
     Returns:
       tokens int32 [B, T] and mask bool [B, T].
@@ -35,6 +36,8 @@ def check_prompt(
         raise TypeError(f"policy={policy!r} must be an EvictionPolicy, such as restkv_jax.restkv(budget=1024)")
     if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 1")
+    if not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1")
     tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}, but must be [batch, length]; one prompt is tokens[None]")

@@ -97,7 +97,7 @@ def prefill(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens)
+    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size)
     return _prefill(model, params, tokens, mask, policy, max_new_tokens, chunk_size)
 
 
@@ -166,7 +166,7 @@ def generate(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens)
+    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size)
     sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
     return _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size)
 
@@ -192,7 +192,7 @@ def stream(
     last of them.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens)
+    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size)
     sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
 
     def steps():

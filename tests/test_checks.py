@@ -1,0 +1,76 @@
+"""Bad input: a clear error that names the argument, before anything is compiled."""
+
+import jax
+import numpy as np
+import pytest
+
+import restkv_jax as rk
+
+CONFIG = dict(
+    model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=100,
+)  # fmt: skip
+MODEL = rk.build_model(CONFIG)
+PARAMS = jax.eval_shape(lambda key: rk.init_params(MODEL, key), jax.random.key(0))
+"""Shapes only: an error that came after compilation or computation could not be the one expected."""
+
+TOKENS = np.ones((2, 10), np.int32)
+RIGHT_PADDED = np.arange(10)[None] < np.array([[10], [6]])
+ALL_PADDING = np.arange(10)[None] >= np.array([[0], [10]])
+
+
+@pytest.mark.parametrize("call", [rk.generate, rk.prefill, rk.stream])
+@pytest.mark.parametrize(("changes", "error", "words"), [
+    (dict(tokens=TOKENS[0]), ValueError, r"tokens has shape \(10,\)"),
+    (dict(tokens=TOKENS[:, :0]), ValueError, "the prompt is empty"),
+    (dict(tokens=TOKENS * 1.0), TypeError, "tokens has dtype float64"),
+    (dict(tokens=TOKENS * 61), ValueError, r"tokens\[0, 0\]=61 is out of the vocabulary of 61"),
+    (dict(tokens=-TOKENS), ValueError, r"tokens\[0, 0\]=-1 is out of the vocabulary"),
+    (dict(mask=np.ones((2, 9), bool)), ValueError, r"mask has shape \(2, 9\)"),
+    (dict(mask=RIGHT_PADDED), ValueError, "padding after real tokens in row 1; pad on the left"),
+    (dict(mask=ALL_PADDING), ValueError, "row 1: the row is all padding"),
+    (dict(max_new_tokens=0), ValueError, "max_new_tokens=0"),
+    (dict(max_new_tokens=2.5), ValueError, "max_new_tokens=2.5"),
+    (dict(policy="restkv"), TypeError, "policy='restkv' must be an EvictionPolicy"),
+])  # fmt: skip
+def test_prompts_that_make_no_sense(call, changes, error, words):
+    with pytest.raises(error, match=words):
+        call(MODEL, PARAMS, **({"tokens": TOKENS, "mask": None} | changes))
+
+
+@pytest.mark.parametrize("call", [rk.generate, rk.stream])
+@pytest.mark.parametrize(("options", "words"), [
+    (dict(temperature=0.5), "pass key=jax.random.key"),
+    (dict(key=jax.random.key(0), temperature=-1.0), "temperature=-1.0"),
+    (dict(key=jax.random.key(0), top_k=0), "top_k=0"),
+    (dict(key=jax.random.key(0), top_p=1.5), "top_p=1.5"),
+])  # fmt: skip
+def test_sampling_options_that_make_no_sense(call, options, words):
+    with pytest.raises(ValueError, match=words):
+        call(MODEL, PARAMS, TOKENS, **options)
+
+
+def test_chunk_size_must_be_positive():
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        rk.prefill(MODEL, PARAMS, TOKENS, chunk_size=0)
+
+
+def test_prompts_beyond_the_context_warn():
+    with pytest.warns(UserWarning, match="exceed the model's maximum of 100"), pytest.raises(TypeError):
+        rk.prefill(MODEL, None, np.ones((1, 95), int), max_new_tokens=10)
+
+
+def test_padding_may_hold_any_token_id():
+    tokens = np.where(ALL_PADDING[:1] | (np.arange(10) > 2), TOKENS[:1], 10_000)
+    params = rk.init_params(MODEL, jax.random.key(0))
+    rk.prefill(MODEL, params, tokens, np.arange(10)[None] > 2)
+
+
+def test_decode_step_refuses_a_wrong_batch_and_a_full_cache():
+    params = rk.init_params(MODEL, jax.random.key(0))
+    scores, cache = rk.prefill(MODEL, params, TOKENS, policy=rk.full(), max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"token has shape \(3,\), but the cache holds 2 rows"):
+        rk.decode_step(MODEL, params, np.ones(3, int), cache)
+    full = cache.replace(lengths=cache.lengths * 0 + cache.num_slots)
+    with pytest.raises(ValueError, match="the cache is full"):
+        rk.decode_step(MODEL, params, scores.argmax(-1), full)
