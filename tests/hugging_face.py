@@ -6,11 +6,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from restkv_jax.models import Decoder, hidden_states, logits
 
+torch = pytest.importorskip("torch", reason="needs PyTorch: compares with transformers' own models")
 torch.set_num_threads(1)
 
 BASE = {

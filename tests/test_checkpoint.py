@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
-from hugging_face import LLAMA, MISTRAL, QWEN2, QWEN3, ROPES, newer_spelling, random_model, write_model
+from hugging_face import LLAMA, MISTRAL, QWEN2, QWEN3, ROPES, newer_spelling, random_model, torch, write_model
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hugging_face import (
     LLAMA,
     MISTRAL,
@@ -17,6 +16,7 @@ from hugging_face import (
     newer_spelling,
     older_spelling,
     random_model,
+    torch,
     write_model,
 )
 from transformers import AutoModelForCausalLM

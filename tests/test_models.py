@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hugging_face import (
     ARCHITECTURES,
     LLAMA,
@@ -20,6 +19,7 @@ from hugging_face import (
     our_logits,
     random_model,
     reference_logits,
+    torch,
     write_model,
 )
 from transformers import AutoConfig
