@@ -189,21 +189,22 @@ def _load(options: PromptOptions) -> Loaded:
 
 
 def _read_prompt(options: PromptOptions) -> str:
-    source = "PROMPT"
     if options.prompt is not None and options.file is not None:
         raise UsageError(f"PROMPT and --file {str(options.file)!r} are both given; leave one out")
-    if options.prompt is not None:
-        prompt = options.prompt
-    elif options.file is not None:
-        source = f"--file {str(options.file)!r}"
-        try:
+    source = "PROMPT" if options.file is None else f"--file {str(options.file)!r}"
+    try:
+        if options.prompt is not None:
+            prompt = options.prompt
+        elif options.file is not None:
             prompt = options.file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{source} cannot be read as text ({error}); give a UTF-8 text file") from error
-    elif sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("no PROMPT; give it as an argument, with --file PATH, or on standard input")
-    else:
-        source, prompt = "standard input", sys.stdin.read()
+        elif sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("no PROMPT; give it as an argument, with --file PATH, or on standard input")
+        else:
+            source, prompt = "standard input", sys.stdin.read()
+        # bytes that are no text come as lone surrogates from arguments and standard input
+        prompt.encode("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{source} cannot be read as text ({error}); give text in UTF-8") from error
     if not prompt.strip():
         raise UsageError(f"{source} is empty; give a prompt with some text")
     return prompt

@@ -198,6 +198,13 @@ def test_bad_values_are_one_line_without_box_characters(model):
     assert (done.returncode, done.stderr) == (2, expected)
 
 
+def test_bytes_that_are_no_text(capsys, monkeypatch, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"a\xff")
+    assert_refused(capsys, ["generate", "--file", str(tmp_path / "bytes")], "cannot be read as text")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\udcff"))
+    assert_refused(capsys, ["generate"], "standard input cannot be read as text")
+
+
 def test_no_prompt_at_a_terminal(capsys, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
