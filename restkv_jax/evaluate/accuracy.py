@@ -1,0 +1,99 @@
+"""How often a model answers prompts exactly, with confidence intervals."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from restkv_jax.evaluate.tasks import Prompt
+from restkv_jax.generate import bucket_length, generate
+from restkv_jax.policy import EvictionPolicy
+
+
+class Accuracy(NamedTuple):
+    """`correct` of `total` prompts answered exactly, and the limits of the share's 95 % Wilson interval."""
+
+    correct: int
+    total: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        """Share of prompts answered exactly."""
+        return self.correct / self.total
+
+
+def measure_accuracy(
+    model: Any,
+    params: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    policy: EvictionPolicy | None = None,
+    batch_size: int = 16,
+) -> Accuracy:
+    """Generates greedily from every prompt and counts the exact answers.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters.
+      tokenizer: of `transformers`.
+      prompts: from `make_prompts`.
+      policy: what to keep of the prompts; everything by default.
+      batch_size: prompts generated at once; a batch shorter than this is filled up, so that one program serves all.
+
+    Raises:
+      ValueError: no prompts.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty")
+    texts = generate_texts(model, params, tokenizer, prompts, policy, batch_size)
+    correct = sum(is_exact(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True))
+    return Accuracy(correct, len(prompts), *wilson_interval(correct, len(prompts)))
+
+
+def generate_texts(
+    model: Any,
+    params: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    policy: EvictionPolicy | None = None,
+    batch_size: int = 16,
+) -> list[str]:
+    """What the model says after each prompt, greedily, up to a little more than the longest answer."""
+    encoded = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
+    length = bucket_length(max(map(len, encoded)))
+    answers = (tokenizer(" " + ", ".join(prompt.answers))["input_ids"] for prompt in prompts)
+    max_new_tokens = max(map(len, answers)) + 4
+    texts = []
+    for start in range(0, len(prompts), batch_size):
+        rows = encoded[start : start + batch_size]
+        rows += rows[:1] * (batch_size - len(rows))
+        tokens, mask = pad_left(rows, length)
+        out = generate(model, params, tokens, mask, policy=policy, max_new_tokens=max_new_tokens)
+        texts += tokenizer.batch_decode(np.asarray(out.tokens), skip_special_tokens=True)
+    return texts[: len(prompts)]
+
+
+def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """Token ids int32 [B, length], zeros on the left, and their mask bool [B, length]."""
+    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for b, row in enumerate(rows):
+        tokens[b, length - len(row) :], mask[b, length - len(row) :] = row, True
+    return jnp.asarray(tokens), jnp.asarray(mask)
+
+
+def is_exact(text: str, answers: Sequence[str]) -> bool:
+    """Whether the words and numbers of the text are the expected answers, in any order, and nothing else."""
+    return sorted(re.findall(r"\w+", text)) == sorted(answers)
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927), 95 % by default."""
+    share = correct / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
