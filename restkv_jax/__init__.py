@@ -1,10 +1,11 @@
 """Long prompts on a small KV cache: ReST-KV and its relatives for Llama-family models in JAX."""
 
 from restkv_jax.cache import KVCache, cache_bytes, kept_positions
+from restkv_jax.eviction import Eviction, evict_layer
 from restkv_jax.generate import Generation, bucket_length, decode_step, generate, prefill, stream
 from restkv_jax.methods import METHODS, full, h2o, knorm, random, restkv, snapkv, streaming_llm, tova
 from restkv_jax.models import build_model, init_params, load_model, save_model
-from restkv_jax.policy import Eviction, EvictionPolicy, evict_layer
+from restkv_jax.policy import EvictionPolicy
 
 __all__ = [
     "METHODS",

@@ -12,10 +12,12 @@ from jax import Array
 from restkv_jax import kernels
 from restkv_jax.cache import KVCache, append, empty_cache, write_layer
 from restkv_jax.checks import check_prompt, check_sampling, check_token
+from restkv_jax.eviction import evict
 from restkv_jax.importance import observe_prompt, observe_token
 from restkv_jax.methods import full
 from restkv_jax.models import Decoder, Layer, Memory, StateFunctions, logits, positions_of
-from restkv_jax.policy import EvictionPolicy, Observation, evict
+from restkv_jax.observation import Observation
+from restkv_jax.policy import EvictionPolicy
 from restkv_jax.sampling import row_keys, sample
 
 CHUNK_SIZE = 1024

@@ -1,22 +1,20 @@
 """Smoothing of scores over neighbouring keys."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax import kernels
-
-if TYPE_CHECKING:
-    from restkv_jax.policy import Observation
+from restkv_jax.observation import Observation
 
 
 class Pooling(Protocol):
     """Smooths float32 [B, H, P] scores of the keys before the window; a frozen dataclass, static under jit."""
 
-    def __call__(self, scores: Array, observation: "Observation", window: int, count: int) -> Array:
+    def __call__(self, scores: Array, observation: Observation, window: int, count: int) -> Array:
         """float32 [B, H, P]; `count` is how many keys of the prefix are to be kept."""
 
 
@@ -84,7 +82,7 @@ class AdaptivePooling:
         left = jnp.clip(width // 2 - shift, 0, width - 1)
         return mean(extended, width, left)
 
-    def width_and_shift(self, observation: "Observation", window: int, count: int) -> tuple[Array, Array]:
+    def width_and_shift(self, observation: Observation, window: int, count: int) -> tuple[Array, Array]:
         """Width and shift of every head's window, int32 [B, H]."""
         queries = observation.queries[:, :, -window:]
         query_positions = observation.query_positions[:, -window:]
@@ -143,7 +141,7 @@ def make_pooling(kind: Literal["adaptive", "avg", "max", "none"], kernel_size: i
     return kinds[kind]()
 
 
-def _inside(scores: Array, observation: "Observation") -> Array:
+def _inside(scores: Array, observation: Observation) -> Array:
     """bool [B, 1, P]: not padding."""
     return observation.positions[:, None, : scores.shape[-1]] >= 0
 

@@ -1,14 +1,15 @@
 """H2O: keep what the whole prompt attends to."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax import kernels
-from restkv_jax.policy import EvictionPolicy, Observation
+from restkv_jax.observation import Observation
+from restkv_jax.policy import EvictionPolicy
 
 CHUNK = 128
 """Queries whose attention exists at one time."""
@@ -18,7 +19,7 @@ CHUNK = 128
 class AccumulatedAttention:
     """Causal attention received from all queries of the prompt, `sum_t A[t, n]`."""
 
-    all_queries: bool = dataclasses.field(default=True, init=False)
+    all_queries: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation

@@ -1,18 +1,20 @@
 """Key norm: keep the keys of smallest norm."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.policy import EvictionPolicy, Observation
+from restkv_jax.observation import Observation
+from restkv_jax.policy import EvictionPolicy
 
 
 @dataclasses.dataclass(frozen=True)
 class NegativeKeyNorm:
     """`-||k[n]||_2`: keys of small norm tend to be attended."""
 
-    all_queries: bool = dataclasses.field(default=False, init=False)
+    all_queries: ClassVar[bool] = False
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation

@@ -1,12 +1,14 @@
 """Random eviction: the floor that every method should beat."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.policy import EvictionPolicy, Observation
+from restkv_jax.observation import Observation
+from restkv_jax.policy import EvictionPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +16,7 @@ class RandomScores:
     """Uniform scores that depend on the seed, layer, KV head and position only, so batching does not change them."""
 
     seed: int = 0
-    all_queries: bool = dataclasses.field(default=False, init=False)
+    all_queries: ClassVar[bool] = False
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation

@@ -1,14 +1,15 @@
 """ReST-KV: evict what changes the layer's output least, smoothed over time and space."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from restkv_jax import kernels
-from restkv_jax.policy import EvictionPolicy, Observation
+from restkv_jax.observation import Observation
+from restkv_jax.policy import EvictionPolicy
 from restkv_jax.pooling import make_pooling
 
 
@@ -24,7 +25,7 @@ class Reconstruction:
     alpha: float = 0.3
     order: Literal["after", "before"] = "after"
     use_output_projection: bool = True
-    all_queries: bool = dataclasses.field(default=False, init=False)
+    all_queries: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.temporal not in ("ema", "mean"):

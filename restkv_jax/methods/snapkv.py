@@ -1,13 +1,14 @@
 """SnapKV: keep what the window attends to."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax import kernels
-from restkv_jax.policy import EvictionPolicy, Observation
+from restkv_jax.observation import Observation
+from restkv_jax.policy import EvictionPolicy
 from restkv_jax.pooling import make_pooling
 
 
@@ -15,7 +16,7 @@ from restkv_jax.pooling import make_pooling
 class WindowAttention:
     """Attention received from the window's queries, `sum_t A[t, n]`."""
 
-    all_queries: bool = dataclasses.field(default=False, init=False)
+    all_queries: ClassVar[bool] = False
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation

@@ -1,11 +1,13 @@
 """StreamingLLM: keep the first tokens and the most recent ones."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.policy import EvictionPolicy, Observation
+from restkv_jax.observation import Observation
+from restkv_jax.policy import EvictionPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +15,7 @@ class SinksAndRecency:
     """The later the token the better, and the first `sinks` tokens before all."""
 
     sinks: int = 4
-    all_queries: bool = dataclasses.field(default=False, init=False)
+    all_queries: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.sinks < 0:

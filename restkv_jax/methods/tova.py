@@ -1,19 +1,21 @@
 """TOVA: keep what the last token attends to, the same tokens for all heads."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax import kernels
-from restkv_jax.policy import EvictionPolicy, Observation
+from restkv_jax.observation import Observation
+from restkv_jax.policy import EvictionPolicy
 
 
 @dataclasses.dataclass(frozen=True)
 class LastAttention:
     """Attention received from the last query, averaged over all heads of the layer."""
 
-    all_queries: bool = dataclasses.field(default=False, init=False)
+    all_queries: ClassVar[bool] = False
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation

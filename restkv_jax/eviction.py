@@ -1,0 +1,120 @@
+"""Eviction of one layer's keys and values: score, smooth, select, gather."""
+
+import functools
+from typing import NamedTuple
+
+import chex
+import einops
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax import kernels
+from restkv_jax.observation import Observation
+from restkv_jax.policy import EvictionPolicy
+
+
+class Eviction(NamedTuple):
+    """One layer after eviction.
+
+    `scores` float32 [B, K, T - w], -inf on padding; `positions` int32 [B, K, C], prompt positions ascending, -1 where
+    empty; `lengths` int32 [B, K]; `keys`, `values` [B, K, C, D].
+    """
+
+    scores: Array
+    positions: Array
+    lengths: Array
+    keys: Array
+    values: Array
+
+
+def evict_layer(
+    policy: EvictionPolicy,
+    queries: Array,
+    keys: Array,
+    values: Array,
+    output_projection: Array,
+    mask: Array | None = None,
+) -> Eviction:
+    """Applies a policy to one layer of a prompt.
+
+    Args:
+      policy: what to keep; its window is the number of queries, except for scorers that ask for all `T`.
+      queries: [B, H, w, D], the window's, after RoPE.
+      keys: [B, K, T, D], after RoPE.
+      values: [B, K, T, D].
+      output_projection: [H, D, M], the block of the output projection that each head's output multiplies.
+      mask: bool [B, T], False on left padding.
+
+    Returns:
+      an `Eviction` with `C = budget` slots (`T` without a budget); scores are always computed, also where the
+      budget holds the whole prompt.
+
+    Raises:
+      AssertionError: shapes that do not agree.
+    """
+    queries, keys, values, output_projection = map(jnp.asarray, (queries, keys, values, output_projection))
+    chex.assert_rank([queries, keys, values, output_projection], [4, 4, 4, 3])
+    batch, num_kv_heads, length, dim = keys.shape
+    num_heads = queries.shape[1]
+    chex.assert_shape(values, (batch, num_kv_heads, length, dim))
+    chex.assert_shape(queries, (batch, num_heads, None, dim))
+    chex.assert_shape(output_projection, (num_heads, dim, None))
+    chex.assert_is_divisible(num_heads, num_kv_heads)
+    mask = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask)
+    chex.assert_shape(mask, (batch, length))
+    positions = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1).astype(jnp.int32)
+    observation = Observation(queries, keys, values, output_projection, positions)
+    slots = length if policy.budget is None else policy.budget
+    return evict(policy, observation, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "slots"))
+def evict(policy: EvictionPolicy, observation: Observation, slots: int) -> Eviction:
+    """Scores, selects and gathers one layer's pairs into `slots` places per KV head."""
+    keys, values, positions = observation.keys, observation.values, observation.positions
+    length = keys.shape[2]
+    window = min(policy.window, length)
+    scores = score_prefix(policy, observation, window, slots)
+    indices = select(scores, positions, window, slots)
+    kept_keys, kept_values = kernels.gather_pairs(keys, values, indices)
+    padded = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=-1)
+    kept = jnp.take_along_axis(padded[:, None], jnp.minimum(indices, length), axis=2)
+    return Eviction(scores, kept, (kept >= 0).sum(-1, dtype=jnp.int32), kept_keys, kept_values)
+
+
+def score_prefix(policy: EvictionPolicy, observation: Observation, window: int, slots: int) -> Array:
+    """The smoothed scores, reduced over each KV head's query heads: float32 [B, K, T - w], -inf on padding."""
+    batch, num_kv_heads, length, _ = observation.keys.shape
+    valid = observation.positions[:, None, : length - window] >= 0
+    if policy.scorer is None or length == window:
+        return jnp.where(valid, jnp.zeros((batch, num_kv_heads, length - window)), -jnp.inf)
+    scores = policy.scorer(observation, window)
+    count = min(max(slots - window, 1), length)
+    scores = policy.pooling(scores, observation, window, count)
+    grouped = einops.rearrange(scores, "b (k g) p -> b k g p", k=num_kv_heads)
+    reduced = grouped.mean(axis=2) if policy.group_reduce == "mean" else grouped.max(axis=2)
+    return jnp.where(valid, reduced, -jnp.inf)
+
+
+def select(scores: Array, positions: Array, window: int, slots: int) -> Array:
+    """Indices of the best `slots - window` keys before the window and of the window, ascending.
+
+    Args:
+      scores: float32 [B, K, T - w], -inf on padding.
+      positions: int32 [B, T], -1 on padding.
+      window: `w`.
+      slots: `C`, places per KV head; more than `T` leaves the rest empty.
+
+    Returns:
+      int32 [B, K, C]; `T` marks an empty slot, and those come last.
+    """
+    batch, num_kv_heads, prefix = scores.shape
+    length = prefix + window
+    best, indices = jax.lax.top_k(scores, min(slots - window, prefix) if slots < length else prefix)
+    chosen = jnp.where(best > -jnp.inf, indices, length)
+    recent = jnp.where(positions[:, prefix:] >= 0, jnp.arange(prefix, length), length)
+    recent = jnp.broadcast_to(recent[:, None], (batch, num_kv_heads, window))
+    ascending = jnp.sort(jnp.concatenate([chosen, recent], axis=-1), axis=-1)
+    missing = slots - ascending.shape[-1]
+    return jnp.pad(ascending, ((0, 0), (0, 0), (0, missing)), constant_values=length).astype(jnp.int32)
