@@ -80,9 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     # transformers advises to install PyTorch, which nothing here needs
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    warnings.showwarning = lambda message, *rest, **options: _complain(f"warning: {message}")
     try:
-        _find_command(args)(args[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest, **options: _complain(f"warning: {message}")
+            _find_command(args)(args[1:])
     except UsageError as error:
         _complain(f"error: {error}")
         return 2

@@ -76,9 +76,10 @@ def test_prompt_from_file_and_standard_input_and_a_seed(capsys, model, tmp_path,
 
 
 def test_while_generating_holds_the_budget(capsys, model):
-    args = ["--model", model, "--budget", 40, "--while-generating", "--max-new-tokens", 70]
-    code, out, _ = run(capsys, "generate", PROMPT, *args)
+    args = ["--model", model, "--budget", 40, "--while-generating", "--max-new-tokens", 2000]
+    code, out, err = run(capsys, "generate", PROMPT, *args)
     assert code == 0
+    assert err.startswith(f"restkv: warning: the prompt's {TOKENS} tokens and max_new_tokens=2000 exceed")
     assert number_in(r"cache slots *│ ([\d,]+)", out) == 40
 
 
