@@ -56,6 +56,10 @@ def _truncate(logits: Array, top_k: Array | int | None, top_p: Array | float | N
 
 def row_keys(key: Array | None, batch: int) -> Array | None:
     """One key per row, from a single key or from keys [B] that are given per row already."""
-    if key is None or key.ndim == 1:
+    if key is None:
+        return None
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 1:
         return key
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))

@@ -205,6 +205,7 @@ def test_sampling_is_reproducible_and_greedy_at_zero_temperature():
     np.testing.assert_array_equal(first, second)
     assert (first != draw(key=jax.random.key(2)).tokens).any()
     np.testing.assert_array_equal(draw(key=jax.random.key(3), top_k=1).tokens, greedy)
+    np.testing.assert_array_equal(draw(key=jax.random.PRNGKey(1)).tokens, first)
 
 
 @given(seed=st.integers(0, 999), top_k=st.integers(1, 8), top_p=st.floats(0.05, 1.0))

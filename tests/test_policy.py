@@ -162,6 +162,17 @@ def test_window_mean_is_exact_over_twelve_orders_of_magnitude(data, length, wide
     np.testing.assert_allclose(mean, exact, rtol=1e-6)
 
 
+@given(seed=st.integers(0, 999), length=st.integers(1, 50), levels=st.integers(1, 40), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_top_mask_marks_what_top_k_takes(seed, length, levels, data):
+    count = data.draw(st.integers(1, length))
+    drawn = np.random.default_rng(seed).integers(-1, levels, length)
+    values = np.where(drawn < 0, -1, (drawn / levels) ** 8).astype(np.float32)
+    expected = np.zeros(length, bool)
+    expected[np.asarray(jax.lax.top_k(values, count)[1])] = True
+    np.testing.assert_array_equal(kernels.scores.top_mask(jnp.asarray(values), count), expected)
+
+
 def brute_force_width_and_shift(queries, keys, count, kernel_size, scale):
     """Width and shift of one head from the definition, in float64."""
     window, length = queries.shape[0], keys.shape[0]
