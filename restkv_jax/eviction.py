@@ -39,8 +39,9 @@ def evict_layer(
     """Applies a policy to one layer of a prompt.
 
     Args:
-      policy: what to keep; its window is the number of queries, except for scorers that ask for all `T`.
-      queries: [B, H, w, D], the window's, after RoPE.
+      policy: what to keep.
+      queries: [B, H, w, D], after RoPE, those of the last `w` tokens: at least the policy's window (of more, the
+        last count), the whole prompt's for scorers that judge by all queries.
       keys: [B, K, T, D], after RoPE.
       values: [B, K, T, D].
       output_projection: [H, D, M], the block of the output projection that each head's output multiplies.
@@ -52,6 +53,7 @@ def evict_layer(
 
     Raises:
       AssertionError: shapes that do not agree.
+      ValueError: fewer queries than the policy's window.
     """
     queries, keys, values, output_projection = map(jnp.asarray, (queries, keys, values, output_projection))
     chex.assert_rank([queries, keys, values, output_projection], [4, 4, 4, 3])
@@ -61,12 +63,24 @@ def evict_layer(
     chex.assert_shape(queries, (batch, num_heads, None, dim))
     chex.assert_shape(output_projection, (num_heads, dim, None))
     chex.assert_is_divisible(num_heads, num_kv_heads)
+    queries = _judging_queries(policy, queries, length)
     mask = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask)
     chex.assert_shape(mask, (batch, length))
     positions = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1).astype(jnp.int32)
     observation = Observation(queries, keys, values, output_projection, positions)
     slots = length if policy.budget is None else policy.budget
     return evict(policy, observation, slots)
+
+
+def _judging_queries(policy: EvictionPolicy, queries: Array, length: int) -> Array:
+    window = min(policy.window, length)
+    if queries.shape[2] < window:
+        raise ValueError(
+            f"queries has shape {queries.shape}: {queries.shape[2]} queries, but policy.window={policy.window} of a "
+            f"prompt of {length} tokens needs {window}"
+        )
+    judges_by_all = policy.scorer is not None and policy.scorer.all_queries
+    return queries if judges_by_all else queries[:, :, -window:]
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "slots"))

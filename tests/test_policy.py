@@ -271,6 +271,21 @@ def test_options_that_make_no_sense_are_named(make, words):
         make()
 
 
+@pytest.mark.parametrize("name", ["restkv", "tova", "streaming_llm"])
+def test_of_more_queries_than_the_window_the_last_judge(name):
+    queries, keys, values, projection = arrays_of(10)
+    ev = evict(policy_of(name), queries, keys, values, projection)
+    more = rk.evict_layer(policy_of(name), queries[:, :, -2 * WINDOW :], keys, values, projection)
+    np.testing.assert_array_equal(more.scores, ev.scores)
+    np.testing.assert_array_equal(more.positions, ev.positions)
+
+
+def test_fewer_queries_than_the_window_are_refused():
+    queries, keys, values, projection = arrays_of(10)
+    with pytest.raises(ValueError, match=f"policy.window={WINDOW}"):
+        rk.evict_layer(policy_of("snapkv"), queries[:, :, -2:], keys, values, projection)
+
+
 def test_replace_changes_one_field():
     policy = rk.restkv(budget=128)
     assert policy.replace(budget=256) == rk.restkv(budget=256)
