@@ -1,8 +1,8 @@
 # `make demo` and `make test` need make, Python >= 3.11 and a package index, and nothing else.
 
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python
-IS_RECENT := import sys, venv; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(IS_RECENT)" 2> /dev/null && echo $$p && break; done)
+IS_USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(IS_USABLE)" 2> /dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -30,7 +30,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv found (on Debian, venv is in python3-venv); name one with make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
