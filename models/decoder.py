@@ -155,44 +155,46 @@ class Decoder(nn.Module):
         Returns:
           the normed hidden states [B, T, M] and the next state.
         """
-        rope = rope_frequencies(self.config, sequence_lengths(positions))
+        c = self.config
+        rope = rope_frequencies(c, sequence_lengths(positions))
 
         def layer_step(layer, carry, scanned):
             hidden, state = carry
             index, sliding_window = scanned
 
-            def project(layer, _, chunk):
-                return layer.keys(chunk(hidden), chunk(positions), rope), layer.values(chunk(hidden))
-
-            def attend(layer, hidden, chunk):
-                queries = layer.queries(chunk(hidden), chunk(positions), rope)
-                context = attention(queries, *memory[:2], chunk(positions), memory.positions, sliding_window)
-                return layer.finish(chunk(hidden), context)
-
             batch, length, _ = hidden.shape
-            empty = jnp.zeros((batch, self.config.num_key_value_heads, length, self.config.head_dim), hidden.dtype)
-            keys, values = _fill_by_chunks(project, layer, (empty, empty), 2, length, chunk_size)
+            heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+
+            def project(layer, pairs, take, put):
+                part, places = take(hidden), take(positions)
+                return put(pairs, (layer.keys(part, places, rope), layer.values(part)), axis=2)
+
+            def attend(layer, carry, take, put):
+                hidden, last = carry
+                part, places = take(hidden), take(positions)
+                queries = layer.queries(part, places, rope)
+                context = attention(queries, *memory[:2], places, memory.positions, sliding_window)
+                last = jnp.concatenate([last, queries], axis=2)[:, :, -functions.num_queries :]
+                return put(hidden, layer.finish(part, context), axis=1), last
+
+            empty = jnp.zeros((batch, kv_heads, length, dim), hidden.dtype)
+            keys, values = _over_chunks(project, layer, (empty, empty), length, chunk_size)
             memory, state = functions.remember(index, Memory(keys, values, positions), state)
-            tail, tail_positions = hidden[:, -functions.num_queries :], positions[:, -functions.num_queries :]
-            hidden = _fill_by_chunks(attend, layer, hidden, 1, length, chunk_size)
-            shown = Layer(
-                index,
-                layer.queries(tail, tail_positions, rope),
-                tail_positions,
-                layer.output_projection,
-                sliding_window,
-            )
+            last = jnp.zeros((batch, heads, functions.num_queries, dim), hidden.dtype)
+            hidden, last = _over_chunks(attend, layer, (hidden, last), length, chunk_size)
+            last_positions = positions[:, -functions.num_queries :]
+            shown = Layer(index, last, last_positions, layer.output_projection, sliding_window)
             return (hidden, functions.revise(shown, memory, state)), None
 
         scan = nn.scan(
             layer_step,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=self.config.num_hidden_layers,
+            length=c.num_hidden_layers,
         )
-        scanned = jnp.arange(self.config.num_hidden_layers), jnp.asarray(self.config.sliding_windows, jnp.int32)
+        scanned = jnp.arange(c.num_hidden_layers), jnp.asarray(c.sliding_windows, jnp.int32)
         (hidden, state), _ = scan(self.layers, (self.embedding[tokens], state), scanned)
-        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps), state
+        return rms_norm(hidden, self.final_norm, c.rms_norm_eps), state
 
     def logits(self, hidden: Array) -> Array:
         """Scores of the next token, [..., M] to float32 [..., V]."""
@@ -200,21 +202,26 @@ class Decoder(nn.Module):
         return jnp.einsum("...m,vm->...v", hidden, unembedding, preferred_element_type=jnp.float32)
 
 
-def _fill_by_chunks(function, layer: DecoderLayer, out: Any, axis: int, length: int, chunk_size: int | None) -> Any:
-    """Overwrites the arrays of `out` along their token `axis`, chunk by chunk and in place.
+def _over_chunks(function, layer: DecoderLayer, carry: Any, length: int, chunk_size: int | None) -> Any:
+    """Takes a carry through the chunks of a sequence, in place where it is only overwritten.
 
-    `function(layer, out, chunk)` returns the new part; `chunk(x)` takes the current tokens, axis 1, of an array.
+    `function(layer, carry, take, put)` returns the next carry; `take(x)` is the current chunk of x, whose tokens are
+    axis 1, and `put(whole, part, axis)` writes the chunk's part into arrays of the whole sequence.
     """
     if chunk_size is None or chunk_size >= length:
-        return function(layer, out, lambda x: x)
+        return function(layer, carry, lambda x: x, lambda whole, part, axis: part)
 
-    def step(layer, out, start):
-        part = function(layer, out, lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk_size, axis=1))
-        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis)  # noqa: E731
-        return jax.tree.map(put, out, part), None
+    def step(layer, carry, start):
+        def take(x):
+            return jax.lax.dynamic_slice_in_dim(x, start, chunk_size, axis=1)
+
+        def put(whole, part, axis):
+            return jax.tree.map(lambda w, p: jax.lax.dynamic_update_slice_in_dim(w, p, start, axis), whole, part)
+
+        return function(layer, carry, take, put), None
 
     scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-    return scan(layer, out, jnp.arange(0, length, chunk_size))[0]
+    return scan(layer, carry, jnp.arange(0, length, chunk_size))[0]
 
 
 def hidden_states(
