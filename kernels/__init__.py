@@ -6,18 +6,20 @@ from restkv_jax.kernels.dispatch import by_platform
 from restkv_jax.kernels.scores import output_gram
 
 attention_centres = by_platform(scores.attention_centres)
+averaged_attention_removal_error = by_platform(scores.averaged_attention_removal_error)
+averaged_removal_error = by_platform(scores.averaged_removal_error)
 column_sums = by_platform(scores.column_sums)
 gather_pairs = by_platform(gather.gather_pairs)
 removal_errors = by_platform(scores.removal_errors)
-smoothed_removal_error = by_platform(scores.smoothed_removal_error)
 
 __all__ = [
     "attention",
     "attention_centres",
+    "averaged_attention_removal_error",
+    "averaged_removal_error",
     "column_sums",
     "gather_pairs",
     "largest_divisor",
     "output_gram",
     "removal_errors",
-    "smoothed_removal_error",
 ]

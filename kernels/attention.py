@@ -42,6 +42,9 @@ def attention(
     if key_positions.ndim == 2:
         key_positions = key_positions[:, None, :]
     block = num_keys if queries.shape[2] == 1 else largest_divisor(num_keys, BLOCK)
+    if block < min(num_keys, BLOCK // 4):
+        keys, values, key_positions = _pad_keys(keys, values, key_positions, -num_keys % BLOCK)
+        num_keys, block = keys.shape[2], BLOCK
     visible = functools.partial(_visible, query_positions=query_positions, sliding_window=sliding_window)
 
     def attend(carry, start):
@@ -59,8 +62,15 @@ def attention(
         _, total, context = _online_softmax_step(grouped, carry, keys, values, mask)
     else:
         (_, total, context), _ = jax.lax.scan(jax.checkpoint(attend), carry, jnp.arange(0, num_keys, block))
-    context = context / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+    context = context / jnp.where(total > 0, total, 1.0)[..., None]
     return einops.rearrange(context, "b k g t d -> b (k g) t d").astype(queries.dtype)
+
+
+def _pad_keys(keys: Array, values: Array, key_positions: Array, count: int) -> tuple[Array, Array, Array]:
+    """Adds keys that nobody sees, for lengths that few blocks divide."""
+    wide = ((0, 0), (0, 0), (0, count))
+    padded = (jnp.pad(x, (*wide, (0, 0))) for x in (keys, values))
+    return *padded, jnp.pad(key_positions, wide, constant_values=-1)
 
 
 def _visible(key_positions: Array, query_positions: Array, sliding_window: Array | int) -> Array:

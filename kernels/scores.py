@@ -34,25 +34,37 @@ def probabilities(
     return jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0.0), visible
 
 
-def removal_error(attention: Array, output: Array, values: Array, gram: Array) -> Array:
+def removal_error(attention: Array, rest: Array, values: Array, gram: Array) -> Array:
     """How far a head's projected output moves when one key is deleted and the softmax renormalised, for every key.
 
-    `A / (1 - A) * ||(o - v) W||_2`, exact for a single head (ReST-KV, arXiv 2605.08840, layer-wise output
-    reconstruction).
+    `A / (1 - A) * ||(o - v) W||_2` with `o = sum_n A[n] v[n]`, exact for a single head (ReST-KV, arXiv 2605.08840,
+    layer-wise output reconstruction). Both factors cancel for a key that holds nearly all attention; there can be
+    one such key, the most attended, and its error is taken in the equal form `A * ||(o_rest / (1 - A) - v) W||_2`
+    with `o_rest` the output without it.
 
     Args:
       attention: float32 [T].
-      output: float32 [D], the attention's output `o`.
+      rest: float32 scalar, `1 - A` of the most attended key, summed without it.
       values: [T, D].
       gram: float32 [D, D], `W W^T`.
 
     Returns:
       float32 [T].
     """
-    moved = output - values.astype(jnp.float32)
+    values = values.astype(jnp.float32)
+    is_top = jnp.arange(len(attention)) == attention.argmax()
+    rest = jnp.maximum(rest, jnp.finfo(jnp.float32).tiny)
+    output_rest = jnp.einsum("t,td->d", jnp.where(is_top, 0.0, attention), values, precision=HIGHEST)
+    output = jnp.einsum("t,td->d", attention, values, precision=HIGHEST)
+    moved = jnp.where(is_top[:, None], output_rest / rest, output) - values
     squared = jnp.einsum("td,de,te->t", moved, gram, moved, precision=HIGHEST)
-    rest = jnp.maximum(1 - attention, jnp.finfo(jnp.float32).eps)
-    return attention / rest * jnp.sqrt(jnp.maximum(squared, 0.0))
+    factor = attention / jnp.where(is_top, 1.0, 1 - attention)
+    return factor * jnp.sqrt(jnp.maximum(squared, 0.0))
+
+
+def rest_of_attention(attention: Array, top: Array) -> Array:
+    """`1 - A` of key `top` for every query, summed over the other keys: [w, T] to [w]."""
+    return jnp.where(jnp.arange(attention.shape[-1]) == top, 0.0, attention).sum(-1)
 
 
 def column_sums(queries, keys, query_positions, key_positions, sliding_window, weights) -> Array:
@@ -70,14 +82,32 @@ def removal_errors(queries, keys, values, query_positions, key_positions, slidin
 
     def one_head(queries, keys, values, query_positions, key_positions, gram):
         attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
-        outputs = jnp.einsum("wt,td->wd", attention, values.astype(jnp.float32), precision=HIGHEST)
-        return jax.lax.map(lambda row: removal_error(*row, values, gram), (attention, outputs))
+        return jax.lax.map(lambda row: _row_error(row, values, gram), attention)
 
-    grams = jnp.broadcast_to(gram, (queries.shape[0], *gram.shape))
-    return over_query_heads(one_head, queries, keys, values, _per_head(query_positions, queries), key_positions, grams)
+    return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
 
 
-def smoothed_removal_error(queries, keys, values, query_positions, key_positions, sliding_window, gram, weights):
+def averaged_removal_error(queries, keys, values, query_positions, key_positions, sliding_window, gram, weights):
+    """`sum_t weights[t] I[t, n]` with `I` the `removal_error` of query `t` and key `n` (ReST-KV's formula).
+
+    `gram` float32 [H, D, D], `weights` float32 [w]; float32 [B, H, T].
+    """
+
+    def one_head(queries, keys, values, query_positions, key_positions, gram):
+        attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
+
+        def add_row(total, row):
+            attention, weight = row
+            return total + weight * _row_error(attention, values, gram), None
+
+        return jax.lax.scan(add_row, jnp.zeros(keys.shape[0], jnp.float32), (attention, weights))[0]
+
+    return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
+
+
+def averaged_attention_removal_error(
+    queries, keys, values, query_positions, key_positions, sliding_window, gram, weights
+):
     """`removal_error` of the attention averaged over the queries, on the keys before the window.
 
     `A'[n] = sum_t weights[t] A[t, n]` on the `T - w` keys before the queries' own, `o' = sum_n A'[n] v[n]` over
@@ -88,13 +118,11 @@ def smoothed_removal_error(queries, keys, values, query_positions, key_positions
 
     def one_head(queries, keys, values, query_positions, key_positions, gram):
         attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
-        attention = jnp.einsum("w,wt->t", weights, attention[:, :prefix], precision=HIGHEST)
-        values = values[:prefix]
-        output = jnp.einsum("t,td->d", attention, values.astype(jnp.float32), precision=HIGHEST)
-        return removal_error(attention, output, values, gram)
+        averaged = jnp.einsum("w,wt->t", weights, attention[:, :prefix], precision=HIGHEST)
+        rest = jnp.dot(weights, rest_of_attention(attention, averaged.argmax()), precision=HIGHEST)
+        return removal_error(averaged, rest, values[:prefix], gram)
 
-    grams = jnp.broadcast_to(gram, (queries.shape[0], *gram.shape))
-    return over_query_heads(one_head, queries, keys, values, _per_head(query_positions, queries), key_positions, grams)
+    return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
 
 
 def attention_centres(queries, keys, query_positions, key_positions, sliding_window, *, count: int) -> Array:
@@ -102,10 +130,10 @@ def attention_centres(queries, keys, query_positions, key_positions, sliding_win
 
     def one_head(queries, keys, _, query_positions, key_positions):
         attention, visible = probabilities(queries, keys, query_positions, key_positions, sliding_window)
-        top = top_mask(jnp.where(visible, attention, -1.0), count)
+        top = visible & top_mask(jnp.where(visible, attention, -1.0), count)
         # Summed as integers in two parts, exact at any length and so the same with any padding.
         high, low = (jnp.where(top, part, 0).sum(-1) for part in (key_positions >> 10, key_positions & 1023))
-        return (high * 1024.0 + low) / count
+        return (high * 1024.0 + low) / jnp.maximum(top.sum(-1), 1)
 
     return over_query_heads(one_head, queries, keys, keys, _per_head(query_positions, queries), key_positions)
 
@@ -131,6 +159,16 @@ def top_mask(values: Array, count: int) -> Array:
     threshold = jax.lax.fori_loop(0, 30, raise_threshold, jnp.zeros((*values.shape[:-1], 1), jnp.int32))
     above, equal = ordered > threshold, ordered == threshold
     return above | (equal & (jnp.cumsum(equal, axis=-1) <= count - above.sum(-1, keepdims=True)))
+
+
+def _row_error(attention: Array, values: Array, gram: Array) -> Array:
+    """`removal_error` of one query, [T]."""
+    return removal_error(attention, rest_of_attention(attention, attention.argmax()), values, gram)
+
+
+def _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram) -> Array:
+    grams = jnp.broadcast_to(gram, (queries.shape[0], *gram.shape))
+    return over_query_heads(one_head, queries, keys, values, _per_head(query_positions, queries), key_positions, grams)
 
 
 def _per_head(positions: Array, queries: Array) -> Array:

@@ -174,7 +174,10 @@ class Decoder(nn.Module):
                 part, places = take(hidden), take(positions)
                 queries = layer.queries(part, places, rope)
                 context = attention(queries, *memory[:2], places, memory.positions, sliding_window)
-                last = jnp.concatenate([last, queries], axis=2)[:, :, -functions.num_queries :]
+                if functions.num_queries == length:
+                    last = put(last, queries, axis=2)
+                else:
+                    last = jnp.concatenate([last, queries], axis=2)[:, :, -functions.num_queries :]
                 return put(hidden, layer.finish(part, context), axis=1), last
 
             empty = jnp.zeros((batch, kv_heads, length, dim), hidden.dtype)

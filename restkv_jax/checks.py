@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from restkv_jax.models import Decoder
-from restkv_jax.policy import EvictionPolicy
+from restkv_jax.policy import EvictionPolicy, check_integer
 
 
 def check_prompt(
@@ -34,36 +34,34 @@ def check_prompt(
     """
     if not isinstance(policy, EvictionPolicy):
         raise TypeError(f"policy={policy!r} must be an EvictionPolicy, such as restkv_jax.restkv(budget=1024)")
-    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 1")
-    if not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1")
-    tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+    check_integer("max_new_tokens", max_new_tokens, 1, "the prefill alone gives the first token")
+    check_integer("chunk_size", chunk_size, 1, "prompt tokens per chunk")
+    tokens = _as_array("tokens", tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}, but must be [batch, length]; one prompt is tokens[None]")
     if 0 in tokens.shape:
         raise ValueError(f"tokens has shape {tokens.shape}: the prompt is empty")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens has dtype {tokens.dtype}, but must hold integers")
-    mask = np.ones(tokens.shape, bool) if mask is None else mask
-    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
-    if mask.shape != tokens.shape:
-        raise ValueError(f"mask has shape {mask.shape}, but tokens has shape {tokens.shape}")
-    if not isinstance(tokens, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
-        _check_values(model, np.asarray(tokens), np.asarray(mask).astype(bool))
+    mask = np.ones(tokens.shape, bool) if mask is None else _as_array("mask", mask)
+    check_mask(mask, tokens.shape)
+    if _is_known(tokens) and _is_known(mask):
+        _check_vocabulary(model, "tokens", np.asarray(tokens), np.asarray(mask).astype(bool))
     _warn_beyond_context(model, mask, max_new_tokens)
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, bool)
 
 
-def _check_values(model: Decoder, tokens: np.ndarray, mask: np.ndarray) -> None:
-    vocabulary = model.config.vocab_size
-    outside = ((tokens < 0) | (tokens >= vocabulary)) & mask
-    if outside.any():
-        row, column = np.argwhere(outside)[0]
-        raise ValueError(
-            f"tokens[{row}, {column}]={tokens[row, column]} is out of the vocabulary of {vocabulary} tokens; "
-            "was the prompt encoded with another model's tokenizer?"
-        )
+def check_mask(mask: Any, shape: tuple[int, int]) -> None:
+    """Checks the mask of prompts that are padded on the left, bool [B, T]; its values where they are known.
+
+    Raises:
+      ValueError: another shape, a row that is all padding, padding after real tokens.
+    """
+    if mask.shape != shape:
+        raise ValueError(f"mask has shape {mask.shape}, but the prompts have shape {shape}")
+    if not _is_known(mask):
+        return
+    mask = np.asarray(mask).astype(bool)
     if not mask.any(axis=1).all():
         raise ValueError(f"mask has no True in row {np.argmin(mask.any(axis=1))}: the row is all padding")
     ends_early = mask[:, :-1] & ~mask[:, 1:]
@@ -74,8 +72,32 @@ def _check_values(model: Decoder, tokens: np.ndarray, mask: np.ndarray) -> None:
         )
 
 
+def _as_array(name: str, value: Any) -> Any:
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array: rows of different lengths? Pad them on the left ({error})") from error
+
+
+def _is_known(array: Any) -> bool:
+    return not isinstance(array, jax.core.Tracer)
+
+
+def _check_vocabulary(model: Decoder, name: str, tokens: np.ndarray, mask: np.ndarray) -> None:
+    vocabulary = model.config.vocab_size
+    outside = ((tokens < 0) | (tokens >= vocabulary)) & mask
+    if outside.any():
+        place = tuple(int(i) for i in np.argwhere(outside)[0])
+        raise ValueError(
+            f"{name}[{', '.join(map(str, place))}]={tokens[place]} is out of the vocabulary of {vocabulary} tokens; "
+            "was the prompt encoded with another model's tokenizer?"
+        )
+
+
 def _warn_beyond_context(model: Decoder, mask: Any, max_new_tokens: int) -> None:
-    length = mask.shape[1] if isinstance(mask, jax.core.Tracer) else int(np.asarray(mask).astype(bool).sum(1).max())
+    length = int(np.asarray(mask).astype(bool).sum(1).max()) if _is_known(mask) else mask.shape[1]
     limit = model.config.max_position_embeddings
     if length + max_new_tokens > limit:
         warnings.warn(
@@ -88,15 +110,23 @@ def _warn_beyond_context(model: Decoder, mask: Any, max_new_tokens: int) -> None
 def check_token(model: Decoder, token: Any, cache: Any) -> Array:
     """Checks the token that `decode_step` takes, int [B], against the batch and the room in the cache.
 
+    Outside of `jax.jit` this waits for the device; inside, values are not looked at.
+
     Raises:
-      ValueError: another shape, or a cache without a free slot that does not evict while generating.
+      TypeError: no integers.
+      ValueError: another shape, a token out of the vocabulary, or a cache without a free slot that does not evict
+        while generating.
     """
-    token = token if isinstance(token, jax.Array) else np.asarray(token)
+    token = _as_array("token", token)
     batch = cache.next_positions.shape[0]
     if token.shape != (batch,):
         raise ValueError(f"token has shape {token.shape}, but the cache holds {batch} rows: expected {(batch,)}")
-    full = cache.importance is None and not isinstance(cache.lengths, jax.core.Tracer)
-    if full and int(cache.lengths.max()) >= cache.num_slots:
+    if not jnp.issubdtype(token.dtype, jnp.integer):
+        raise TypeError(f"token has dtype {token.dtype}, but must hold integers")
+    if _is_known(token):
+        _check_vocabulary(model, "token", np.asarray(token), np.ones(batch, bool))
+    grows = cache.importance is None and _is_known(cache.lengths)
+    if grows and int(cache.lengths.max()) >= cache.num_slots:
         raise ValueError(
             f"the cache is full: all its {cache.num_slots} slots are in use; prefill with a larger max_new_tokens "
             "or with a policy that has while_generating=True"
@@ -108,14 +138,31 @@ def check_sampling(key: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
     """Checks sampling options.
 
     Raises:
+      TypeError: a key that is no JAX key, a `top_k` that is no integer.
       ValueError: options that need a random key without one, or values out of range.
     """
-    if key is None and not (temperature is None and top_k is None and top_p is None):
+    known = lambda x: x is not None and _is_known(x)  # noqa: E731
+    greedy = temperature is None or (known(temperature) and temperature == 0)
+    if key is None and not (greedy and top_k is None and top_p is None):
         raise ValueError("key=None decodes greedily; pass key=jax.random.key(seed) to sample with temperature etc.")
-    known = lambda x: x is not None and not isinstance(x, jax.core.Tracer)  # noqa: E731
+    if key is not None and not isinstance(key, jax.Array):
+        raise TypeError(f"key={key!r} must be a JAX random key, such as jax.random.key(0)")
     if known(temperature) and not temperature >= 0:
         raise ValueError(f"temperature={temperature} must not be negative")
-    if known(top_k) and not top_k >= 1:
-        raise ValueError(f"top_k={top_k} must be at least 1")
+    if known(top_k):
+        check_integer("top_k", top_k if isinstance(top_k, (int, float)) else np.asarray(top_k)[()], 1, "tokens to keep")
     if known(top_p) and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in (0, 1]")
+
+
+def check_eos(model: Decoder, eos_token_ids: Any) -> tuple[int, ...]:
+    """End-of-sequence ids as a tuple, the model's own for None.
+
+    Raises:
+      ValueError: an id out of the vocabulary.
+    """
+    if eos_token_ids is None:
+        return model.config.eos_token_ids
+    ids = np.atleast_1d(np.asarray(eos_token_ids, np.int64))
+    _check_vocabulary(model, "eos_token_ids", ids, np.ones(ids.shape, bool))
+    return tuple(ids.tolist())

@@ -10,8 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax import kernels
+from restkv_jax.checks import check_mask
 from restkv_jax.observation import Observation
 from restkv_jax.policy import EvictionPolicy
+
+UNREACHABLE = float(jnp.finfo(jnp.float32).min)
+"""Score of keys that no later token can see: kept only where there is room for all."""
 
 
 class Eviction(NamedTuple):
@@ -53,34 +57,40 @@ def evict_layer(
 
     Raises:
       AssertionError: shapes that do not agree.
-      ValueError: fewer queries than the policy's window.
+      ValueError: fewer queries than the policy's window, a mask of another shape or with padding on the right.
     """
-    queries, keys, values, output_projection = map(jnp.asarray, (queries, keys, values, output_projection))
-    chex.assert_rank([queries, keys, values, output_projection], [4, 4, 4, 3])
+    arrays = dict(queries=queries, keys=keys, values=values, output_projection=output_projection)
+    queries, keys, values, output_projection = arrays = [_as_array(name, x) for name, x in arrays.items()]
     batch, num_kv_heads, length, dim = keys.shape
     num_heads = queries.shape[1]
-    chex.assert_shape(values, (batch, num_kv_heads, length, dim))
-    chex.assert_shape(queries, (batch, num_heads, None, dim))
-    chex.assert_shape(output_projection, (num_heads, dim, None))
+    mask = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask, bool)
+    expected = [(batch, num_heads, None, dim), keys.shape, keys.shape, (num_heads, dim, None)]
+    for name, array, shape in zip(("queries", "keys", "values", "output_projection"), arrays, expected, strict=True):
+        chex.assert_shape(array, shape, custom_message=f"{name} must have shape {shape} to agree with the others")
     chex.assert_is_divisible(num_heads, num_kv_heads)
+    check_mask(mask, (batch, length))
     queries = _judging_queries(policy, queries, length)
-    mask = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask)
-    chex.assert_shape(mask, (batch, length))
     positions = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1).astype(jnp.int32)
     observation = Observation(queries, keys, values, output_projection, positions)
     slots = length if policy.budget is None else policy.budget
     return evict(policy, observation, slots)
 
 
+def _as_array(name: str, array: Array) -> Array:
+    array = jnp.asarray(array)
+    rank = 3 if name == "output_projection" else 4
+    chex.assert_rank(array, rank, custom_message=f"{name} has shape {array.shape}, but must have {rank} axes")
+    return array
+
+
 def _judging_queries(policy: EvictionPolicy, queries: Array, length: int) -> Array:
-    window = min(policy.window, length)
+    window = policy.window_of(length)
     if queries.shape[2] < window:
         raise ValueError(
             f"queries has shape {queries.shape}: {queries.shape[2]} queries, but policy.window={policy.window} of a "
             f"prompt of {length} tokens needs {window}"
         )
-    judges_by_all = policy.scorer is not None and policy.scorer.all_queries
-    return queries if judges_by_all else queries[:, :, -window:]
+    return queries[:, :, -policy.num_queries(length) :]
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "slots"))
@@ -88,12 +98,12 @@ def evict(policy: EvictionPolicy, observation: Observation, slots: int) -> Evict
     """Scores, selects and gathers one layer's pairs into `slots` places per KV head."""
     keys, values, positions = observation.keys, observation.values, observation.positions
     length = keys.shape[2]
-    window = min(policy.window, length)
+    window = policy.window_of(length)
     scores = score_prefix(policy, observation, window, slots)
     indices = select(scores, positions, window, slots)
     kept_keys, kept_values = kernels.gather_pairs(keys, values, indices)
     padded = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=-1)
-    kept = jnp.take_along_axis(padded[:, None], jnp.minimum(indices, length), axis=2)
+    kept = jnp.take_along_axis(padded[:, None], indices, axis=2)
     return Eviction(scores, kept, (kept >= 0).sum(-1, dtype=jnp.int32), kept_keys, kept_values)
 
 
@@ -108,7 +118,13 @@ def score_prefix(policy: EvictionPolicy, observation: Observation, window: int, 
     scores = policy.pooling(scores, observation, window, count)
     grouped = einops.rearrange(scores, "b (k g) p -> b k g p", k=num_kv_heads)
     reduced = grouped.mean(axis=2) if policy.group_reduce == "mean" else grouped.max(axis=2)
-    return jnp.where(valid, reduced, -jnp.inf)
+    return jnp.where(valid, jnp.where(_within_reach(observation, window), reduced, UNREACHABLE), -jnp.inf)
+
+
+def _within_reach(observation: Observation, window: int) -> Array:
+    """bool [B, 1, T - w]: whether the sliding window lets any later token see a key."""
+    positions = observation.positions
+    return (positions[:, -1:] + 1 - positions[:, : positions.shape[1] - window] < observation.sliding_window)[:, None]
 
 
 def select(scores: Array, positions: Array, window: int, slots: int) -> Array:
@@ -125,7 +141,7 @@ def select(scores: Array, positions: Array, window: int, slots: int) -> Array:
     """
     batch, num_kv_heads, prefix = scores.shape
     length = prefix + window
-    best, indices = jax.lax.top_k(scores, min(slots - window, prefix) if slots < length else prefix)
+    best, indices = jax.lax.top_k(scores, min(slots - window, prefix))
     chosen = jnp.where(best > -jnp.inf, indices, length)
     recent = jnp.where(positions[:, prefix:] >= 0, jnp.arange(prefix, length), length)
     recent = jnp.broadcast_to(recent[:, None], (batch, num_kv_heads, window))

@@ -11,7 +11,7 @@ from jax import Array
 
 from restkv_jax import kernels
 from restkv_jax.cache import KVCache, append, empty_cache, write_layer
-from restkv_jax.checks import check_prompt, check_sampling, check_token
+from restkv_jax.checks import check_eos, check_prompt, check_sampling, check_token
 from restkv_jax.eviction import evict
 from restkv_jax.importance import observe_prompt, observe_token
 from restkv_jax.methods import full
@@ -28,7 +28,8 @@ class Generation(NamedTuple):
     """What `generate` returns.
 
     `tokens` int32 [B, max_new_tokens], padding after the end; `lengths` int32 [B], generated tokens of each row, its
-    end-of-sequence token included; `cache`, the final state.
+    end-of-sequence token included; `cache`, the final state, without the last token of each row, which was not fed
+    back.
     """
 
     tokens: Array
@@ -104,11 +105,12 @@ def prefill(
 
 
 def decode_step(
-    model: Decoder, params: Any, token: Array, cache: KVCache, policy: EvictionPolicy | None = None
+    model: Decoder, params: Any, token: Array, cache: KVCache, policy: EvictionPolicy
 ) -> tuple[Array, KVCache]:
     """Feeds one token per row and returns what the model says next.
 
-    The cache is donated: its buffers are rewritten in place, and the one passed in must not be used again.
+    The cache is donated: its buffers are rewritten in place, and the one passed in must not be used again. A full
+    cache is refused; under the caller's own `jax.jit`, where that cannot be seen, it drops the new pair.
 
     Args:
       model: a `Decoder`.
@@ -121,10 +123,10 @@ def decode_step(
       logits, float32 [B, vocabulary], and the next cache.
 
     Raises:
-      ValueError: a token of another shape, or a full cache.
+      ValueError, TypeError: a token of another shape or kind, or a full cache.
     """
     token = check_token(model, token, cache)
-    return _decode_step(model, params, token, cache, jnp.ones(token.shape, bool), policy or full())
+    return _decode_step(model, params, token, cache, jnp.ones(token.shape, bool), policy)
 
 
 def generate(
@@ -228,23 +230,20 @@ def _prefill(model, params, tokens, mask, policy, max_new_tokens, chunk_size):
 
 def _prefill_functions(policy: EvictionPolicy, length: int, slots: int) -> StateFunctions:
     """Queries attend to the whole prompt; then the layer's pairs go through the policy into the cache."""
-    window = min(policy.window, length)
-    unscored = policy if slots < length else full()
-    num_queries = length if unscored.scorer is not None and unscored.scorer.all_queries else window
+    applied = policy if slots < length else full().replace(window=policy.window)
 
     def revise(layer: Layer, memory: Memory, cache: KVCache) -> KVCache:
         observation = Observation(
-            layer.queries, memory.keys, memory.values, layer.output_projection,
-            memory.positions, layer.sliding_window, layer.index,
+            layer.queries, memory.keys, memory.values,
+            layer.output_projection, memory.positions, layer.sliding_window, layer.index,
         )  # fmt: skip
-        kept = evict(unscored, observation, slots)
+        kept = evict(applied, observation, slots)
         cache = write_layer(cache, layer.index, kept.keys, kept.values, kept.positions)
         if policy.while_generating:
-            recent = layer._replace(queries=layer.queries[:, :, -window:], positions=layer.positions[:, -window:])
-            cache = observe_prompt(cache, recent, Memory(kept.keys, kept.values, kept.positions))
+            cache = observe_prompt(cache, layer, Memory(kept.keys, kept.values, kept.positions), policy)
         return cache
 
-    return StateFunctions(lambda index, memory, cache: (memory, cache), revise, num_queries)
+    return StateFunctions(lambda index, memory, cache: (memory, cache), revise, applied.num_queries(length))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="cache")
@@ -264,7 +263,7 @@ def _decode_functions(policy: EvictionPolicy, active: Array) -> StateFunctions:
         return Memory(cache.keys[index], cache.values[index], cache.positions[index]), cache
 
     def revise(layer: Layer, memory: Memory, cache: KVCache) -> KVCache:
-        return cache if cache.importance is None else observe_token(cache, layer, memory)
+        return cache if cache.importance is None else observe_token(cache, layer, memory, active, policy)
 
     return StateFunctions(remember, revise)
 
@@ -316,8 +315,12 @@ def _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chu
 
 def _sampling(model, batch, key, temperature, top_k, top_p, eos_token_ids) -> Sampling:
     check_sampling(key, temperature, top_k, top_p)
-    eos = model.config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
+    keys = row_keys(key, batch)
+    if keys is not None and keys.shape != (batch,):
+        raise ValueError(f"key has shape {keys.shape}, but there are {batch} prompts: pass one key, or one per prompt")
+    eos = check_eos(model, eos_token_ids)
     pad = model.config.pad_token_id
-    pad = pad if pad is not None else (eos[0] if eos else 0)
+    if pad is None or pad < 0:
+        pad = eos[0] if eos else 0
     temperature = 1.0 if temperature is None else temperature
-    return Sampling(row_keys(key, batch), temperature, top_k, top_p, jnp.asarray(eos, jnp.int32).reshape(-1), pad)
+    return Sampling(keys, temperature, top_k, top_p, jnp.asarray(eos, jnp.int32).reshape(-1), pad)

@@ -39,7 +39,8 @@ class Scorer(Protocol):
     """Judges the keys before the window: the larger the score, the sooner a key is kept.
 
     A frozen dataclass, hashable and so static under jit. `all_queries` asks for the queries of the whole
-    prompt instead of the window's.
+    prompt instead of the window's. A scorer that can go on judging while tokens are generated also has `alpha`, the
+    weight of the newest query, and `gram(output_projection) -> [H, D, D]`, the quadratic form of its errors.
     """
 
     all_queries: ClassVar[bool]

@@ -30,7 +30,8 @@ ALL_PADDING = np.arange(10)[None] >= np.array([[0], [10]])
     (dict(mask=RIGHT_PADDED), ValueError, "padding after real tokens in row 1; pad on the left"),
     (dict(mask=ALL_PADDING), ValueError, "row 1: the row is all padding"),
     (dict(max_new_tokens=0), ValueError, "max_new_tokens=0"),
-    (dict(max_new_tokens=2.5), ValueError, "max_new_tokens=2.5"),
+    (dict(max_new_tokens=2.5), TypeError, "max_new_tokens=2.5"),
+    (dict(tokens=[[1, 2], [3]]), ValueError, "tokens is no array: rows of different lengths"),
     (dict(policy="restkv"), TypeError, "policy='restkv' must be an EvictionPolicy"),
 ])  # fmt: skip
 def test_prompts_that_make_no_sense(call, changes, error, words):
@@ -39,14 +40,18 @@ def test_prompts_that_make_no_sense(call, changes, error, words):
 
 
 @pytest.mark.parametrize("call", [rk.generate, rk.stream])
-@pytest.mark.parametrize(("options", "words"), [
-    (dict(temperature=0.5), "pass key=jax.random.key"),
-    (dict(key=jax.random.key(0), temperature=-1.0), "temperature=-1.0"),
-    (dict(key=jax.random.key(0), top_k=0), "top_k=0"),
-    (dict(key=jax.random.key(0), top_p=1.5), "top_p=1.5"),
+@pytest.mark.parametrize(("options", "error", "words"), [
+    (dict(temperature=0.5), ValueError, "pass key=jax.random.key"),
+    (dict(key=0), TypeError, "key=0 must be a JAX random key"),
+    (dict(key=jax.random.split(jax.random.key(0), 3)), ValueError, r"key has shape \(3,\), but there are 2 prompts"),
+    (dict(key=jax.random.key(0), temperature=-1.0), ValueError, "temperature=-1.0"),
+    (dict(key=jax.random.key(0), top_k=0), ValueError, "top_k=0"),
+    (dict(key=jax.random.key(0), top_k=2.5), TypeError, "top_k=2.5"),
+    (dict(key=jax.random.key(0), top_p=1.5), ValueError, "top_p=1.5"),
+    (dict(eos_token_ids=(3, 999)), ValueError, r"eos_token_ids\[1\]=999 is out of the vocabulary"),
 ])  # fmt: skip
-def test_sampling_options_that_make_no_sense(call, options, words):
-    with pytest.raises(ValueError, match=words):
+def test_sampling_options_that_make_no_sense(call, options, error, words):
+    with pytest.raises(error, match=words):
         call(MODEL, PARAMS, TOKENS, **options)
 
 
@@ -70,7 +75,11 @@ def test_decode_step_refuses_a_wrong_batch_and_a_full_cache():
     params = rk.init_params(MODEL, jax.random.key(0))
     scores, cache = rk.prefill(MODEL, params, TOKENS, policy=rk.full(), max_new_tokens=1)
     with pytest.raises(ValueError, match=r"token has shape \(3,\), but the cache holds 2 rows"):
-        rk.decode_step(MODEL, params, np.ones(3, int), cache)
+        rk.decode_step(MODEL, params, np.ones(3, int), cache, rk.full())
+    with pytest.raises(ValueError, match=r"token\[1\]=61 is out of the vocabulary"):
+        rk.decode_step(MODEL, params, np.array([1, 61]), cache, rk.full())
+    with pytest.raises(TypeError, match="token has dtype float64"):
+        rk.decode_step(MODEL, params, np.array([1.0, 2.0]), cache, rk.full())
     full = cache.replace(lengths=cache.lengths * 0 + cache.num_slots)
     with pytest.raises(ValueError, match="the cache is full"):
-        rk.decode_step(MODEL, params, scores.argmax(-1), full)
+        rk.decode_step(MODEL, params, scores.argmax(-1), full, rk.full())

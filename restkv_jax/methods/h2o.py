@@ -31,12 +31,12 @@ class AccumulatedAttention:
             chunk = jax.lax.dynamic_slice_in_dim(queries, start, CHUNK, axis=2)
             chunk_positions = jax.lax.dynamic_slice_in_dim(positions, start, CHUNK, axis=1)
             sums = kernels.column_sums(
-                chunk, o.keys, chunk_positions, o.key_positions, o.sliding_window, jnp.ones(CHUNK)
+                chunk, o.keys, chunk_positions, o.key_positions, o.sliding_window, jnp.ones(CHUNK, jnp.float32)
             )
             return total + sums, None
 
         batch, num_heads, length, _ = queries.shape
-        zeros = jnp.zeros((batch, num_heads, o.keys.shape[2]))
+        zeros = jnp.zeros((batch, num_heads, o.keys.shape[2]), jnp.float32)
         total, _ = jax.lax.scan(add_chunk, zeros, jnp.arange(0, length, CHUNK))
         return total[..., : o.keys.shape[2] - window]
 
@@ -45,7 +45,6 @@ def h2o(
     budget: int = 128,
     window: int = 32,
     group_reduce: Literal["mean", "max"] = "mean",
-    while_generating: bool = False,
 ) -> EvictionPolicy:
     """H2O: attention accumulated over all queries of the prompt (arXiv 2306.14048).
 
@@ -53,12 +52,10 @@ def h2o(
       budget: slots kept per layer and KV head, the window included.
       window: last tokens of the prompt, always kept.
       group_reduce: how the query heads of a KV head agree on one score.
-      while_generating: hold the cache at `budget` slots while tokens are generated.
     """
     return EvictionPolicy(
         budget=budget,
         window=window,
         scorer=AccumulatedAttention(),
         group_reduce=group_reduce,
-        while_generating=while_generating,
     )

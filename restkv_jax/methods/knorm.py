@@ -22,12 +22,11 @@ class NegativeKeyNorm:
         return -jnp.repeat(jnp.linalg.norm(keys, axis=-1), o.queries.shape[1] // keys.shape[1], axis=1)
 
 
-def knorm(budget: int = 128, window: int = 32, while_generating: bool = False) -> EvictionPolicy:
+def knorm(budget: int = 128, window: int = 32) -> EvictionPolicy:
     """Key norm: keys of smallest L2 norm (arXiv 2406.11430).
 
     Args:
       budget: slots kept per layer and KV head, the window included.
       window: last tokens of the prompt, always kept.
-      while_generating: hold the cache at `budget` slots while tokens are generated.
     """
-    return EvictionPolicy(budget=budget, window=window, scorer=NegativeKeyNorm(), while_generating=while_generating)
+    return EvictionPolicy(budget=budget, window=window, scorer=NegativeKeyNorm())

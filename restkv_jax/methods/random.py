@@ -27,13 +27,12 @@ class RandomScores:
         return jnp.repeat(scores, o.queries.shape[1] // num_kv_heads, axis=1)
 
 
-def random(budget: int = 128, window: int = 32, seed: int = 0, while_generating: bool = False) -> EvictionPolicy:
+def random(budget: int = 128, window: int = 32, seed: int = 0) -> EvictionPolicy:
     """Random keys before the window: the baseline without any judgement.
 
     Args:
       budget: slots kept per layer and KV head, the window included.
       window: last tokens of the prompt, always kept.
       seed: of the random choice.
-      while_generating: hold the cache at `budget` slots while tokens are generated.
     """
-    return EvictionPolicy(budget=budget, window=window, scorer=RandomScores(seed), while_generating=while_generating)
+    return EvictionPolicy(budget=budget, window=window, scorer=RandomScores(seed))

@@ -37,15 +37,20 @@ class Reconstruction:
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation
-        weights = ema_weights(window, self.alpha) if self.temporal == "ema" else np.full(window, 1 / window, np.float32)
-        dim = o.keys.shape[-1]
-        identity = jnp.broadcast_to(jnp.eye(dim), (o.queries.shape[1], dim, dim))
-        gram = kernels.output_gram(o.output_projection) if self.use_output_projection else identity
-        arrays = o.queries, o.keys, o.values, o.query_positions, o.key_positions, o.sliding_window, gram
+        ema, mean = ema_weights(window, self.alpha), np.full(window, 1 / window, np.float32)
+        weights = jnp.asarray(ema if self.temporal == "ema" else mean)
+        arrays = o.queries, o.keys, o.values, o.query_positions, o.key_positions, o.sliding_window
+        gram = self.gram(o.output_projection)
         if self.order == "after":
-            return kernels.smoothed_removal_error(*arrays, jnp.asarray(weights))
-        errors = kernels.removal_errors(*arrays)[..., : o.keys.shape[2] - window]
-        return jnp.einsum("w,bhwp->bhp", weights, errors)
+            return kernels.averaged_attention_removal_error(*arrays, gram, weights)
+        return kernels.averaged_removal_error(*arrays, gram, weights)[..., : o.keys.shape[2] - window]
+
+    def gram(self, output_projection: Array) -> Array:
+        """The quadratic form in which errors are measured: [H, D, M] to float32 [H, D, D]."""
+        num_heads, dim, _ = output_projection.shape
+        if not self.use_output_projection:
+            return jnp.broadcast_to(jnp.eye(dim, dtype=jnp.float32), (num_heads, dim, dim))
+        return kernels.output_gram(output_projection)
 
 
 def ema_weights(length: int, alpha: float) -> np.ndarray:

@@ -21,7 +21,7 @@ class WindowAttention:
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation
         sums = kernels.column_sums(
-            o.queries, o.keys, o.query_positions, o.key_positions, o.sliding_window, jnp.ones(window)
+            o.queries, o.keys, o.query_positions, o.key_positions, o.sliding_window, jnp.ones(window, jnp.float32)
         )
         return sums[..., : o.keys.shape[2] - window]
 
@@ -32,7 +32,6 @@ def snapkv(
     pooling: Literal["avg", "max", "none"] = "avg",
     kernel_size: int = 5,
     group_reduce: Literal["mean", "max"] = "mean",
-    while_generating: bool = False,
 ) -> EvictionPolicy:
     """SnapKV: attention received from the last queries, pooled over neighbours (arXiv 2404.14469).
 
@@ -42,7 +41,6 @@ def snapkv(
       pooling: smoothing over neighbouring keys.
       kernel_size: width of that smoothing, in tokens; odd.
       group_reduce: how the query heads of a KV head agree on one score.
-      while_generating: hold the cache at `budget` slots while tokens are generated.
     """
     return EvictionPolicy(
         budget=budget,
@@ -50,5 +48,4 @@ def snapkv(
         scorer=WindowAttention(),
         pooling=make_pooling(pooling, kernel_size),
         group_reduce=group_reduce,
-        while_generating=while_generating,
     )

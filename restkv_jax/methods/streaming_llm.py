@@ -28,14 +28,13 @@ class SinksAndRecency:
         return jnp.broadcast_to(scores[:, None], (*o.queries.shape[:2], scores.shape[1]))
 
 
-def streaming_llm(budget: int = 128, sinks: int = 4, while_generating: bool = False) -> EvictionPolicy:
+def streaming_llm(budget: int = 128, sinks: int = 4) -> EvictionPolicy:
     """StreamingLLM: attention sinks and the most recent tokens (arXiv 2309.17453).
 
     Args:
       budget: slots kept per layer and KV head.
       sinks: first tokens of the prompt that are kept; the rest of the budget goes to the last ones.
-      while_generating: hold the cache at `budget` slots while tokens are generated.
     """
     if budget <= sinks:
         raise ValueError(f"budget={budget} must exceed sinks={sinks}; raise the budget or keep fewer sinks")
-    return EvictionPolicy(budget=budget, window=1, scorer=SinksAndRecency(sinks), while_generating=while_generating)
+    return EvictionPolicy(budget=budget, window=1, scorer=SinksAndRecency(sinks))

@@ -20,16 +20,15 @@ class LastAttention:
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation
         last = o.queries[:, :, -1:], o.keys, o.query_positions[:, -1:], o.key_positions, o.sliding_window
-        sums = kernels.column_sums(*last, jnp.ones(1))[..., : o.keys.shape[2] - window]
+        sums = kernels.column_sums(*last, jnp.ones(1, jnp.float32))[..., : o.keys.shape[2] - window]
         return jnp.broadcast_to(sums.mean(axis=1, keepdims=True), sums.shape)
 
 
-def tova(budget: int = 128, window: int = 1, while_generating: bool = False) -> EvictionPolicy:
+def tova(budget: int = 128, window: int = 1) -> EvictionPolicy:
     """TOVA: attention received from the last token, one set of positions per layer (arXiv 2401.06104).
 
     Args:
       budget: slots kept per layer and KV head, the window included.
       window: last tokens of the prompt, always kept.
-      while_generating: hold the cache at `budget` slots while tokens are generated.
     """
-    return EvictionPolicy(budget=budget, window=window, scorer=LastAttention(), while_generating=while_generating)
+    return EvictionPolicy(budget=budget, window=window, scorer=LastAttention())
