@@ -231,7 +231,7 @@ def test_importance_is_the_moving_average_of_removal_errors():
     projection = rng.standard_normal((2, dim, 20)).astype(np.float32)
     positions = np.array([0, 4, 9, 11, 20, 21, 22, 23, 24])
     layer = Layer(0, queries, positions[None, -window:], projection, 2**30)
-    kept = Memory(keys, values, jnp.asarray(positions)[None, None])
+    kept = Memory(jnp.asarray(keys), jnp.asarray(values), jnp.asarray(positions)[None, None])
     policy = rk.restkv(BUDGET, window, alpha=0.4, group_reduce="max")
     model = rk.build_model(CONFIG | dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1))
     cache = empty_cache(model.config, jnp.array([25]), slots, jnp.float32, evicts=True)
