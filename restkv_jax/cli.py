@@ -176,7 +176,7 @@ def _load(options: PromptOptions) -> Loaded:
     """Reads the prompt, loads the model and encodes the one for the other."""
     prompt = _read_prompt(options)
     try:
-        model, params, tokenizer = load_model(options.model, jnp.dtype(options.dtype))
+        model, params, tokenizer = load_model(options.model, _dtype(options.dtype))
     except (OSError, ValueError, KeyError) as error:
         name = "" if options.model is None else f" {options.model!r}"
         reason = str(error).removeprefix(f"path_or_id={options.model!r} ")
@@ -187,6 +187,13 @@ def _load(options: PromptOptions) -> Loaded:
     if not ids:
         raise UsageError("the prompt is empty: the tokenizer makes no token of it")
     return Loaded(model, params, tokenizer, prompt, np.asarray([ids], np.int32))
+
+
+def _dtype(name: str) -> Any:
+    """`auto` is bfloat16, but float32 on a CPU, which has no arithmetic in bfloat16."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
 
 
 def _read_prompt(options: PromptOptions) -> str:
@@ -220,9 +227,10 @@ def _sampling(options: GenerateOptions) -> dict[str, Any]:
         return {}
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed {options.seed} must be in [0, 2**32)")
+    key = jax.random.key(options.seed)
     with _as_usage_error():
-        check_sampling(key=options.seed, **sampling)
-    return sampling | {"key": jax.random.key(options.seed)}
+        check_sampling(key, **sampling)
+    return sampling | {"key": key}
 
 
 def _print_answer(loaded: Loaded, policy: EvictionPolicy, max_new_tokens: int, sampling: dict[str, Any]) -> Timing:

@@ -75,13 +75,13 @@ class PromptOptions:
       file: text file that holds the prompt.
       model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes
         with the package if left out.
-      dtype: of weights and cache.
+      dtype: of weights and cache; "auto" is bfloat16, on a CPU float32.
     """
 
     prompt: tyro.conf.Positional[str | None] = None
     file: pathlib.Path | None = None
     model: str | None = None
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ programs (`memory_analysis`), nothing is run for it. Times are medians of one ru
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,23 +23,23 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure. The model has the shape of Llama 3.2 1B; `layers` and `vocabulary` make it smaller."""
+    """What to measure. The model has the shape of Llama 3.2 1B; for times, fewer layers and a smaller vocabulary."""
 
     lengths: tuple[int, ...] = (4096, 16384, 65536)
     budget: int = 512
-    layers: int = 16
-    vocabulary: int = 128256
-    steps: int = 10
-    prefill_lengths: tuple[int, ...] = (2048, 8192)
-    repeats: int = 3
+    timed_layers: int = 4
+    timed_vocabulary: int = 32768
+    steps: int = 15
+    prefill_lengths: tuple[int, ...] = (2048, 8064)
+    repeats: int = 5
 
 
-def llama(options: Options) -> rk.models.Decoder:
-    """Llama 3.2 1B in shape."""
+def llama(layers: int = 16, vocabulary: int = 128256) -> rk.models.Decoder:
+    """Llama 3.2 1B in shape, or some layers of it."""
     return rk.build_model(
         dict(
-            model_type="llama", vocab_size=options.vocabulary, hidden_size=2048, intermediate_size=8192,
-            num_hidden_layers=options.layers, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+            model_type="llama", vocab_size=vocabulary, hidden_size=2048, intermediate_size=8192,
+            num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
             max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=True,
         )
     )  # fmt: skip
@@ -58,7 +59,7 @@ def prefill_program(model: Any, policy: rk.EvictionPolicy, length: int, dtype: A
 
 def prefill_memory(options: Options) -> list[str]:
     """Peak memory beyond the weights: temporaries and the cache that comes out."""
-    model = llama(options)
+    model = llama()
     rows = ["| prompt | cache | temporaries | cache that stays | sum | share |", "|---|---|---|---|---|---|"]
     for length in track(options.lengths, "prefill memory"):
         sums = {}
@@ -95,26 +96,27 @@ def filled_cache(model: Any, policy: rk.EvictionPolicy, length: int, new_tokens:
 
 
 def decode_times(options: Options) -> list[str]:
-    """Median seconds of a decode step."""
-    model = llama(options)
+    """Median seconds of a decode step, the two sides in turn."""
+    model = llama(options.timed_layers, options.timed_vocabulary)
     shapes = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
     params = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)
-    rows = ["| prompt | cache | bytes of the cache | time per token | full / restkv |", "|---|---|---|---|---|"]
+    rows = [
+        "| prompt | full: cache | time per token | restkv: cache | time per token | full / restkv |",
+        "|---" * 6 + "|",
+    ]
     for length in track(options.lengths, "time per token"):
-        seconds = {}
-        for name, policy in reversed(policies(options).items()):
-            cache = filled_cache(model, policy, length, options.steps + 2)
-            size = rk.cache_bytes(cache) / MIB
-            durations = []
-            for _ in range(options.steps + 1):
-                start = time.perf_counter()
-                logits, cache = rk.decode_step(model, params, jnp.zeros(1, jnp.int32), cache, policy=policy)
-                jax.block_until_ready((logits, cache))
-                durations.append(time.perf_counter() - start)
-            del cache
-            seconds[name] = float(np.median(durations[1:]))
-            ratio = f"{seconds['full'] / seconds['restkv']:.1f} times" if name == "full" else ""
-            rows.append(f"| {length:,} | {name} | {size:,.0f} MiB | {seconds[name] * 1000:,.0f} ms | {ratio} |")
+        caches = {n: filled_cache(model, p, length, options.steps + 2) for n, p in policies(options).items()}
+        sizes = {name: rk.cache_bytes(cache) / MIB for name, cache in caches.items()}
+
+        def step(name, caches=caches):
+            token, policy = jnp.zeros(1, jnp.int32), policies(options)[name]
+            logits, caches[name] = rk.decode_step(model, params, token, caches[name], policy=policy)
+            jax.block_until_ready((logits, caches[name]))
+
+        seconds = alternate({name: functools.partial(step, name) for name in caches}, options.steps)
+        cells = " | ".join(f"{sizes[name]:,.0f} MiB | {1000 * seconds[name]:,.0f} ms" for name in ("full", "restkv"))
+        rows.append(f"| {length:,} | {cells} | {seconds['full'] / seconds['restkv']:.1f} |")
+        del caches
     return rows
 
 
