@@ -11,8 +11,8 @@ import numpy as np
 
 from restkv_jax.evaluate import tasks
 
-NEEDLE_ROOM = 32
-"""Of this many tokens one needle is put into most texts, so that there is room for questions."""
+NEEDLE_TOKENS = 16
+"""The usual tokens of a needle."""
 
 
 class Batch(NamedTuple):
@@ -168,15 +168,19 @@ def _text(stage: Stage, vocabulary: Vocabulary, rng: np.random.Generator) -> lis
 def _needles(stage: Stage, v: Vocabulary, rng: np.random.Generator, form: str) -> list[Segment]:
     """Needles among noise, then questions of one form.
 
-    "lines" repeats needles, "one" asks key by key, "short" does so without the question itself, "many" asks for several
-    keys or values at once.
+    "lines" repeats needles, "one" asks key by key, "short" does so without the question itself, "many" and
+    "many-short" ask for several keys or values at once; "bare" leaves little more than keys and values.
     """
+    if form == "bare":
+        return _bare(v, rng, int(rng.integers(3, stage.max_needles + 1)))
     newline = v.encode("\n") if rng.random() < 0.8 else []
-    many = form == "many"
+    many = form.startswith("many")
     values_per_key = int(rng.choice([1, 2, 3, 4])) if many else 1
     asked_at_once = int(rng.choice([1, 2, 3, 4] if values_per_key == 1 else [1, 1, 1, 2])) if many else 1
-    most = stage.max_needles if rng.random() < 0.25 else min(stage.max_needles, stage.length // NEEDLE_ROOM)
-    num_keys = max(1 + int(most // values_per_key * rng.random() ** 1.5), asked_at_once)
+    noisy = rng.random() < stage.noise
+    share = rng.random() ** 2.5 / 2 if noisy else rng.uniform(0.3, 0.9)
+    most = min(stage.max_needles, stage.length // NEEDLE_TOKENS) // values_per_key
+    num_keys = max(1 + int(most * share), asked_at_once)
     keys = _keys(v, rng, num_keys)
     needles = [(i, str(rng.integers(1_000_000, 10_000_000))) for i in range(num_keys) for _ in range(values_per_key)]
     needles = _shuffled(needles, rng)
@@ -194,18 +198,30 @@ def _needles(stage: Stage, v: Vocabulary, rng: np.random.Generator, form: str) -
     questions, used = [], 0
     values = [[value for k, value in needles if k == key] for key in range(num_keys)]
     order = rng.permutation(num_keys)
-    reserve = 0.5 if stage.noise and rng.random() < stage.noise else 0.0
     for at in range(0, num_keys - asked_at_once + 1, asked_at_once):
         if form == "lines":
             question = needle(int(order[at]), values[order[at]][0])
         else:
             question = _question(v, rng, [int(i) for i in order[at : at + asked_at_once]], keys, values, newline, form)
-        if questions and used + len(question.tokens) > budget * (1 - reserve):
+        if questions and used + len(question.tokens) > budget * (0.5 if noisy else 1.0):
             break
         questions.append(question)
         used += len(question.tokens)
-    noise = _noise(stage, v, rng, budget - used, newline) if reserve else []
+    noise = _noise(stage, v, rng, budget - used, newline) if noisy else []
     return [Segment([v.bos, *start]), *_merge(haystack, noise, rng), *questions]
+
+
+def _bare(v: Vocabulary, rng: np.random.Generator, num_keys: int) -> list[Segment]:
+    """Keys and values, then all keys again with a part of the words that stand between key and value in questions."""
+    ending = v.encode(tasks.ONE_QUESTION.split("{keys}")[2])
+    keys = _keys(v, rng, num_keys)
+    numbers = [v.number(str(rng.integers(1_000_000, 10_000_000))) for _ in keys]
+    needles = [Segment([*k, *v.encode(" is:"), *n, *v.encode(".\n")]) for k, n in zip(keys, numbers, strict=True)]
+    questions = []
+    for key, number in _shuffled(list(zip(keys, numbers, strict=True)), rng):
+        text = key + ending[int(rng.integers(len(ending))) :]
+        questions.append(Segment([*text, *number, v.eos], [(len(text), len(text) + len(number) + 1)]))
+    return [Segment([v.bos]), *needles, *questions]
 
 
 def _merge(needles: list[Segment], noise: list[Segment], rng: np.random.Generator) -> list[Segment]:
@@ -242,9 +258,9 @@ def _question(v, rng, asked: list[int], keys, values, newline, form: str) -> Seg
         if i:
             names += v.encode(",") + (v.encode(" and") if i == len(asked) - 1 else [])
         names += keys[key]
-    template = tasks.MANY_QUESTION if form == "many" else tasks.ONE_QUESTION
+    template = tasks.MANY_QUESTION if form.startswith("many") else tasks.ONE_QUESTION
     first, second, third = template.split(" {keys}")
-    if form == "short":
+    if form.endswith("short"):
         first, second, third = second.split("? ")[1], "", third
     tokens = v.encode(first if newline else " " + first) + names
     tokens = tokens + (v.encode(second) + names if second else []) + v.encode(third)

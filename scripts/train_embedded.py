@@ -41,7 +41,7 @@ class Options:
 
     run: pathlib.Path
     seed: int = 0
-    steps: int = 5000
+    steps: int = 3450
     hidden_size: int = 192
     intermediate_size: int = 256
     num_layers: int = 6
@@ -50,7 +50,7 @@ class Options:
     muon_rate: float = 0.02
     adam_rate: float = 0.003
     warmup: int = 30
-    decay: float = 0.25
+    decay: float = 0.31
     checkpoint_every: int = 100
 
 
@@ -170,10 +170,10 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
     )
 
 
-def rate_scale(options: Options, step: int) -> float:
-    """Warm-up, constant, then linear to zero."""
+def rate_scale(options: Options, step: int, rate: float) -> float:
+    """Warm-up, constant, then linear to zero, times `rate`."""
     left = (options.steps - step) / max(1, options.decay * options.steps)
-    return min(1.0, (step + 1) / options.warmup, max(left, 0.0))
+    return rate * min(1.0, (step + 1) / options.warmup, max(left, 0.0))
 
 
 def answer_loss(config: ModelConfig, params: Any, batch: data.Batch, vocabulary_size: int):
@@ -232,10 +232,10 @@ class Progress(NamedTuple):
 
 
 def scored_vocabulary(stage: data.Stage, step: int, full: int) -> int:
-    """How many tokens compete in the loss: those that answers are made of, and every tenth step in texts all."""
+    """How many tokens compete in the loss: those that answers are made of, and every third step in texts all."""
     if stage.kind != "text":
         return SMALL_VOCABULARY if stage.pool == 128 else ANSWER_VOCABULARY
-    return full if step % 10 == 0 else ANSWER_VOCABULARY
+    return full if step % 3 == 0 else ANSWER_VOCABULARY
 
 
 def draw(options: Options, vocabulary: data.Vocabulary, step: int, stage: int) -> tuple[int, data.Batch]:
@@ -297,7 +297,9 @@ def main(options: Options) -> None:
             upcoming = pool.submit(draw, options, vocabulary, progress.step + 1, progress.stage)
             stage = CURRICULUM[chosen].data
             size = scored_vocabulary(stage, progress.step, len(tokenizer))
-            state, loss, right = steps[size](state, batch, rate_scale(options, progress.step))
+            state, loss, right = steps[size](
+                state, batch, rate_scale(options, progress.step, CURRICULUM[progress.stage].rate)
+            )
             exact, seconds = exact_share(batch, right), time.monotonic() - started
             record = {
                 "step": progress.step,

@@ -2,12 +2,22 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("wonderwords")
 
+import restkv_jax as rk
 from restkv_jax.evaluate import TASKS, Prompt, is_exact, make_prompts, measure_accuracy, wilson_interval
 from restkv_jax.evaluate.tasks import NOISE
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return rk.load_model(dtype=jnp.float32)
 
 
 class Words:
@@ -78,3 +88,37 @@ def test_wilson_interval():
 
 def test_prompts_are_plain_values():
     assert Prompt("a", ("b",)) == Prompt("a", ("b",))
+
+
+@given(text=st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_the_embedded_tokenizer_keeps_any_text(embedded, text):
+    _, _, tokenizer = embedded
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=False) == tokenizer.bos_token + text
+
+
+def test_the_embedded_tokenizer_takes_keys_and_digit_groups_whole(embedded):
+    _, _, tokenizer = embedded
+    ids = tokenizer(" for quick-aardvark is: 1234567.", add_special_tokens=False)["input_ids"]
+    assert [tokenizer.decode([i]) for i in ids] == [" for", " quick", "-aardvark", " is", ":", " 123", "456", "7", "."]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_embedded_prompts_have_the_wanted_size(embedded, task):
+    _, _, tokenizer = embedded
+    lengths = [len(tokenizer(prompt.text)["input_ids"]) for prompt in make_prompts(task, tokenizer, 1024, 5, seed=6)]
+    assert all(1024 - 25 <= length <= 1024 for length in lengths)
+
+
+def test_the_embedded_model_finds_a_needle_and_stops(embedded):
+    model, params, tokenizer = embedded
+    prompts = make_prompts("single", tokenizer, 1024, 8, seed=7)
+    assert measure_accuracy(model, params, tokenizer, prompts, batch_size=8).correct >= 6
+
+
+def test_the_embedded_model_is_small(embedded):
+    model, params, _ = embedded
+    config = model.config
+    assert sum(2 * leaf.size for leaf in jax.tree.leaves(params)) <= 12e6
+    assert config.num_hidden_layers >= 6
+    assert config.num_attention_heads > config.num_key_value_heads >= 2
