@@ -40,7 +40,8 @@ def removal_error(attention: Array, rest: Array, values: Array, gram: Array) -> 
     `A / (1 - A) * ||(o - v) W||_2` with `o = sum_n A[n] v[n]`, exact for a single head (ReST-KV, arXiv 2605.08840,
     layer-wise output reconstruction). Both factors cancel for a key that holds nearly all attention; there can be
     one such key, the most attended, and its error is taken in the equal form `A * ||(o_rest / (1 - A) - v) W||_2`
-    with `o_rest` the output without it.
+    with `o_rest` the output without it. Where its logit leads by more than about 87, the others' attention is zero in
+    float32, and so is `o_rest`.
 
     Args:
       attention: float32 [T].
