@@ -34,18 +34,29 @@ def probabilities(
     return jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0.0), visible
 
 
-def removal_error(attention: Array, rest: Array, values: Array, gram: Array) -> Array:
+def attention_and_rest(queries, keys, query_positions, key_positions, sliding_window) -> tuple[Array, Array]:
+    """`probabilities` [w, T], and those of the other keys once each query's most attended one is deleted, [w, T].
+
+    The second softmax is taken over logits: from the first one, small probabilities would have underflowed.
+    """
+    attention, visible = probabilities(queries, keys, query_positions, key_positions, sliding_window)
+    others = visible & (jnp.arange(keys.shape[0]) != attention.argmax(-1, keepdims=True))
+    logits = jnp.einsum("wd,td->wt", queries, keys, preferred_element_type=jnp.float32, precision=HIGHEST)
+    logits = jnp.where(others, logits * queries.shape[-1] ** -0.5, -1e30)
+    return attention, jnp.where(others, jax.nn.softmax(logits, axis=-1), 0.0)
+
+
+def removal_error(attention: Array, output_rest: Array, values: Array, gram: Array) -> Array:
     """How far a head's projected output moves when one key is deleted and the softmax renormalised, for every key.
 
     `A / (1 - A) * ||(o - v) W||_2` with `o = sum_n A[n] v[n]`, exact for a single head (ReST-KV, arXiv 2605.08840,
     layer-wise output reconstruction). Both factors cancel for a key that holds nearly all attention; there can be
-    one such key, the most attended, and its error is taken in the equal form `A * ||(o_rest / (1 - A) - v) W||_2`
-    with `o_rest` the output without it. Where its logit leads by more than about 87, the others' attention is zero in
-    float32, and so is `o_rest`.
+    one such key, the most attended, and its error is taken in the equal form `A * ||(o_rest - v) W||_2` with
+    `o_rest` the output once it is deleted.
 
     Args:
       attention: float32 [T].
-      rest: float32 scalar, `1 - A` of the most attended key, summed without it.
+      output_rest: float32 [D], the output once the most attended key is deleted.
       values: [T, D].
       gram: float32 [D, D], `W W^T`.
 
@@ -54,10 +65,8 @@ def removal_error(attention: Array, rest: Array, values: Array, gram: Array) -> 
     """
     values = values.astype(jnp.float32)
     is_top = jnp.arange(len(attention)) == attention.argmax()
-    rest = jnp.maximum(rest, jnp.finfo(jnp.float32).tiny)
-    output_rest = jnp.einsum("t,td->d", jnp.where(is_top, 0.0, attention), values, precision=HIGHEST)
     output = jnp.einsum("t,td->d", attention, values, precision=HIGHEST)
-    moved = jnp.where(is_top[:, None], output_rest / rest, output) - values
+    moved = jnp.where(is_top[:, None], output_rest, output) - values
     squared = jnp.einsum("td,de,te->t", moved, gram, moved, precision=HIGHEST)
     factor = attention / jnp.where(is_top, 1.0, 1 - attention)
     return factor * jnp.sqrt(jnp.maximum(squared, 0.0))
@@ -82,8 +91,8 @@ def removal_errors(queries, keys, values, query_positions, key_positions, slidin
     """`removal_error` of every query and key, `gram` float32 [H, D, D]; float32 [B, H, w, T], zero where unseen."""
 
     def one_head(queries, keys, values, query_positions, key_positions, gram):
-        attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
-        return jax.lax.map(lambda row: _row_error(row, values, gram), attention)
+        rows = attention_and_rest(queries, keys, query_positions, key_positions, sliding_window)
+        return jax.lax.map(lambda row: _row_error(*row, values, gram), rows)
 
     return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
 
@@ -95,13 +104,13 @@ def averaged_removal_error(queries, keys, values, query_positions, key_positions
     """
 
     def one_head(queries, keys, values, query_positions, key_positions, gram):
-        attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
+        rows = attention_and_rest(queries, keys, query_positions, key_positions, sliding_window)
 
         def add_row(total, row):
-            attention, weight = row
-            return total + weight * _row_error(attention, values, gram), None
+            attention, rest, weight = row
+            return total + weight * _row_error(attention, rest, values, gram), None
 
-        return jax.lax.scan(add_row, jnp.zeros(keys.shape[0], jnp.float32), (attention, weights))[0]
+        return jax.lax.scan(add_row, jnp.zeros(keys.shape[0], jnp.float32), (*rows, weights))[0]
 
     return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
 
@@ -120,8 +129,11 @@ def averaged_attention_removal_error(
     def one_head(queries, keys, values, query_positions, key_positions, gram):
         attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
         averaged = jnp.einsum("w,wt->t", weights, attention[:, :prefix], precision=HIGHEST)
-        rest = jnp.dot(weights, rest_of_attention(attention, averaged.argmax()), precision=HIGHEST)
-        return removal_error(averaged, rest, values[:prefix], gram)
+        top = averaged.argmax()
+        rest = jnp.dot(weights, rest_of_attention(attention, top), precision=HIGHEST)
+        others = jnp.where(jnp.arange(prefix) == top, 0.0, averaged) / jnp.maximum(rest, jnp.finfo(jnp.float32).tiny)
+        output_rest = jnp.einsum("t,td->d", others, values[:prefix].astype(jnp.float32), precision=HIGHEST)
+        return removal_error(averaged, output_rest, values[:prefix], gram)
 
     return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
 
@@ -162,9 +174,10 @@ def top_mask(values: Array, count: int) -> Array:
     return above | (equal & (jnp.cumsum(equal, axis=-1) <= count - above.sum(-1, keepdims=True)))
 
 
-def _row_error(attention: Array, values: Array, gram: Array) -> Array:
-    """`removal_error` of one query, [T]."""
-    return removal_error(attention, rest_of_attention(attention, attention.argmax()), values, gram)
+def _row_error(attention: Array, rest: Array, values: Array, gram: Array) -> Array:
+    """`removal_error` of one query, [T], from its attention and that of the other keys without the top one."""
+    output_rest = jnp.einsum("t,td->d", rest, values.astype(jnp.float32), precision=HIGHEST)
+    return removal_error(attention, output_rest, values, gram)
 
 
 def _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram) -> Array:

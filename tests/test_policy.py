@@ -59,10 +59,10 @@ def softmax(logits):
     return weights / weights.sum(1, keepdims=True)
 
 
-@given(seed=st.integers(0, 2**16), sharpness=st.sampled_from([1.0, 5.0, 10.0]))
+@given(seed=st.integers(0, 2**16), sharpness=st.sampled_from([1.0, 10.0, 40.0]))
 @settings(max_examples=30, deadline=None)
 def test_removal_error_is_the_exact_change_of_a_heads_output(seed, sharpness):
-    """Also where one key holds nearly all attention: logits up to tens apart, within what float32 can exponentiate."""
+    """Also where one key holds nearly all attention: logits tens apart."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((n, DIM)).astype(np.float32) for n in (3, 9, 9))
     q *= sharpness
