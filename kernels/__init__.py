@@ -1,15 +1,18 @@
 """Pure array functions under the cache, each defined by its plain JAX reference."""
 
-from restkv_jax.kernels import gather, scores
+from restkv_jax.kernels import gather, paged, scores
 from restkv_jax.kernels.attention import attention, largest_divisor
 from restkv_jax.kernels.dispatch import by_platform
+from restkv_jax.kernels.paged import check_page_size
 from restkv_jax.kernels.scores import output_gram
 
 attention_centres = by_platform(scores.attention_centres)
 averaged_attention_removal_error = by_platform(scores.averaged_attention_removal_error)
 averaged_removal_error = by_platform(scores.averaged_removal_error)
+column_row_norms = by_platform(scores.column_row_norms)
 column_sums = by_platform(scores.column_sums)
 gather_pairs = by_platform(gather.gather_pairs)
+paged_attention = by_platform(paged.paged_attention, cuda=paged.paged_attention_cuda, tpu=paged.paged_attention_tpu)
 removal_errors = by_platform(scores.removal_errors)
 
 __all__ = [
@@ -17,9 +20,12 @@ __all__ = [
     "attention_centres",
     "averaged_attention_removal_error",
     "averaged_removal_error",
+    "check_page_size",
+    "column_row_norms",
     "column_sums",
     "gather_pairs",
     "largest_divisor",
     "output_gram",
+    "paged_attention",
     "removal_errors",
 ]

@@ -87,6 +87,18 @@ def column_sums(queries, keys, query_positions, key_positions, sliding_window, w
     return over_query_heads(one_head, queries, keys, keys, _per_head(query_positions, queries), key_positions)
 
 
+def column_row_norms(queries, keys, values, query_positions, key_positions, sliding_window, gram) -> Array:
+    """`||A[:, n]||_2 ||v[n] W_h||_2` over the queries, `gram` float32 [H, D, D] (LaProx); float32 [B, H, T]."""
+
+    def one_head(queries, keys, values, query_positions, key_positions, gram):
+        attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
+        values = values.astype(jnp.float32)
+        squared = jnp.einsum("td,de,te->t", values, gram, values, precision=HIGHEST)
+        return jnp.linalg.norm(attention, axis=0) * jnp.sqrt(jnp.maximum(squared, 0.0))
+
+    return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
+
+
 def removal_errors(queries, keys, values, query_positions, key_positions, sliding_window, gram) -> Array:
     """`removal_error` of every query and key, `gram` float32 [H, D, D]; float32 [B, H, w, T], zero where unseen."""
 

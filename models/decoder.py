@@ -21,6 +21,10 @@ class Memory(NamedTuple):
     values: Array
     positions: Array
 
+    def attend(self, queries: Array, query_positions: Array, sliding_window: Array) -> Array:
+        """Causal attention of queries [B, H, T, D] at positions int32 [B, T]: [B, H, T, D]."""
+        return attention(queries, self.keys, self.values, query_positions, self.positions, sliding_window)
+
 
 class Layer(NamedTuple):
     """What a layer shows of itself to the functions that keep its state.
@@ -35,13 +39,17 @@ class Layer(NamedTuple):
     output_projection: Array
     sliding_window: Array
 
+    def last(self, count: int) -> "Layer":
+        """The same with the last `count` queries only."""
+        return self._replace(queries=self.queries[:, :, -count:], positions=self.positions[:, -count:])
+
 
 class StateFunctions(NamedTuple):
     """How a state goes through the layers: pure functions that the decoder calls once per layer.
 
     `remember(index, memory, state) -> (memory, state)` takes the new tokens' keys and values and says what the
-    queries attend to. `revise(layer, memory, state) -> state` runs after the layer's attention.
-    `num_queries` of the last tokens are shown to `revise`.
+    queries attend to: a `Memory`, or what else has its `attend`. `revise(layer, memory, state) -> state` runs after
+    the layer's attention. `num_queries` of the last tokens are shown to `revise`.
     """
 
     remember: Callable[[Array, Memory, Any], tuple[Memory, Any]]
@@ -173,7 +181,7 @@ class Decoder(nn.Module):
                 hidden, last = carry
                 part, places = take(hidden), take(positions)
                 queries = layer.queries(part, places, rope)
-                context = attention(queries, *memory[:2], places, memory.positions, sliding_window)
+                context = memory.attend(queries, places, sliding_window)
                 if functions.num_queries == length:
                     last = put(last, queries, axis=2)
                 else:

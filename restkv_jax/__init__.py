@@ -2,10 +2,25 @@
 
 from restkv_jax.cache import KVCache, cache_bytes, kept_positions
 from restkv_jax.eviction import Eviction, evict_layer
-from restkv_jax.generate import Generation, bucket_length, decode_step, generate, prefill, stream
-from restkv_jax.methods import METHODS, full, h2o, knorm, random, restkv, snapkv, streaming_llm, tova
+from restkv_jax.generate import Generation, bucket_length, decode_step, generate, generate_each, prefill, stream
+from restkv_jax.methods import (
+    METHODS,
+    adakv,
+    full,
+    h2o,
+    knorm,
+    laprox,
+    pyramidkv,
+    random,
+    restkv,
+    snapkv,
+    streaming_llm,
+    tova,
+)
 from restkv_jax.models import build_model, init_params, load_model, save_model
+from restkv_jax.paged import PagedCache
 from restkv_jax.policy import EvictionPolicy
+from restkv_jax.refit import LeastSquares
 
 __all__ = [
     "METHODS",
@@ -13,6 +28,9 @@ __all__ = [
     "EvictionPolicy",
     "Generation",
     "KVCache",
+    "LeastSquares",
+    "PagedCache",
+    "adakv",
     "bucket_length",
     "build_model",
     "cache_bytes",
@@ -20,12 +38,15 @@ __all__ = [
     "evict_layer",
     "full",
     "generate",
+    "generate_each",
     "h2o",
     "init_params",
     "kept_positions",
     "knorm",
+    "laprox",
     "load_model",
     "prefill",
+    "pyramidkv",
     "random",
     "restkv",
     "save_model",

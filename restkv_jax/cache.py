@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax.models import Memory
 from restkv_jax.models.config import ModelConfig
+from restkv_jax.paged import PagedCache
 
 
 @flax.struct.dataclass
@@ -48,6 +50,61 @@ class KVCache:
         """`N`."""
         return self.keys.shape[3]
 
+    def is_full(self) -> Array:
+        """bool scalar: some layer, row and KV head has no place for another pair."""
+        return (self.lengths >= self.num_slots).any() & (self.importance is None)
+
+    def memory(self, layer: Array) -> Memory:
+        """What the queries of a layer, int32 scalar, attend to."""
+        return Memory(self.keys[layer], self.values[layer], self.positions[layer])
+
+    def slot_positions(self) -> Array:
+        """int32 [L, B, K, N], position of every slot, -1 where empty."""
+        return self.positions
+
+    def append(self, layer: Array, keys: Array, values: Array, active: Array, window: int) -> "KVCache":
+        """Puts one new pair per row and KV head into a layer, in place under jit.
+
+        The pair takes the first free slot; a full cache that evicts while generating gives it the slot of least
+        importance outside the last `window` positions.
+
+        Args:
+          layer: int32 scalar.
+          keys: [B, K, D].
+          values: [B, K, D].
+          active: bool [B]; rows that are not stay as they are.
+          window: positions that are never overwritten, counted back from the new one.
+
+        Returns:
+          the next state.
+        """
+        used = self.lengths[layer]
+        slots = used
+        if self.importance is not None:
+            positions = self.positions[layer]
+            recent = positions > self.next_positions[:, None, None] - window
+            candidates = jnp.where(recent, jnp.inf, self.importance.scores[layer])
+            slots = jnp.where(used < self.num_slots, used, jnp.argmin(candidates, axis=-1))
+        slots = jnp.where(active[:, None], slots, self.num_slots)
+        batch, num_kv_heads = slots.shape
+        place = layer, jnp.arange(batch)[:, None], jnp.arange(num_kv_heads)[None, :], slots
+
+        def put(array, new):
+            return array.at[place].set(new.astype(array.dtype), mode="drop", unique_indices=True)
+
+        importance = self.importance
+        if importance is not None:
+            importance = importance.replace(scores=put(importance.scores, jnp.full(used.shape, jnp.nan)))
+        positions = jnp.broadcast_to(self.next_positions[:, None], used.shape)
+        lengths = jnp.where(active[:, None], jnp.minimum(used + 1, self.num_slots), used)
+        return self.replace(
+            keys=put(self.keys, keys),
+            values=put(self.values, values),
+            positions=put(self.positions, positions),
+            lengths=jax.lax.dynamic_update_index_in_dim(self.lengths, lengths, layer, 0),
+            importance=importance,
+        )
+
 
 def empty_cache(config: ModelConfig, prompt_lengths: Array, num_slots: int, dtype, evicts: bool = False) -> KVCache:
     """A cache of empty slots for prompts of the given lengths, int32 [B]; `evicts` gives it an `Importance`."""
@@ -82,52 +139,7 @@ def write_layer(cache: KVCache, layer: Array, keys: Array, values: Array, positi
     )
 
 
-def append(cache: KVCache, layer: Array, keys: Array, values: Array, active: Array, window: int) -> KVCache:
-    """Puts one new pair per row and KV head into a layer, in place under jit.
-
-    The pair takes the first free slot; a full cache that evicts while generating gives it the slot of least
-    importance outside the last `window` positions.
-
-    Args:
-      cache: the state before.
-      layer: int32 scalar.
-      keys: [B, K, D].
-      values: [B, K, D].
-      active: bool [B]; rows that are not stay as they are.
-      window: positions that are never overwritten, counted back from the new one.
-
-    Returns:
-      the next state.
-    """
-    used = cache.lengths[layer]
-    slots = used
-    if cache.importance is not None:
-        positions = cache.positions[layer]
-        recent = positions > cache.next_positions[:, None, None] - window
-        candidates = jnp.where(recent, jnp.inf, cache.importance.scores[layer])
-        slots = jnp.where(used < cache.num_slots, used, jnp.argmin(candidates, axis=-1))
-    slots = jnp.where(active[:, None], slots, cache.num_slots)
-    batch, num_kv_heads = slots.shape
-    place = layer, jnp.arange(batch)[:, None], jnp.arange(num_kv_heads)[None, :], slots
-
-    def put(array, new):
-        return array.at[place].set(new.astype(array.dtype), mode="drop", unique_indices=True)
-
-    importance = cache.importance
-    if importance is not None:
-        importance = importance.replace(scores=put(importance.scores, jnp.full(used.shape, jnp.nan)))
-    positions = jnp.broadcast_to(cache.next_positions[:, None], used.shape)
-    lengths = jnp.where(active[:, None], jnp.minimum(used + 1, cache.num_slots), used)
-    return cache.replace(
-        keys=put(cache.keys, keys),
-        values=put(cache.values, values),
-        positions=put(cache.positions, positions),
-        lengths=jax.lax.dynamic_update_index_in_dim(cache.lengths, lengths, layer, 0),
-        importance=importance,
-    )
-
-
-def kept_positions(cache: KVCache) -> Array:
+def kept_positions(cache: KVCache | PagedCache) -> Array:
     """Prompt positions still held in every layer and KV head.
 
     Args:
@@ -136,12 +148,13 @@ def kept_positions(cache: KVCache) -> Array:
     Returns:
       int32 [L, B, K, N], ascending, then -1 where a slot is empty or holds a generated token.
     """
-    of_prompt = (cache.positions >= 0) & (cache.positions < cache.prompt_lengths[:, None, None])
+    positions = cache.slot_positions()
+    of_prompt = (positions >= 0) & (positions < cache.prompt_lengths[:, None, None])
     last = jnp.iinfo(jnp.int32).max
-    ascending = jnp.sort(jnp.where(of_prompt, cache.positions, last), axis=-1)
+    ascending = jnp.sort(jnp.where(of_prompt, positions, last), axis=-1)
     return jnp.where(ascending == last, -1, ascending)
 
 
-def cache_bytes(cache: KVCache) -> int:
+def cache_bytes(cache: KVCache | PagedCache) -> int:
     """Bytes of all arrays of the cache; also for the shapes that `jax.eval_shape` returns."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))

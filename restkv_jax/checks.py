@@ -125,8 +125,7 @@ def check_token(model: Decoder, token: Any, cache: Any) -> Array:
         raise TypeError(f"token has dtype {token.dtype}, but must hold integers")
     if _is_known(token):
         _check_vocabulary(model, "token", np.asarray(token), np.ones(batch, bool))
-    grows = cache.importance is None and _is_known(cache.lengths)
-    if grows and int(cache.lengths.max()) >= cache.num_slots:
+    if _is_known(cache.lengths) and bool(cache.is_full()):
         raise ValueError(
             f"the cache is full: all its {cache.num_slots} slots are in use; prefill with a larger max_new_tokens "
             "or with a policy that has while_generating=True"

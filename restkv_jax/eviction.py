@@ -13,6 +13,7 @@ from restkv_jax import kernels
 from restkv_jax.checks import check_mask
 from restkv_jax.observation import Observation
 from restkv_jax.policy import EvictionPolicy
+from restkv_jax.refit import window_outputs
 
 UNREACHABLE = float(jnp.finfo(jnp.float32).min)
 """Score of keys that no later token can see: kept only where there is room for all."""
@@ -39,6 +40,8 @@ def evict_layer(
     values: Array,
     output_projection: Array,
     mask: Array | None = None,
+    layer: int = 0,
+    num_layers: int = 1,
 ) -> Eviction:
     """Applies a policy to one layer of a prompt.
 
@@ -50,10 +53,13 @@ def evict_layer(
       values: [B, K, T, D].
       output_projection: [H, D, M], the block of the output projection that each head's output multiplies.
       mask: bool [B, T], False on left padding.
+      layer: which layer it is; for budgets that differ by layer.
+      num_layers: of the model; for budgets that differ by layer.
 
     Returns:
-      an `Eviction` with `C = budget` slots (`T` without a budget); scores are always computed, also where the
-      budget holds the whole prompt.
+      an `Eviction` with `C = budget` slots (`T` without a budget, and where KV heads share one: see `lengths`); scores
+      are always computed, also where the budget holds the whole prompt. A budget for the whole model is shared among
+      the heads of this layer.
 
     Raises:
       AssertionError: shapes that do not agree.
@@ -72,8 +78,8 @@ def evict_layer(
     queries = _judging_queries(policy, queries, length)
     positions = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1).astype(jnp.int32)
     observation = Observation(queries, keys, values, output_projection, positions)
-    slots = length if policy.budget is None else policy.budget
-    return evict(policy, observation, slots)
+    slots = length if policy.budget is None or not policy.allocation.uniform else policy.budget
+    return evict(policy, observation, slots, layer, num_layers)
 
 
 def _as_array(name: str, array: Array) -> Array:
@@ -93,32 +99,90 @@ def _judging_queries(policy: EvictionPolicy, queries: Array, length: int) -> Arr
     return queries[:, :, -policy.num_queries(length) :]
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "slots"))
-def evict(policy: EvictionPolicy, observation: Observation, slots: int) -> Eviction:
-    """Scores, selects and gathers one layer's pairs into `slots` places per KV head."""
-    keys, values, positions = observation.keys, observation.values, observation.positions
-    length = keys.shape[2]
-    window = policy.window_of(length)
-    scores = score_prefix(policy, observation, window, slots)
-    indices = select(scores, positions, window, slots)
-    kept_keys, kept_values = kernels.gather_pairs(keys, values, indices)
-    padded = jnp.pad(positions, ((0, 0), (0, 1)), constant_values=-1)
-    kept = jnp.take_along_axis(padded[:, None], indices, axis=2)
-    return Eviction(scores, kept, (kept >= 0).sum(-1, dtype=jnp.int32), kept_keys, kept_values)
+@functools.partial(jax.jit, static_argnames=("policy", "slots", "num_layers"))
+def evict(
+    policy: EvictionPolicy, observation: Observation, slots: int, layer: Array | int = 0, num_layers: int = 1
+) -> Eviction:
+    """Scores, selects, gathers and refits one layer's pairs in `slots` places per KV head."""
+    window = policy.window_of(observation.keys.shape[2])
+    scores = score_prefix(policy, observation, window)
+    indices = select(scores, observation.positions, window, slots)
+    if not policy.allocation.uniform:
+        places = weighed_scores(policy, scores, observation.positions, indices)[None]
+        prefix_lengths = (observation.positions[:, : scores.shape[-1]] >= 0).sum(-1)
+        keep = keep_shares(policy, places, prefix_lengths, jnp.asarray(layer)[None], num_layers)[0]
+        indices = jnp.sort(jnp.where(keep, indices, observation.keys.shape[2]), axis=-1)
+    kept = take(observation, scores, indices)
+    if policy.refit is None:
+        return kept
+    shown = observation._replace(queries=observation.queries[:, :, -window:])
+    arrays = kept.keys, kept.values, shown.query_positions, kept.positions, shown.sliding_window
+    return kept._replace(values=policy.refit(shown.queries, window_outputs(*shown.attention_arguments), *arrays))
 
 
-def score_prefix(policy: EvictionPolicy, observation: Observation, window: int, slots: int) -> Array:
+def take(observation: Observation, scores: Array, indices: Array) -> Eviction:
+    """The pairs at `indices`, int32 [B, K, C], `T` where a slot stays empty."""
+    keys, values = kernels.gather_pairs(observation.keys, observation.values, indices)
+    padded = jnp.pad(observation.positions, ((0, 0), (0, 1)), constant_values=-1)
+    positions = jnp.take_along_axis(padded[:, None], indices, axis=2)
+    return Eviction(scores, positions, (positions >= 0).sum(-1, dtype=jnp.int32), keys, values)
+
+
+def weighed_scores(policy: EvictionPolicy, scores: Array, positions: Array, indices: Array) -> Array:
+    """What the allocation compares of the keys at `indices`, int32 [B, K, N].
+
+    Args:
+      policy: its allocation weighs.
+      scores: float32 [B, K, T - w] of the prefix.
+      positions: int32 [B, T], -1 on padding.
+      indices: int32 [B, K, N], `T` where a place is empty.
+
+    Returns:
+      float32 [B, K, N]: inf in the window, -inf on padding and where empty.
+    """
+    quota = policy.budget - policy.window
+    scores = policy.allocation.weigh(scores, scores > UNREACHABLE, quota)
+    window = jnp.where(positions[:, scores.shape[-1] :] >= 0, jnp.inf, -jnp.inf)
+    window = jnp.broadcast_to(window[:, None], (*scores.shape[:2], window.shape[-1]))
+    padded = jnp.pad(jnp.concatenate([scores, window], axis=-1), ((0, 0), (0, 0), (0, 1)), constant_values=-jnp.inf)
+    return jnp.take_along_axis(padded, indices, axis=-1)
+
+
+def keep_shares(policy: EvictionPolicy, scores: Array, prefix_lengths: Array, layers: Array, num_layers: int) -> Array:
+    """Marks the window and every KV head's best keys, as many as the policy's allocation gives it.
+
+    Args:
+      policy: its allocation, budget and window count.
+      scores: float32 [L, B, K, N], inf in the window and -inf where a place is empty.
+      prefix_lengths: int32 [B], keys before the window of each prompt.
+      layers: int32 [L], which layers these are.
+      num_layers: of the model.
+
+    Returns:
+      bool [L, B, K, N].
+    """
+    in_window = jnp.isposinf(scores)
+    candidates = jnp.where(in_window, -jnp.inf, scores)
+    counts = policy.allocation.counts(candidates, prefix_lengths, policy.budget, policy.window, layers, num_layers)
+    best_first = jnp.argsort(-candidates, axis=-1, stable=True)
+    rank = jnp.argsort(best_first, axis=-1)
+    return in_window | ((rank < counts[..., None]) & (candidates > -jnp.inf))
+
+
+def score_prefix(policy: EvictionPolicy, observation: Observation, window: int) -> Array:
     """The smoothed scores, reduced over each KV head's query heads: float32 [B, K, T - w], -inf on padding."""
     batch, num_kv_heads, length, _ = observation.keys.shape
     valid = observation.positions[:, None, : length - window] >= 0
     if policy.scorer is None or length == window:
         return jnp.where(valid, jnp.zeros((batch, num_kv_heads, length - window)), -jnp.inf)
     scores = policy.scorer(observation, window)
-    count = min(max(slots - window, 1), length)
+    budget = length if policy.budget is None else policy.budget
+    count = min(max(budget - window, 1), length)
     scores = policy.pooling(scores, observation, window, count)
     grouped = einops.rearrange(scores, "b (k g) p -> b k g p", k=num_kv_heads)
     reduced = grouped.mean(axis=2) if policy.group_reduce == "mean" else grouped.max(axis=2)
-    return jnp.where(valid, jnp.where(_within_reach(observation, window), reduced, UNREACHABLE), -jnp.inf)
+    seen = _within_reach(observation, window)
+    return jnp.where(valid, jnp.where(seen, reduced, UNREACHABLE), -jnp.inf)
 
 
 def _within_reach(observation: Observation, window: int) -> Array:

@@ -10,13 +10,15 @@ import numpy as np
 from jax import Array
 
 from restkv_jax import kernels
-from restkv_jax.cache import KVCache, append, empty_cache, write_layer
+from restkv_jax.cache import KVCache, empty_cache, write_layer
+from restkv_jax.candidates import Candidates, empty_candidates, offer_layer, share_budget
 from restkv_jax.checks import check_eos, check_prompt, check_sampling, check_token
 from restkv_jax.eviction import evict
 from restkv_jax.importance import observe_prompt, observe_token
 from restkv_jax.methods import full
 from restkv_jax.models import Decoder, Layer, Memory, StateFunctions, logits, positions_of
 from restkv_jax.observation import Observation
+from restkv_jax.paged import PagedCache
 from restkv_jax.policy import EvictionPolicy
 from restkv_jax.sampling import row_keys, sample
 
@@ -34,7 +36,7 @@ class Generation(NamedTuple):
 
     tokens: Array
     lengths: Array
-    cache: KVCache
+    cache: KVCache | PagedCache
 
 
 class Decoding(NamedTuple):
@@ -43,7 +45,7 @@ class Decoding(NamedTuple):
     token: Array
     active: Array
     step: Array
-    cache: KVCache
+    cache: KVCache | PagedCache
 
 
 class Sampling(NamedTuple):
@@ -101,7 +103,8 @@ def prefill(
     """
     policy = full() if policy is None else policy
     tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size)
-    return _prefill(model, params, tokens, mask, policy, max_new_tokens, chunk_size)
+    scores, (cache,) = _prefill(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size)
+    return scores, cache
 
 
 def decode_step(
@@ -175,6 +178,45 @@ def generate(
     return _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size)
 
 
+def generate_each(
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array | None = None,
+    policies: tuple[EvictionPolicy, ...] = (),
+    max_new_tokens: int = 64,
+    *,
+    eos_token_ids: tuple[int, ...] | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Generation, ...]:
+    """Generates greedily with every policy from one reading of the prompts: for comparisons.
+
+    The layers run once; after each, every policy keeps what it chooses. So a policy costs its scores and its decoding,
+    and gives what `generate` gives. The caches of all policies exist together.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters.
+      tokens: int32 [B, T], padded on the left.
+      mask: bool [B, T], False on padding; None if there is none.
+      policies: what to keep of the prompt.
+      max_new_tokens: upper bound on the tokens generated.
+      eos_token_ids: tokens that end a row; the model's own by default.
+      chunk_size: bound on the prompt tokens whose activations exist at one time.
+
+    Raises:
+      ValueError, TypeError: arguments that make no sense, each named.
+    """
+    if not policies:
+        raise ValueError("policies is empty; pass at least one, such as restkv_jax.full()")
+    for policy in policies:
+        tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size)
+    sampling = _sampling(model, tokens.shape[0], None, None, None, None, eos_token_ids)
+    scores, caches = _prefill(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size)
+    each = zip(policies, caches, strict=True)
+    return tuple(_generate_from(model, params, scores, cache, sampling, p, max_new_tokens) for p, cache in each)
+
+
 def stream(
     model: Decoder,
     params: Any,
@@ -211,39 +253,71 @@ def stream(
     return steps()
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size"))
-def _prefill(model, params, tokens, mask, policy, max_new_tokens, chunk_size):
+@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "chunk_size"))
+def _prefill(model, params, tokens, mask, policies, max_new_tokens, chunk_size):
+    """The next token's logits, and a cache for every policy."""
     missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
     tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))
-    length = tokens.shape[1]
-    slots = policy.slots(length)
-    num_slots = slots + max_new_tokens
+    length, dtype = tokens.shape[1], params["embedding"].dtype
+    lengths = mask.sum(1, dtype=jnp.int32)
+    states = tuple(empty_state(model.config, policy, lengths, length, max_new_tokens, dtype) for policy in policies)
+    functions = _together([prefill_functions(policy, length) for policy in policies])
+    chunk_size = kernels.largest_divisor(length, chunk_size)
+    hidden, states = model.apply({"params": params}, tokens, positions_of(mask), functions, states, chunk_size)
+    each = zip(policies, states, strict=True)
+    caches = tuple(finish_state(model.config, policy, state, length, max_new_tokens) for policy, state in each)
+    return logits(model, params, hidden[:, -1]), caches
+
+
+def _together(functions: list[StateFunctions]) -> StateFunctions:
+    """Takes a tuple of states through the layers, each by its own functions."""
+
+    def revise(layer, memory, states):
+        return tuple(each.revise(layer, memory, state) for each, state in zip(functions, states, strict=True))
+
+    return StateFunctions(
+        lambda index, memory, states: (memory, states), revise, max(each.num_queries for each in functions)
+    )
+
+
+def empty_state(config, policy: EvictionPolicy, prompt_lengths: Array, length: int, max_new_tokens: int, dtype):
+    """What a prefill of prompts of `length` tokens carries through the layers: the cache, or candidates for it."""
+    if policy.is_ragged(length):
+        return empty_candidates(config, policy, prompt_lengths, length, dtype)
+    num_slots = policy.slots(length) + max_new_tokens
     if policy.while_generating:
         num_slots = min(num_slots, policy.budget)
-    dtype = params["embedding"].dtype
-    cache = empty_cache(model.config, mask.sum(1, dtype=jnp.int32), num_slots, dtype, policy.while_generating)
-    functions = _prefill_functions(policy, length, slots)
-    chunk_size = kernels.largest_divisor(length, chunk_size)
-    hidden, cache = model.apply({"params": params}, tokens, positions_of(mask), functions, cache, chunk_size)
-    return logits(model, params, hidden[:, -1]), cache
+    return empty_cache(config, prompt_lengths, num_slots, dtype, policy.while_generating)
 
 
-def _prefill_functions(policy: EvictionPolicy, length: int, slots: int) -> StateFunctions:
-    """Queries attend to the whole prompt; then the layer's pairs go through the policy into the cache."""
+def finish_state(config, policy: EvictionPolicy, state: KVCache | Candidates, length: int, max_new_tokens: int):
+    """The cache that a prefill's state comes to once all layers are done."""
+    if isinstance(state, Candidates):
+        return share_budget(state, policy, config, length, max_new_tokens)
+    return state
+
+
+def prefill_functions(policy: EvictionPolicy, length: int) -> StateFunctions:
+    """Queries attend to the whole prompt; then the layer's pairs go through the policy into the state."""
+    slots = policy.slots(length)
     applied = policy if slots < length else full().replace(window=policy.window)
+    num_queries = applied.num_queries(length)
 
-    def revise(layer: Layer, memory: Memory, cache: KVCache) -> KVCache:
+    def revise(layer: Layer, memory: Memory, state: KVCache | Candidates) -> KVCache | Candidates:
+        layer = layer.last(num_queries)
         observation = Observation(
             layer.queries, memory.keys, memory.values,
             layer.output_projection, memory.positions, layer.sliding_window, layer.index,
         )  # fmt: skip
+        if isinstance(state, Candidates):
+            return offer_layer(state, applied, observation)
         kept = evict(applied, observation, slots)
-        cache = write_layer(cache, layer.index, kept.keys, kept.values, kept.positions)
+        state = write_layer(state, layer.index, kept.keys, kept.values, kept.positions)
         if policy.while_generating:
-            cache = observe_prompt(cache, layer, Memory(kept.keys, kept.values, kept.positions), policy)
-        return cache
+            state = observe_prompt(state, layer, Memory(kept.keys, kept.values, kept.positions), policy)
+        return state
 
-    return StateFunctions(lambda index, memory, cache: (memory, cache), revise, applied.num_queries(length))
+    return StateFunctions(lambda index, memory, state: (memory, state), revise, num_queries)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="cache")
@@ -258,9 +332,9 @@ def _decode_step(model, params, token, cache, active, policy):
 def _decode_functions(policy: EvictionPolicy, active: Array) -> StateFunctions:
     """The new pair goes into the cache, and the query attends to the cache."""
 
-    def remember(index: Array, new: Memory, cache: KVCache) -> tuple[Memory, KVCache]:
-        cache = append(cache, index, new.keys[:, :, 0], new.values[:, :, 0], active, policy.window)
-        return Memory(cache.keys[index], cache.values[index], cache.positions[index]), cache
+    def remember(index: Array, new: Memory, cache: KVCache | PagedCache):
+        cache = cache.append(index, new.keys[:, :, 0], new.values[:, :, 0], active, policy.window)
+        return cache.memory(index), cache
 
     def revise(layer: Layer, memory: Memory, cache: KVCache) -> KVCache:
         return cache if cache.importance is None else observe_token(cache, layer, memory, active, policy)
@@ -270,9 +344,18 @@ def _decode_functions(policy: EvictionPolicy, active: Array) -> StateFunctions:
 
 @functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size"))
 def _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size) -> Decoding:
-    scores, cache = _prefill(model, params, tokens, mask, policy, max_new_tokens, chunk_size)
-    everyone = jnp.ones(tokens.shape[0], bool)
-    return _choose(scores, Decoding(tokens[:, -1], everyone, jnp.int32(0), cache), sampling)
+    scores, (cache,) = _prefill(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size)
+    return _first(scores, cache, sampling)
+
+
+def _first(scores: Array, cache: KVCache | PagedCache, sampling: Sampling) -> Decoding:
+    batch = scores.shape[0]
+    return _choose(scores, Decoding(jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), jnp.int32(0), cache), sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens"))
+def _generate_from(model, params, scores, cache, sampling, policy, max_new_tokens) -> Generation:
+    return _go_on(model, params, _first(scores, cache, sampling), sampling, policy, max_new_tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="now")
@@ -295,7 +378,12 @@ def _choose(scores: Array, now: Decoding, sampling: Sampling) -> Decoding:
 @functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size"))
 def _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size) -> Generation:
     now = _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size)
-    batch = tokens.shape[0]
+    return _go_on(model, params, now, sampling, policy, max_new_tokens)
+
+
+def _go_on(model, params, now: Decoding, sampling: Sampling, policy, max_new_tokens) -> Generation:
+    """Decodes until every row has ended or has `max_new_tokens`, from the state after the first token."""
+    batch = now.token.shape[0]
     generated = jnp.full((batch, max_new_tokens), sampling.pad_token_id, jnp.int32).at[:, 0].set(now.token)
     lengths = jnp.ones(batch, jnp.int32)
 

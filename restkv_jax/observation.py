@@ -34,13 +34,20 @@ class Observation(NamedTuple):
         """int32 [B, K, T]."""
         return jnp.broadcast_to(self.positions[:, None], self.keys.shape[:3])
 
+    @property
+    def attention_arguments(self) -> tuple[Array, ...]:
+        """Queries, keys, values, positions of queries and keys, and the sliding window."""
+        return self.queries, self.keys, self.values, self.query_positions, self.key_positions, self.sliding_window
+
 
 class Scorer(Protocol):
     """Judges the keys before the window: the larger the score, the sooner a key is kept.
 
     A frozen dataclass, hashable and so static under jit. `all_queries` asks for the queries of the whole
-    prompt instead of the window's. A scorer that can go on judging while tokens are generated also has `alpha`, the
-    weight of the newest query, and `gram(output_projection) -> [H, D, D]`, the quadratic form of its errors.
+    prompt instead of the window's. A scorer whose scores are not negative, so that an allocation may divide them by
+    their sum, says so with `additive = True`. A scorer that can go on judging while tokens are generated also has
+    `alpha`, the weight of the newest query, and `gram(output_projection) -> [H, D, D]`, the quadratic form of its
+    errors.
     """
 
     all_queries: ClassVar[bool]

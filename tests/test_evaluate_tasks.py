@@ -69,7 +69,7 @@ def test_impossible_requests_are_named():
     with pytest.raises(ValueError, match="num_tokens=64"):
         make_prompts("multikey", Words(), 64, 1, seed=0)
     with pytest.raises(ValueError, match="prompts"):
-        measure_accuracy(None, None, None, [])
+        measure_accuracy(None, None, None, [], [])
 
 
 def test_exact_answers_hold_all_and_nothing_else():
@@ -113,7 +113,7 @@ def test_embedded_prompts_have_the_wanted_size(embedded, task):
 def test_the_embedded_model_finds_a_needle_and_stops(embedded):
     model, params, tokenizer = embedded
     prompts = make_prompts("single", tokenizer, 1024, 8, seed=7)
-    assert measure_accuracy(model, params, tokenizer, prompts, batch_size=8).correct >= 6
+    assert measure_accuracy(model, params, tokenizer, prompts, [rk.full()], batch_size=8)[0].correct >= 6
 
 
 def test_the_embedded_model_is_small(embedded):

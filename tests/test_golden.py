@@ -25,6 +25,10 @@ def policy_of(case):
     budget, window = c["max_capacity_prompt"], c["window_size"]
     if case["method"] == "streamingllm":
         return rk.streaming_llm(budget, sinks=budget - window)
+    if case["method"] == "pyramidkv":
+        return rk.pyramidkv(budget, window, POOLING[c["pooling"]], c["kernel_size"])
+    if case["method"] == "adakv":
+        return rk.adakv(budget, window, POOLING[c["pooling"]], c["kernel_size"], c["floor"])
     if case["method"] == "snapkv":
         return rk.snapkv(budget, window, POOLING[c["pooling"]], c["kernel_size"])
     return rk.restkv(
@@ -37,33 +41,52 @@ def policy_of(case):
         kernel_size=c.get("kernel_size", 5),
         scale=c.get("scale", 2000),
         use_output_projection=c["use_wo"],
+        allocation="pyramid" if c.get("use_pyramid") else "uniform",
     )
 
 
-def uniform_cases():
+def cases(adaptive):
     for size in ("small", "medium"):
         for name, case in load(size)[1]["cases"].items():
-            if case["method"] in ("restkv", "snapkv", "streamingllm") and not case["config"].get("use_pyramid"):
+            if (case["method"] == "adakv") == adaptive:
                 yield pytest.param(size, name, id=f"{size}-{name}")
 
 
-@pytest.mark.parametrize(("size", "name"), uniform_cases())
-def test_scores_and_kept_positions(size, name):
+@pytest.mark.parametrize(("size", "name"), cases(adaptive=True))
+def test_scores_and_lengths_of_heads(size, name):
+    """AdaKV's authors average over the window where SnapKV's sum."""
+    arrays, ev = evict(size, name)
+    window = load(size)[1]["cases"][name]["config"]["window_size"]
+    np.testing.assert_allclose(ev.scores / window, arrays[f"{name}/score"], rtol=1e-4)
+    np.testing.assert_array_equal(ev.lengths[0], arrays[f"{name}/kept"])
+
+
+def evict(size, name):
     arrays, meta = load(size)
     case = meta["cases"][name]
-    window = case["config"]["window_size"]
     projection = einops.rearrange(arrays["output_projection"], "m (h d) -> h d m", h=meta["shape"]["H"])
     policy = policy_of(case)
     queries = arrays["query"][:, :, -policy.window :]
-    ev = rk.evict_layer(policy, queries, arrays["key"], arrays["value"], projection)
+    depth = {"layer": meta["layer_idx"], "num_layers": meta["num_hidden_layers"]}
+    return arrays, rk.evict_layer(policy, queries, arrays["key"], arrays["value"], projection, **depth)
+
+
+@pytest.mark.parametrize(("size", "name"), cases(adaptive=False))
+def test_scores_and_kept_positions(size, name):
+    case = load(size)[1]["cases"][name]
+    window = case["config"]["window_size"]
+    policy = policy_of(case)
+    arrays, ev = evict(size, name)
     if case["method"] != "streamingllm":
         assert policy.window == window
         np.testing.assert_allclose(ev.scores, arrays[f"{name}/score"], rtol=1e-4)
     golden = np.sort(arrays[f"{name}/kept"], axis=-1)
-    assert_same_sets_but_for_ties(np.asarray(ev.positions), golden, arrays[f"{name}/score"])
+    kept = np.asarray(ev.positions)[..., : golden.shape[-1]]
+    assert (np.asarray(ev.positions)[..., golden.shape[-1] :] == -1).all()
+    assert_same_sets_but_for_ties(kept, golden, arrays[f"{name}/score"])
     np.testing.assert_array_equal(ev.lengths, golden.shape[-1])
-    taken = np.take_along_axis(arrays["key"], np.asarray(ev.positions)[..., None], axis=2)
-    np.testing.assert_array_equal(ev.keys, taken)
+    taken = np.take_along_axis(arrays["key"], kept[..., None], axis=2)
+    np.testing.assert_array_equal(ev.keys[:, :, : golden.shape[-1]], taken)
 
 
 def assert_same_sets_but_for_ties(kept, golden, score):

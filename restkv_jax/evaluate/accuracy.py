@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from restkv_jax.evaluate.tasks import Prompt
-from restkv_jax.generate import bucket_length, generate
+from restkv_jax.generate import bucket_length, generate_each
 from restkv_jax.policy import EvictionPolicy
 
 
@@ -32,27 +32,32 @@ def measure_accuracy(
     params: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    policy: EvictionPolicy | None = None,
-    batch_size: int = 16,
-) -> Accuracy:
-    """Generates greedily from every prompt and counts the exact answers.
+    policies: Sequence[EvictionPolicy],
+    batch_size: int = 10,
+    show: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> list[Accuracy]:
+    """Generates greedily from every prompt with every policy and counts the exact answers.
 
     Args:
       model: a `Decoder`.
       params: its parameters.
       tokenizer: of `transformers`.
       prompts: from `make_prompts`.
-      policy: what to keep of the prompts; everything by default.
+      policies: what to keep of the prompts; the prompts are read once for all of them.
       batch_size: prompts generated at once; a batch shorter than this is filled up, so that one program serves all.
+      show: wraps the iteration over batches, for progress.
+
+    Returns:
+      one `Accuracy` per policy.
 
     Raises:
       ValueError: no prompts.
     """
     if not prompts:
         raise ValueError("prompts is empty")
-    texts = generate_texts(model, params, tokenizer, prompts, policy, batch_size)
-    correct = sum(is_exact(text, prompt.answers) for text, prompt in zip(texts, prompts, strict=True))
-    return Accuracy(correct, len(prompts), *wilson_interval(correct, len(prompts)))
+    by_policy = generate_texts(model, params, tokenizer, prompts, policies, batch_size, show)
+    counts = [sum(is_exact(t, p.answers) for t, p in zip(texts, prompts, strict=True)) for texts in by_policy]
+    return [Accuracy(correct, len(prompts), *wilson_interval(correct, len(prompts))) for correct in counts]
 
 
 def generate_texts(
@@ -60,22 +65,24 @@ def generate_texts(
     params: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    policy: EvictionPolicy | None = None,
-    batch_size: int = 16,
-) -> list[str]:
-    """What the model says after each prompt, greedily, up to a little more than the longest answer."""
+    policies: Sequence[EvictionPolicy],
+    batch_size: int = 10,
+    show: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> list[list[str]]:
+    """What the model says after each prompt with each policy, up to a little more than the longest answer."""
     encoded = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
     length = bucket_length(max(map(len, encoded)))
     answers = (tokenizer(" " + ", ".join(prompt.answers))["input_ids"] for prompt in prompts)
     max_new_tokens = max(map(len, answers)) + 4
-    texts = []
-    for start in range(0, len(prompts), batch_size):
+    texts: list[list[str]] = [[] for _ in policies]
+    for start in show(range(0, len(prompts), batch_size)):
         rows = encoded[start : start + batch_size]
         rows += rows[:1] * (batch_size - len(rows))
         tokens, mask = pad_left(rows, length)
-        out = generate(model, params, tokens, mask, policy=policy, max_new_tokens=max_new_tokens)
-        texts += tokenizer.batch_decode(np.asarray(out.tokens), skip_special_tokens=True)
-    return texts[: len(prompts)]
+        outs = generate_each(model, params, tokens, mask, tuple(policies), max_new_tokens)
+        for said, out in zip(texts, outs, strict=True):
+            said += tokenizer.batch_decode(np.asarray(out.tokens), skip_special_tokens=True)
+    return [said[: len(prompts)] for said in texts]
 
 
 def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[jnp.ndarray, jnp.ndarray]:

@@ -1,8 +1,11 @@
 """The registry: published methods by name, each a preset that returns an `EvictionPolicy`."""
 
+from restkv_jax.methods.adakv import adakv
 from restkv_jax.methods.full import full
 from restkv_jax.methods.h2o import h2o
 from restkv_jax.methods.knorm import knorm
+from restkv_jax.methods.laprox import laprox
+from restkv_jax.methods.pyramidkv import pyramidkv
 from restkv_jax.methods.random import random
 from restkv_jax.methods.restkv import restkv
 from restkv_jax.methods.snapkv import snapkv
@@ -12,7 +15,10 @@ from restkv_jax.methods.tova import tova
 METHODS = {
     "full": full,
     "restkv": restkv,
+    "laprox": laprox,
     "snapkv": snapkv,
+    "pyramidkv": pyramidkv,
+    "adakv": adakv,
     "h2o": h2o,
     "tova": tova,
     "streaming_llm": streaming_llm,
@@ -20,4 +26,17 @@ METHODS = {
     "random": random,
 }
 
-__all__ = ["METHODS", "full", "h2o", "knorm", "random", "restkv", "snapkv", "streaming_llm", "tova"]
+__all__ = [
+    "METHODS",
+    "adakv",
+    "full",
+    "h2o",
+    "knorm",
+    "laprox",
+    "pyramidkv",
+    "random",
+    "restkv",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+]

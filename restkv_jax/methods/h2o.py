@@ -20,6 +20,7 @@ class AccumulatedAttention:
     """Causal attention received from all queries of the prompt, `sum_t A[t, n]`."""
 
     all_queries: ClassVar[bool] = True
+    additive: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation

@@ -17,6 +17,7 @@ class RandomScores:
 
     seed: int = 0
     all_queries: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from restkv_jax import kernels
+from restkv_jax.allocation import make_allocation
 from restkv_jax.observation import Observation
 from restkv_jax.policy import EvictionPolicy
 from restkv_jax.pooling import make_pooling
@@ -26,6 +27,7 @@ class Reconstruction:
     order: Literal["after", "before"] = "after"
     use_output_projection: bool = True
     all_queries: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.temporal not in ("ema", "mean"):
@@ -72,6 +74,7 @@ def restkv(
     use_output_projection: bool = True,
     group_reduce: Literal["mean", "max"] = "mean",
     while_generating: bool = False,
+    allocation: Literal["uniform", "pyramid", "adaptive_heads", "model"] = "uniform",
 ) -> EvictionPolicy:
     """ReST-KV: layer-wise output reconstruction, smoothed over time and space (arXiv 2605.08840).
 
@@ -87,6 +90,8 @@ def restkv(
       use_output_projection: measure errors after the output projection, not in value space.
       group_reduce: how the query heads of a KV head agree on one score.
       while_generating: hold the cache at `budget` slots while tokens are generated.
+      allocation: how layers and KV heads share the budget: evenly, less and less from layer to layer, by one selection
+        over the heads of a layer, or by one over the whole model.
     """
     return EvictionPolicy(
         budget=budget,
@@ -95,4 +100,5 @@ def restkv(
         pooling=make_pooling(pooling, kernel_size, scale),
         group_reduce=group_reduce,
         while_generating=while_generating,
+        allocation=make_allocation(allocation),
     )

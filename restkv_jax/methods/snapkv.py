@@ -17,6 +17,7 @@ class WindowAttention:
     """Attention received from the window's queries, `sum_t A[t, n]`."""
 
     all_queries: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation

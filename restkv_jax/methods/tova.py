@@ -16,6 +16,7 @@ class LastAttention:
     """Attention received from the last query, averaged over all heads of the layer."""
 
     all_queries: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation

@@ -1,0 +1,193 @@
+"""How a budget is shared among the layers and KV heads of a sequence."""
+
+import dataclasses
+from typing import ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+PYRAMID_BETA = 20
+"""The upper layers of a pyramid go down to this part of the mean (PyramidKV's `beta`)."""
+
+
+class Allocation(Protocol):
+    """Says how many keys before the window each layer and KV head keeps; a frozen dataclass, static under jit.
+
+    `uniform` marks equal shares, which a dense cache holds. `additive` says that `weigh` needs scores that are not
+    negative and can be summed.
+    """
+
+    uniform: ClassVar[bool]
+
+    @property
+    def additive(self) -> bool: ...
+
+    def weigh(self, scores: Array, present: Array, quota: int) -> Array:
+        """Makes a layer's scores comparable across what the budget is shared by, the order within a head unchanged.
+
+        Args:
+          scores: float32 [B, K, P].
+          present: bool [B, K, P], False on padding and on keys out of reach.
+          quota: mean number of keys kept per KV head.
+
+        Returns:
+          float32 [B, K, P].
+        """
+
+    def counts(
+        self, scores: Array, prefix_lengths: Array, budget: int, window: int, layers: Array, num_layers: int
+    ) -> Array:
+        """Keys before the window that each KV head keeps.
+
+        Args:
+          scores: float32 [L, B, K, N] of the candidates, weighed; -inf where there is none.
+          prefix_lengths: int32 [B], keys before the window.
+          budget: mean slots per layer and KV head, the window included.
+          window: the last tokens, kept besides.
+          layers: int32 [L], which layers the scores are of.
+          num_layers: of the model.
+
+        Returns:
+          int32 [L, B, K].
+        """
+
+    def most(self, budget: int, window: int, num_layers: int, num_kv_heads: int) -> int:
+        """Bound on the sum of a sequence's counts over all layers and KV heads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """The same for every layer and KV head."""
+
+    uniform: ClassVar[bool] = True
+    additive: ClassVar[bool] = False
+
+    def weigh(self, scores, present, quota):
+        return scores
+
+    def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
+        shares = jnp.minimum(budget - window, prefix_lengths)
+        return jnp.broadcast_to(shares[None, :, None], scores.shape[:3]).astype(jnp.int32)
+
+    def most(self, budget, window, num_layers, num_kv_heads):
+        return num_layers * num_kv_heads * (budget - window)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pyramid:
+    """Budgets that fall linearly from the first layer to the last (PyramidKV, arXiv 2406.02069).
+
+    With `C - w` the mean, the least is `(C - w) / 20` and the most `2 (C - w)` less the least, both clipped by the
+    keys there are; layer `l` keeps `most - l * floor((most - least) / (L - 1))`. A prompt of fewer than `2 (C - w)`
+    tokens keeps `C - w` in every layer, as in the authors' code.
+    """
+
+    uniform: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
+
+    def weigh(self, scores, present, quota):
+        return scores
+
+    def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
+        mean = budget - window
+        least = jnp.minimum(mean // PYRAMID_BETA, prefix_lengths)
+        most = jnp.minimum(2 * mean - mean // PYRAMID_BETA, prefix_lengths)
+        falling = most - layers[:, None] * ((most - least) // max(num_layers - 1, 1))
+        too_short = (prefix_lengths + window < 2 * mean) | (prefix_lengths <= mean) | (num_layers == 1)
+        shares = jnp.where(too_short, jnp.minimum(mean, prefix_lengths), falling)
+        return jnp.broadcast_to(shares[..., None], scores.shape[:3]).astype(jnp.int32)
+
+    def most(self, budget, window, num_layers, num_kv_heads):
+        mean = budget - window
+        rounding = num_layers * max(num_layers - 2, 0) // 2
+        return num_kv_heads * (num_layers * mean + rounding)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveHeads:
+    """Budgets that differ by head within a layer: one top-k over the layer's heads (AdaKV, arXiv 2407.11550).
+
+    A head that has `n` of the layer's best `K (C - w)` keys keeps `round((1 - floor) n + int(floor (C - w)))`. With
+    `normalize`, as in the authors' code, a head's scores count by the share of their sum that its best `C - w` hold.
+    """
+
+    floor: float = 0.2
+    normalize: bool = True
+    uniform: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor={self.floor} must be in [0, 1], the part of the budget that all heads get evenly")
+
+    @property
+    def additive(self) -> bool:
+        return self.normalize
+
+    def weigh(self, scores, present, quota):
+        if not self.normalize:
+            return scores
+        best = jax.lax.top_k(jnp.where(present, scores, 0.0), min(quota, scores.shape[-1]))[0]
+        return _over_sum(scores * best.sum(-1, keepdims=True), scores, present, axis=-1)
+
+    def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
+        mean, num_kv_heads = budget - window, scores.shape[2]
+        among_best = jax.vmap(jax.vmap(lambda heads: counts_among_best(heads, num_kv_heads * mean)))(scores)
+        mixed = jnp.round((1 - self.floor) * among_best + int(self.floor * mean)).astype(jnp.int32)
+        return jnp.minimum(mixed, prefix_lengths[None, :, None])
+
+    def most(self, budget, window, num_layers, num_kv_heads):
+        rounding = num_kv_heads if self.floor else 0
+        return num_layers * (num_kv_heads * (budget - window) + rounding)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelWide:
+    """One top-k over all layers and KV heads of a sequence (LaProx, arXiv 2605.07234).
+
+    Scores of a layer are divided by their sum over its KV heads and prefix; the best `L K (C - w)` are kept.
+    """
+
+    uniform: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
+
+    def weigh(self, scores, present, quota):
+        return _over_sum(scores, scores, present, axis=(1, 2))
+
+    def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
+        num_layers, batch, num_kv_heads, _ = scores.shape
+        by_row = jnp.moveaxis(scores, 1, 0).reshape(batch, num_layers * num_kv_heads, -1)
+        quota = num_layers * num_kv_heads * (budget - window)
+        counts = jax.lax.map(lambda heads: counts_among_best(heads, quota), by_row)
+        return jnp.moveaxis(counts.reshape(batch, num_layers, num_kv_heads), 0, 1)
+
+    def most(self, budget, window, num_layers, num_kv_heads):
+        return num_layers * num_kv_heads * (budget - window)
+
+
+def _over_sum(numerator: Array, scores: Array, present: Array, axis) -> Array:
+    """Divides by the sum of the scores that are present; what is not keeps its score."""
+    total = jnp.where(present, scores, 0.0).sum(axis, keepdims=True)
+    return jnp.where(present, numerator / jnp.maximum(total, jnp.finfo(jnp.float32).tiny), scores)
+
+
+def counts_among_best(scores: Array, count: int) -> Array:
+    """How many of the best `count` scores each row has: float32 [K, N], -inf where there is none, to int32 [K]."""
+    rows, width = scores.shape
+    best, places = jax.lax.top_k(scores.reshape(-1), min(count, scores.size))
+    return jnp.zeros(rows, jnp.int32).at[places // width].add(best > -jnp.inf)
+
+
+ALLOCATIONS = {"uniform": Uniform, "pyramid": Pyramid, "adaptive_heads": AdaptiveHeads, "model": ModelWide}
+"""Allocations by the names that presets take."""
+
+
+def make_allocation(name: str) -> Allocation:
+    """The allocation that a preset's option names.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in ALLOCATIONS:
+        raise ValueError(f"allocation={name!r} is unknown; choose from {', '.join(map(repr, ALLOCATIONS))}")
+    return ALLOCATIONS[name]()
