@@ -34,6 +34,7 @@ from restkv_jax.options import (
     parse_generate,
     parse_plot,
 )
+from restkv_jax.paged import PagedCache
 from restkv_jax.policy import EvictionPolicy
 from restkv_jax.timing import CompilationClock
 
@@ -262,6 +263,7 @@ def _cost_table(loaded: Loaded, method: str, policy: EvictionPolicy, max_new_tok
     cache, everything = (_cache_shapes(loaded, p, max_new_tokens) for p in (policy, full()))
     bytes_, full_bytes = cache_bytes(cache), cache_bytes(everything)
     rest = timing.num_tokens - 1
+    on_average = " (on average)" if isinstance(cache, PagedCache) else ""
     table = Table(show_header=False)
     table.add_row("method", method)
     table.add_row("prompt tokens", f"{length:,}")
@@ -274,7 +276,7 @@ def _cost_table(loaded: Loaded, method: str, policy: EvictionPolicy, max_new_tok
     )
     table.add_row("device", jax.devices()[0].device_kind)
     table.caption = (
-        f"Slots are allocated per layer and KV head, with {max_new_tokens:,} for new tokens; "
+        f"Slots are allocated per layer and KV head{on_average}, with {max_new_tokens:,} for new tokens; "
         f"the full cache holds the prompt padded to {bucket_length(length):,} tokens."
     )
     return table

@@ -17,6 +17,8 @@ import tyro
 from rich.progress import track
 
 import restkv_jax as rk
+from restkv_jax.allocation import ALLOCATIONS, ModelWide
+from restkv_jax.paged import fill_pages, pool_shape
 
 MIB = 2**20
 
@@ -27,11 +29,14 @@ class Options:
 
     lengths: tuple[int, ...] = (4096, 16384, 65536)
     budget: int = 512
+    mean_budget: int = 1024
     timed_layers: int = 4
     timed_vocabulary: int = 32768
     steps: int = 15
     prefill_lengths: tuple[int, ...] = (2048, 8064)
     repeats: int = 5
+    only: str = ""
+    """print only the tables whose title holds this"""
 
 
 def llama(layers: int = 16, vocabulary: int = 128256) -> rk.models.Decoder:
@@ -120,6 +125,83 @@ def decode_times(options: Options) -> list[str]:
     return rows
 
 
+def allocation_bytes(options: Options) -> list[str]:
+    """Bytes of the cache arrays under every allocation, from shapes alone: Llama 3.1 8B, bfloat16."""
+    model = rk.build_model(
+        dict(
+            model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
+        )
+    )  # fmt: skip
+    params = jax.eval_shape(lambda key: rk.init_params(model, key, jnp.bfloat16), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, options.lengths[-1]), jnp.int32)
+    rows = ["| allocation | slots | cache | of uniform |", "|---" * 4 + "|"]
+    uniform = None
+    for allocation in ALLOCATIONS:
+        policy = rk.restkv(options.mean_budget, allocation=allocation)
+        prefill = lambda p, t, policy=policy: rk.prefill(model, p, t, policy=policy)[1]  # noqa: E731
+        cache = jax.eval_shape(prefill, params, tokens)
+        held = rk.cache_bytes(cache)
+        uniform = held if uniform is None else uniform
+        rows.append(f"| {allocation} | {cache.positions.size:,} | {held / MIB:,.1f} MiB | {held / uniform:.3f} |")
+    return rows
+
+
+def model_wide_memory(options: Options) -> list[str]:
+    """Peak memory of a prefill that shares its budget over the whole model, beyond the weights."""
+    model, length = llama(), options.lengths[-1]
+    compared = {
+        "full": rk.full(),
+        "uniform": rk.snapkv(options.budget),
+        "model": rk.snapkv(options.budget).replace(allocation=ModelWide()),
+    }
+    rows = ["| cache | temporaries | cache that stays | sum |", "|---" * 4 + "|"]
+    for name, policy in track(compared.items(), "model-wide selection"):
+        memory = prefill_program(model, policy, length, jnp.float32).compile().memory_analysis()
+        temporary, output = memory.temp_size_in_bytes / MIB, memory.output_size_in_bytes / MIB
+        rows.append(f"| {name} | {temporary:,.0f} MiB | {output:,.0f} MiB | {temporary + output:,.0f} MiB |")
+    return rows
+
+
+def ragged_cache(dense: rk.KVCache, new_tokens: int) -> rk.PagedCache:
+    """As many pairs as a dense cache, in pages, with lengths that differ by head from nothing to several times more."""
+    rng, heads, total = np.random.default_rng(0), dense.lengths.size, int(dense.lengths.sum())
+    widest = 4 * total // heads
+    lengths = np.minimum((rng.dirichlet(np.full(heads, 1.0)) * total).astype(int), widest)
+    while lengths.sum() < total:
+        lengths = np.minimum(lengths + -(-(total - lengths.sum()) // heads), widest)
+    keep = jnp.asarray(np.arange(widest) < lengths.reshape(*dense.lengths.shape, 1))
+    pairs = jnp.zeros((*keep.shape, dense.keys.shape[-1]))
+    shape = pool_shape(int(lengths.sum()), widest, heads, new_tokens, 16)
+    positions = jnp.broadcast_to(jnp.arange(widest), keep.shape)
+    pages = fill_pages(shape, pairs, pairs, positions, keep, new_tokens)
+    return rk.PagedCache(
+        **pages, prompt_lengths=dense.prompt_lengths + 0, next_positions=jnp.maximum(dense.next_positions, widest)
+    )
+
+
+def ragged_times(options: Options) -> list[str]:
+    """Median seconds of a decode step on pages and on a dense cache with as many pairs."""
+    model = llama(options.timed_layers, options.timed_vocabulary)
+    shapes = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
+    params = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)
+    rows = ["| mean budget | longest head | dense | paged | paged / dense |", "|---" * 5 + "|"]
+    for budget in track((options.budget, options.mean_budget, 4 * options.mean_budget), "time per token on pages"):
+        policy = rk.restkv(budget)
+        caches = {"dense": filled_cache(model, policy, 65536, options.steps + 2)}
+        caches["paged"] = ragged_cache(caches["dense"], options.steps + 2)
+        longest = int(caches["paged"].lengths.max())
+
+        def step(name, caches=caches, policy=policy):
+            logits, caches[name] = rk.decode_step(model, params, jnp.zeros(1, jnp.int32), caches[name], policy=policy)
+            jax.block_until_ready((logits, caches[name]))
+
+        seconds = alternate({name: functools.partial(step, name) for name in caches}, options.steps)
+        dense, paged = (1000 * seconds[name] for name in ("dense", "paged"))
+        rows.append(f"| {budget:,} | {longest:,} | {dense:,.0f} ms | {paged:,.0f} ms | {paged / dense:.2f} |")
+    return rows
+
+
 def prefill_times(options: Options) -> list[str]:
     """Seconds of the prefill of the embedded model, the two sides in turn."""
     model, params, _ = rk.load_model(dtype=jnp.float32)
@@ -154,12 +236,17 @@ def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, fl
 
 def main(options: Options) -> None:
     """Prints all tables."""
-    for title, measure in (
+    tables = (
         ("Peak memory of the prefill", prefill_memory),
         ("Time per token", decode_times),
         ("Time of the prefill", prefill_times),
-    ):
-        print(f"\n### {title}\n", *measure(options), sep="\n", flush=True)
+        ("Bytes of the cache under every allocation", allocation_bytes),
+        ("Peak memory of model-wide selection", model_wide_memory),
+        ("Time per token on pages", ragged_times),
+    )
+    for title, measure in tables:
+        if options.only in title:
+            print(f"\n### {title}\n", *measure(options), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

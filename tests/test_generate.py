@@ -300,14 +300,14 @@ def lowered_prefill(policy, num_layers, length=2048):
     model = rk.build_model(CONFIG | {"num_hidden_layers": num_layers})
     params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length), bool)
-    return model, params, _prefill.lower(model, params, tokens, mask, policy, 8, 256)
+    return model, params, _prefill.lower(model, params, tokens, mask, (policy,), 8, 256)
 
 
 def decode_memory(policy, num_layers, length):
     """The cache's shapes and what the compiler says of a decode step's memory."""
     model, params, prefilled = lowered_prefill(policy, num_layers, length)
     token, active = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), bool)
-    cache = prefilled.out_info[1]
+    cache = prefilled.out_info[1][0]
     return cache, _decode_step.lower(model, params, token, cache, active, policy).compile().memory_analysis()
 
 
@@ -319,8 +319,9 @@ def test_prefill_never_holds_more_than_one_layers_keys_and_values(policy):
     assert grown < layer_pairs, "eight more layers must not cost even one layer's keys and values"
 
 
-def test_decoding_rewrites_the_cache_in_place():
-    cache, memory = decode_memory(rk.full(), 10, 2048)
+@pytest.mark.parametrize("policy", [rk.full(), rk.laprox(1024)], ids=["dense", "paged"])
+def test_decoding_rewrites_the_cache_in_place(policy):
+    cache, memory = decode_memory(policy, 10, 2048)
     assert memory.alias_size_in_bytes >= rk.cache_bytes(cache)
     assert memory.temp_size_in_bytes < rk.cache_bytes(cache) / 4
 
@@ -349,3 +350,17 @@ def test_bfloat16_runs_and_keeps_logits_and_importance_in_float32():
     scores, _ = jax.eval_shape(lambda: rk.prefill(model, half, tokens, mask, POLICIES["generating"]))
     assert scores.dtype == jnp.float32 and out.cache.keys.dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves(out.cache.importance)} == {jnp.dtype(jnp.float32)}
+
+
+def test_generating_with_every_policy_at_once_gives_what_each_gives():
+    model = rk.build_model(CONFIG)
+    params = rk.init_params(model, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(3, CONFIG["vocab_size"], (2, 100))
+    policies = rk.full(), rk.restkv(48), rk.h2o(40, window=8), rk.laprox(40, window=8), rk.streaming_llm(30)
+    each = rk.generate_each(model, params, tokens, policies=policies, max_new_tokens=5, eos_token_ids=())
+    for policy, together in zip(policies, each, strict=True):
+        alone = rk.generate(model, params, tokens, policy=policy, max_new_tokens=5, eos_token_ids=())
+        np.testing.assert_array_equal(together.tokens, alone.tokens)
+        np.testing.assert_array_equal(rk.kept_positions(together.cache), rk.kept_positions(alone.cache))
+    with pytest.raises(ValueError, match="policies is empty"):
+        rk.generate_each(model, params, tokens)
