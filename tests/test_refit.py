@@ -1,5 +1,6 @@
 """Least-squares refit of the kept values: against the definition in float64, and what it promises."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -116,7 +117,52 @@ def test_bfloat16_values_keep_their_dtype():
     assert np.isfinite(ev.values.astype(jnp.float32)).all()
 
 
-@pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan")])
+def refit_arguments(seed, dtype=jnp.float32, kept=16):
+    """Arguments of a refit that keeps the last `kept` of the keys."""
+    queries, keys, values, _ = (jnp.asarray(x, dtype) for x in arrays_of(seed))
+    queries = queries[:, :, -WINDOW:]
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, KV_HEADS, LENGTH))
+    query_positions = positions[:, 0, -WINDOW:]
+    outputs = window_outputs(queries, keys, values, query_positions, positions, UNLIMITED)
+    kept_pairs = keys[:, :, -kept:], values[:, :, -kept:]
+    return queries, outputs, *kept_pairs, query_positions, positions[:, :, -kept:]
+
+
+@pytest.mark.parametrize("kept", [WINDOW, 40])
+@pytest.mark.parametrize("ridge", [1e-30, 1e-7])
+def test_a_ridge_below_rounding_stays_finite(ridge, kept):
+    """Also where fewer keys than query rows leave `A A^T` singular."""
+    arguments = queries, outputs, keys, values, *places = refit_arguments(5, kept=kept)
+    refitted = rk.LeastSquares(ridge)(*arguments, UNLIMITED)
+    before, after = (
+        np.linalg.norm(window_outputs(queries, keys, v, *places, UNLIMITED) - outputs) for v in (values, refitted)
+    )
+    assert after <= before
+
+
+def test_a_huge_ridge_changes_nothing():
+    arguments = refit_arguments(6)
+    np.testing.assert_allclose(rk.LeastSquares(1e12)(*arguments, UNLIMITED), arguments[3], atol=1e-6)
+
+
+def test_bfloat16_values_are_rounded_once():
+    arguments = refit_arguments(7, jnp.bfloat16)
+    wide = (x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arguments)
+    expected = np.asarray(rk.LeastSquares()(*wide, UNLIMITED))
+    refitted = np.asarray(rk.LeastSquares()(*arguments, UNLIMITED), np.float32)
+    np.testing.assert_allclose(refitted, expected, rtol=1.01 * 2**-9, atol=1e-5)
+
+
+def test_vmap_and_jit_give_what_a_plain_call_gives():
+    arguments = refit_arguments(8)
+    refit = jax.jit(lambda refit, *arrays: refit(*arrays, UNLIMITED), static_argnums=0)
+    mapped = jax.vmap(lambda *row: rk.LeastSquares()(*(x[None] for x in row), UNLIMITED)[0])(*arguments)
+    plain = rk.LeastSquares()(*arguments, UNLIMITED)
+    np.testing.assert_allclose(mapped, plain, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(refit(rk.LeastSquares(), *arguments), plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_ridge_that_leaves_the_system_singular_is_refused(ridge):
     with pytest.raises(ValueError, match="ridge="):
         rk.LeastSquares(ridge)
