@@ -148,9 +148,10 @@ def test_a_huge_ridge_changes_nothing():
 def test_bfloat16_values_are_rounded_once():
     arguments = refit_arguments(7, jnp.bfloat16)
     wide = (x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arguments)
-    expected = np.asarray(rk.LeastSquares()(*wide, UNLIMITED))
-    refitted = np.asarray(rk.LeastSquares()(*arguments, UNLIMITED), np.float32)
-    np.testing.assert_allclose(refitted, expected, rtol=1.01 * 2**-9, atol=1e-5)
+    expected = rk.LeastSquares()(*wide, UNLIMITED).astype(jnp.bfloat16)
+    refitted = rk.LeastSquares()(*arguments, UNLIMITED)
+    # float32 sums in another order may move what lies within 1e-7 of the middle between two bfloat16 numbers.
+    assert np.mean(np.asarray(refitted == expected)) > 0.99
 
 
 def test_vmap_and_jit_give_what_a_plain_call_gives():
