@@ -1,6 +1,6 @@
 """Pure array functions under the cache, each defined by its plain JAX reference."""
 
-from restkv_jax.kernels import gather, paged, scores
+from restkv_jax.kernels import gather, paged, scores, solve
 from restkv_jax.kernels.attention import attention, largest_divisor
 from restkv_jax.kernels.dispatch import by_platform
 from restkv_jax.kernels.paged import check_page_size
@@ -14,6 +14,7 @@ column_sums = by_platform(scores.column_sums)
 gather_pairs = by_platform(gather.gather_pairs)
 paged_attention = by_platform(paged.paged_attention, cuda=paged.paged_attention_cuda, tpu=paged.paged_attention_tpu)
 removal_errors = by_platform(scores.removal_errors)
+solve_positive_definite = by_platform(solve.solve_positive_definite, cpu=solve.solve_positive_definite_cpu)
 
 __all__ = [
     "attention",
@@ -28,4 +29,5 @@ __all__ = [
     "output_gram",
     "paged_attention",
     "removal_errors",
+    "solve_positive_definite",
 ]

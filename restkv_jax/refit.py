@@ -92,7 +92,7 @@ class LeastSquares:
         least = real.sum() * jnp.finfo(jnp.float32).eps
         ridge = jnp.maximum(self.ridge, least) * jnp.trace(squared) / jnp.maximum(real.sum(), 1)
         system = squared + jnp.diag(jnp.where(real, ridge, 1.0))
-        weights = jax.scipy.linalg.solve(system, jnp.where(real[:, None], missing, 0.0), assume_a="pos")
+        weights = kernels.solve_positive_definite(system, jnp.where(real[:, None], missing, 0.0))
         return jnp.matmul(attention.T, weights, precision=HIGHEST)
 
 

@@ -1,5 +1,7 @@
 """Least-squares refit of the kept values: against the definition in float64, and what it promises."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +163,16 @@ def test_vmap_and_jit_give_what_a_plain_call_gives():
     plain = rk.LeastSquares()(*arguments, UNLIMITED)
     np.testing.assert_allclose(mapped, plain, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(refit(rk.LeastSquares(), *arguments), plain, rtol=1e-3, atol=1e-4)
+
+
+def test_a_cpu_solves_one_system_at_a_time():
+    """Batched LAPACK calls wait for the threads that run them: two of them in one program may never end."""
+    program = jax.jit(lambda *arrays: jax.vmap(lambda *row: rk.LeastSquares()(*row, UNLIMITED))(*arrays))
+    stacked = [jnp.stack([x, x]) for x in refit_arguments(9)]
+    text = program.lower(*stacked).compile().as_text()
+    calls = re.findall(r"f32\[([\d,]*)\].*custom-call.*(?:potrf|trsm)", text)
+    assert calls
+    assert all(int(np.prod([int(n) for n in shape.split(",")][:-2])) == 1 for shape in calls)
 
 
 @pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan"), float("inf")])
