@@ -2,7 +2,18 @@
 
 import os
 
+import pytest
+
 # Tests compile many small programs once each: the compiler's optimisations would cost more than they save.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Frees the programs of a file's tests: each takes memory maps, of which a process may have some 65,000."""
+    yield
+    import jax
+
+    jax.clear_caches()

@@ -164,7 +164,9 @@ def test_prefill_and_decode_step_give_the_tokens_of_generate():
 def test_generate_works_under_the_callers_jit_and_compiles_once_per_bucket():
     model, params = tiny()
     policy = rk.restkv(BUDGET)
-    jitted = jax.jit(rk.generate, static_argnames=("model", "policy", "max_new_tokens"))
+    # A function of its own: jit keeps one cache for all wrappers of rk.generate.
+    fresh = functools.wraps(rk.generate)(lambda *args, **kwargs: rk.generate(*args, **kwargs))
+    jitted = jax.jit(fresh, static_argnames=("model", "policy", "max_new_tokens"))
     tokens, mask = prompts()
     inside = jitted(model, params, tokens, mask, policy=policy, max_new_tokens=NEW)
     outside = rk.generate(model, params, tokens, mask, policy=policy, max_new_tokens=NEW)
