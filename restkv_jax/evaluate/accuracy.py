@@ -10,6 +10,7 @@ import numpy as np
 
 from restkv_jax.evaluate.tasks import Prompt
 from restkv_jax.generate import bucket_length, generate_each
+from restkv_jax.pod.sharing import Sharing
 from restkv_jax.policy import EvictionPolicy
 
 
@@ -35,6 +36,7 @@ def measure_accuracy(
     policies: Sequence[EvictionPolicy],
     batch_size: int = 10,
     show: Callable[[Iterable[int]], Iterable[int]] = iter,
+    sharing: Sharing | None = None,
 ) -> list[Accuracy]:
     """Generates greedily from every prompt with every policy and counts the exact answers.
 
@@ -46,6 +48,7 @@ def measure_accuracy(
       policies: what to keep of the prompts; the prompts are read once for all of them.
       batch_size: prompts generated at once; a batch shorter than this is filled up, so that one program serves all.
       show: wraps the iteration over batches, for progress.
+      sharing: whose keys each layer reads distant tokens by; its own by default.
 
     Returns:
       one `Accuracy` per policy.
@@ -55,7 +58,7 @@ def measure_accuracy(
     """
     if not prompts:
         raise ValueError("prompts is empty")
-    by_policy = generate_texts(model, params, tokenizer, prompts, policies, batch_size, show)
+    by_policy = generate_texts(model, params, tokenizer, prompts, policies, batch_size, show, sharing)
     counts = [sum(is_exact(t, p.answers) for t, p in zip(texts, prompts, strict=True)) for texts in by_policy]
     return [Accuracy(correct, len(prompts), *wilson_interval(correct, len(prompts))) for correct in counts]
 
@@ -68,6 +71,7 @@ def generate_texts(
     policies: Sequence[EvictionPolicy],
     batch_size: int = 10,
     show: Callable[[Iterable[int]], Iterable[int]] = iter,
+    sharing: Sharing | None = None,
 ) -> list[list[str]]:
     """What the model says after each prompt with each policy, up to a little more than the longest answer."""
     encoded = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
@@ -79,7 +83,7 @@ def generate_texts(
         rows = encoded[start : start + batch_size]
         rows += rows[:1] * (batch_size - len(rows))
         tokens, mask = pad_left(rows, length)
-        outs = generate_each(model, params, tokens, mask, tuple(policies), max_new_tokens)
+        outs = generate_each(model, params, tokens, mask, tuple(policies), max_new_tokens, sharing=sharing)
         for said, out in zip(texts, outs, strict=True):
             said += tokenizer.batch_decode(np.asarray(out.tokens), skip_special_tokens=True)
     return [said[: len(prompts)] for said in texts]
