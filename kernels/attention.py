@@ -271,9 +271,7 @@ def _logits(queries: Array, keys: Array) -> Array:
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _visible(
-    reach: Reach | None, key_positions: Array, query_positions: Array, sliding_window: Array | int
-) -> Array:
+def _visible(reach: Reach | None, key_positions: Array, query_positions: Array, sliding_window: Array | int) -> Array:
     """bool [B, K or 1, T, N]."""
     places = key_positions[:, :, None, :]
     past = query_positions[:, None, :, None] - places

@@ -218,9 +218,7 @@ class Decoder(nn.Module):
         return jnp.einsum("...m,vm->...v", hidden, unembedding, preferred_element_type=jnp.float32)
 
 
-def _over_chunks(
-    function, layer: DecoderLayer, carry: Any, length: int, chunk_size: int | None
-) -> tuple[Any, Any]:
+def _over_chunks(function, layer: DecoderLayer, carry: Any, length: int, chunk_size: int | None) -> tuple[Any, Any]:
     """Takes a carry through the chunks of a sequence, in place where it is only overwritten.
 
     `function(layer, carry, take, put)` returns the next carry and a note; `take(x)` is the current chunk of x, whose
