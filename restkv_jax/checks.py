@@ -46,6 +46,21 @@ def check_prompt(
         check_sharing(model, sharing, policy)
     check_integer("max_new_tokens", max_new_tokens, 1, "the prefill alone gives the first token")
     check_integer("chunk_size", chunk_size, 1, "prompt tokens per chunk")
+    tokens, mask = check_tokens(model, tokens, mask)
+    _warn_beyond_context(model, mask, max_new_tokens)
+    return tokens, mask
+
+
+def check_tokens(model: Decoder, tokens: Any, mask: Any | None) -> tuple[Array, Array]:
+    """Checks texts for a model: `tokens` int [B, T], padded on the left, and `mask` bool or int [B, T] or None.
+
+    Returns:
+      tokens int32 [B, T] and mask bool [B, T].
+
+    Raises:
+      TypeError: tokens that are no integers.
+      ValueError: everything else, naming the argument and its value.
+    """
     tokens = _as_array("tokens", tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}, but must be [batch, length]; one prompt is tokens[None]")
@@ -57,7 +72,6 @@ def check_prompt(
     check_mask(mask, tokens.shape)
     if _is_known(tokens) and _is_known(mask):
         _check_vocabulary(model, "tokens", np.asarray(tokens), np.asarray(mask).astype(bool))
-    _warn_beyond_context(model, mask, max_new_tokens)
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, bool)
 
 

@@ -3,5 +3,6 @@
 from restkv_jax.pod.cache import SharedCache
 from restkv_jax.pod.groups import LayerGroups
 from restkv_jax.pod.sharing import Sharing, hidden_states
+from restkv_jax.pod.similarity import attention_similarity, group_layers
 
-__all__ = ["LayerGroups", "SharedCache", "Sharing", "hidden_states"]
+__all__ = ["LayerGroups", "SharedCache", "Sharing", "attention_similarity", "group_layers", "hidden_states"]
