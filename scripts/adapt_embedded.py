@@ -43,7 +43,7 @@ class Options:
     learning_rate: float = 1e-3
     budget: int = 100
     """distant tokens kept per block and KV head, with eviction"""
-    tasks: tuple[str, ...] = ("single", "multikey", "haystack")
+    tasks: tuple[str, ...] = ("multikey", "haystack")
     prompts: int = 200
     seed: int = 11
     evaluation_batch: int = 10
