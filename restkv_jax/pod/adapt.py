@@ -25,8 +25,8 @@ from restkv_jax.pod.journal import open_journal
 from restkv_jax.pod.program import Program, initial_state, make_program, place_batch, place_params
 from restkv_jax.pod.training import Adaptation, learning_rate
 
-GROUPS = "groups.json"
-"""Beside the weights of an adapted model."""
+MODEL, GROUPS = "model", "groups.json"
+"""In the directory of a run, the adapted model, and in the model's, its groups."""
 
 
 def adapt(
@@ -81,7 +81,7 @@ def adapt(
     trained = _train(program, params, sequences, adaptation, configuration, output, checkpoint_every, quiet)
     result = unflatten(flatten(params) | trained)
     if output is not None:
-        _export(output / "model", model, result, tokenizer, sharing, save_dtype)
+        _export(output / MODEL, model, result, tokenizer, sharing, save_dtype)
     return result
 
 
