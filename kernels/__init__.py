@@ -1,7 +1,7 @@
 """Pure array functions under the cache, each defined by its plain JAX reference."""
 
 from restkv_jax.kernels import gather, paged, scores
-from restkv_jax.kernels.attention import attention, largest_divisor
+from restkv_jax.kernels.attention import attention, largest_divisor, shared_key_attention
 from restkv_jax.kernels.dispatch import by_platform
 from restkv_jax.kernels.paged import check_page_size
 from restkv_jax.kernels.scores import output_gram
@@ -28,4 +28,5 @@ __all__ = [
     "output_gram",
     "paged_attention",
     "removal_errors",
+    "shared_key_attention",
 ]

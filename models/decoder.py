@@ -21,16 +21,17 @@ class Memory(NamedTuple):
     values: Array
     positions: Array
 
-    def attend(self, queries: Array, query_positions: Array, sliding_window: Array) -> Array:
-        """Causal attention of queries [B, H, T, D] at positions int32 [B, T]: [B, H, T, D]."""
-        return attention(queries, self.keys, self.values, query_positions, self.positions, sliding_window)
+    def attend(self, queries: Array, query_positions: Array, sliding_window: Array) -> tuple[Array, None]:
+        """Causal attention of queries [B, H, T, D] at positions int32 [B, T]: [B, H, T, D], and nothing to note."""
+        return attention(queries, self.keys, self.values, query_positions, self.positions, sliding_window), None
 
 
 class Layer(NamedTuple):
     """What a layer shows of itself to the functions that keep its state.
 
     `index` int32 scalar; `queries` [B, H, w, D] of the last tokens and their `positions` int32 [B, w];
-    `output_projection` [H, D, M]; `sliding_window` int32 scalar.
+    `output_projection` [H, D, M]; `sliding_window` int32 scalar; `noted`, what the memory's `attend` returned besides
+    the context, of the last chunk.
     """
 
     index: Array
@@ -38,6 +39,7 @@ class Layer(NamedTuple):
     positions: Array
     output_projection: Array
     sliding_window: Array
+    noted: Any = None
 
     def last(self, count: int) -> "Layer":
         """The same with the last `count` queries only."""
@@ -48,8 +50,9 @@ class StateFunctions(NamedTuple):
     """How a state goes through the layers: pure functions that the decoder calls once per layer.
 
     `remember(index, memory, state) -> (memory, state)` takes the new tokens' keys and values and says what the
-    queries attend to: a `Memory`, or what else has its `attend`. `revise(layer, memory, state) -> state` runs after
-    the layer's attention. `num_queries` of the last tokens are shown to `revise`.
+    queries attend to: a `Memory`, or what else has its `attend`, which may also return arrays for `revise` to see as
+    `layer.noted`. `revise(layer, memory, state) -> state` runs after the layer's attention. `num_queries` of the last
+    tokens are shown to it.
     """
 
     remember: Callable[[Array, Memory, Any], tuple[Memory, Any]]
@@ -146,6 +149,7 @@ class Decoder(nn.Module):
         functions: StateFunctions = STATELESS,
         state: Any = None,
         chunk_size: int | None = None,
+        checkpoint: bool = False,
     ) -> tuple[Array, Any]:
         """Runs the layers over the tokens.
 
@@ -159,6 +163,7 @@ class Decoder(nn.Module):
           functions: how `state` is read and written in each layer.
           state: any pytree, carried through the layers.
           chunk_size: tokens per chunk, a divisor of `T`; None takes the whole sequence at once.
+          checkpoint: whether a backward pass recomputes each layer from its input instead of storing what is in it.
 
         Returns:
           the normed hidden states [B, T, M] and the next state.
@@ -175,30 +180,30 @@ class Decoder(nn.Module):
 
             def project(layer, pairs, take, put):
                 part, places = take(hidden), take(positions)
-                return put(pairs, (layer.keys(part, places, rope), layer.values(part)), axis=2)
+                return put(pairs, (layer.keys(part, places, rope), layer.values(part)), axis=2), None
 
             def attend(layer, carry, take, put):
                 hidden, last = carry
                 part, places = take(hidden), take(positions)
                 queries = layer.queries(part, places, rope)
-                context = memory.attend(queries, places, sliding_window)
+                context, noted = memory.attend(queries, places, sliding_window)
                 if functions.num_queries == length:
                     last = put(last, queries, axis=2)
                 else:
                     last = jnp.concatenate([last, queries], axis=2)[:, :, -functions.num_queries :]
-                return put(hidden, layer.finish(part, context), axis=1), last
+                return (put(hidden, layer.finish(part, context), axis=1), last), noted
 
             empty = jnp.zeros((batch, kv_heads, length, dim), hidden.dtype)
-            keys, values = _over_chunks(project, layer, (empty, empty), length, chunk_size)
+            (keys, values), _ = _over_chunks(project, layer, (empty, empty), length, chunk_size)
             memory, state = functions.remember(index, Memory(keys, values, positions), state)
             last = jnp.zeros((batch, heads, functions.num_queries, dim), hidden.dtype)
-            hidden, last = _over_chunks(attend, layer, (hidden, last), length, chunk_size)
+            (hidden, last), noted = _over_chunks(attend, layer, (hidden, last), length, chunk_size)
             last_positions = positions[:, -functions.num_queries :]
-            shown = Layer(index, last, last_positions, layer.output_projection, sliding_window)
+            shown = Layer(index, last, last_positions, layer.output_projection, sliding_window, noted)
             return (hidden, functions.revise(shown, memory, state)), None
 
         scan = nn.scan(
-            layer_step,
+            nn.checkpoint(layer_step, prevent_cse=False) if checkpoint else layer_step,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.num_hidden_layers,
@@ -213,11 +218,12 @@ class Decoder(nn.Module):
         return jnp.einsum("...m,vm->...v", hidden, unembedding, preferred_element_type=jnp.float32)
 
 
-def _over_chunks(function, layer: DecoderLayer, carry: Any, length: int, chunk_size: int | None) -> Any:
+def _over_chunks(function, layer: DecoderLayer, carry: Any, length: int, chunk_size: int | None) -> tuple[Any, Any]:
     """Takes a carry through the chunks of a sequence, in place where it is only overwritten.
 
-    `function(layer, carry, take, put)` returns the next carry; `take(x)` is the current chunk of x, whose tokens are
-    axis 1, and `put(whole, part, axis)` writes the chunk's part into arrays of the whole sequence.
+    `function(layer, carry, take, put)` returns the next carry and a note; `take(x)` is the current chunk of x, whose
+    tokens are axis 1, and `put(whole, part, axis)` writes the chunk's part into arrays of the whole sequence.
+    Returns the last carry and the last note.
     """
     if chunk_size is None or chunk_size >= length:
         return function(layer, carry, lambda x: x, lambda whole, part, axis: part)
@@ -229,10 +235,11 @@ def _over_chunks(function, layer: DecoderLayer, carry: Any, length: int, chunk_s
         def put(whole, part, axis):
             return jax.tree.map(lambda w, p: jax.lax.dynamic_update_slice_in_dim(w, p, start, axis), whole, part)
 
-        return function(layer, carry, take, put), None
+        return function(layer, carry, take, put)
 
     scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-    return scan(layer, carry, jnp.arange(0, length, chunk_size))[0]
+    carry, notes = scan(layer, carry, jnp.arange(0, length, chunk_size))
+    return carry, jax.tree.map(lambda note: note[-1], notes)
 
 
 def hidden_states(

@@ -1,5 +1,6 @@
 """Long prompts on a small KV cache: ReST-KV and its relatives for Llama-family models in JAX."""
 
+from restkv_jax import pod
 from restkv_jax.cache import KVCache, cache_bytes, kept_positions
 from restkv_jax.eviction import Eviction, evict_layer
 from restkv_jax.generate import Generation, bucket_length, decode_step, generate, generate_each, prefill, stream
@@ -45,6 +46,7 @@ __all__ = [
     "knorm",
     "laprox",
     "load_model",
+    "pod",
     "prefill",
     "pyramidkv",
     "random",

@@ -23,10 +23,10 @@ class PagedMemory(NamedTuple):
     lengths: Array
     windowed: bool
 
-    def attend(self, queries: Array, query_positions: Array, sliding_window: Array) -> Array:
-        """Causal attention of one query per row, [B, H, 1, D]."""
+    def attend(self, queries: Array, query_positions: Array, sliding_window: Array) -> tuple[Array, None]:
+        """Causal attention of one query per row, [B, H, 1, D], and nothing to note."""
         arrays = self.keys, self.values, self.positions, self.page_table, self.lengths
-        return kernels.paged_attention(queries, *arrays, query_positions, sliding_window, windowed=self.windowed)
+        return kernels.paged_attention(queries, *arrays, query_positions, sliding_window, windowed=self.windowed), None
 
 
 @flax.struct.dataclass

@@ -1,6 +1,17 @@
-"""PoD: distant tokens share keys across layers (arXiv 2412.02252)."""
+"""PoD: layers that attend alike share the keys of distant tokens (arXiv 2412.02252)."""
 
-from restkv_jax.pod.adapt import adapt
-from restkv_jax.pod.training import Adaptation
+from typing import Any
 
-__all__ = ["Adaptation", "adapt"]
+from restkv_jax.pod.groups import LayerGroups
+from restkv_jax.pod.sharing import Sharing, hidden_states
+
+__all__ = ["Adaptation", "LayerGroups", "Sharing", "adapt", "hidden_states"]
+
+
+def __getattr__(name: str) -> Any:
+    """Training's packages, which take seconds to import and are an extra, are imported when asked for."""
+    if name in ("Adaptation", "adapt"):
+        from restkv_jax.pod import adaptation
+
+        return getattr(adaptation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

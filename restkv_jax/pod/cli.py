@@ -10,7 +10,9 @@ import tyro
 from restkv_jax.loading import load_checkpoint
 from restkv_jax.models.sharding import make_mesh
 from restkv_jax.options import UsageError, as_usage_error, parse
-from restkv_jax.pod.adapt import MODEL, adapt
+from restkv_jax.pod.adaptation import MODEL, adapt
+from restkv_jax.pod.groups import LayerGroups
+from restkv_jax.pod.sharing import Sharing
 from restkv_jax.pod.training import Adaptation
 
 USAGE = """usage: restkv pod COMMAND [OPTIONS]
@@ -35,7 +37,7 @@ class AdaptOptions:
       output: directory of the run: model/ with the result, metrics.jsonl, checkpoints/.
       model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes
         with the package if left out.
-      groups: the layers that share keys, as `LayerGroups.save` writes them.
+      groups: the layers that share keys, the file or its directory, as `LayerGroups.save` writes them.
       dense: train the ordinary model instead, to compare.
       sink: first tokens whose keys are not shared.
       recent: last tokens whose keys are not shared.
@@ -88,9 +90,11 @@ def run_adapt(args: Sequence[str]) -> None:
         raise UsageError("give either --groups FILE, to share keys, or --dense, to train the ordinary model")
     with as_usage_error():
         mesh = make_mesh(options.model_parallel)
-        sharing = None
     model, params, tokenizer = load_checkpoint(options.model, "float32")
     with as_usage_error():
+        sharing = None
+        if options.groups is not None:
+            sharing = Sharing(LayerGroups.load(options.groups, model), options.sink, options.recent)
         adapt(
             model,
             params,

@@ -11,9 +11,10 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from restkv_jax.models import Decoder, hidden_states
+from restkv_jax.models import Decoder
 from restkv_jax.models.sharding import parameter_shardings
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
+from restkv_jax.pod.sharing import Sharing, hidden_states
 from restkv_jax.pod.training import Adaptation, Batch, Metrics, TrainState, make_optimizer, split_params, train_step
 
 
@@ -29,7 +30,7 @@ class Program(NamedTuple):
     batch: Batch
 
 
-def make_program(model: Decoder, sharing: Any | None, adaptation: Adaptation, mesh: Mesh) -> Program:
+def make_program(model: Decoder, sharing: Sharing | None, adaptation: Adaptation, mesh: Mesh) -> Program:
     """The program of an adaptation whose `steps`, `sequence_length` and `compute_dtype` are given.
 
     Raises:
@@ -61,7 +62,7 @@ def make_program(model: Decoder, sharing: Any | None, adaptation: Adaptation, me
     ))  # fmt: skip
     step = functools.partial(
         train_step,
-        forward=_forward(model, sharing),
+        forward=functools.partial(hidden_states, model, sharing=sharing),
         model=model,
         optimizer=optimizer,
         compute_dtype=compute_dtype,
@@ -96,12 +97,6 @@ def place_batch(program: Program, batch: Batch) -> Batch:
         program.batch,
         batch,
     )
-
-
-def _forward(model: Decoder, sharing: Any | None) -> Callable[[Any, Array], Array]:
-    if sharing is None:
-        return functools.partial(hidden_states, model)
-    raise NotImplementedError
 
 
 def _check_mesh(adaptation: Adaptation, mesh: Mesh) -> None:

@@ -21,19 +21,21 @@ from restkv_jax.models.sharding import make_mesh
 from restkv_jax.models.tensors import flatten, unflatten
 from restkv_jax.pod.checkpoints import Position, open_checkpoints, restore, save
 from restkv_jax.pod.data import Sequences, batches, make_batch, read_sequences
+from restkv_jax.pod.groups import FILE
 from restkv_jax.pod.journal import open_journal
 from restkv_jax.pod.program import Program, initial_state, make_program, place_batch, place_params
+from restkv_jax.pod.sharing import Sharing
 from restkv_jax.pod.training import Adaptation, learning_rate
 
-MODEL, GROUPS = "model", "groups.json"
-"""In the directory of a run, the adapted model, and in the model's, its groups."""
+MODEL = "model"
+"""The adapted model in the directory of a run."""
 
 
 def adapt(
     model: Decoder,
     params: Any,
     data: Any,
-    sharing: Any | None = None,
+    sharing: Sharing | None = None,
     *,
     adaptation: Adaptation = Adaptation(),  # noqa: B008
     output: str | os.PathLike | None = None,
@@ -86,14 +88,14 @@ def adapt(
 
 
 def describe(
-    model: Decoder, params: Any, sequences: Sequences, sharing: Any | None, adaptation: Adaptation
+    model: Decoder, params: Any, sequences: Sequences, sharing: Sharing | None, adaptation: Adaptation
 ) -> dict[str, Any]:
     """All that the result depends on, as JSON: checkpoints of a run are refused by a run where this differs."""
     description = {
         "model": dataclasses.asdict(model.config),
         "weights": _checksum(params),
         "data": {"sequences": len(sequences), "checksum": sequences.checksum()},
-        "sharing": "dense" if sharing is None else repr(sharing),
+        "sharing": None if sharing is None else dataclasses.asdict(sharing),
         "adaptation": dataclasses.asdict(adaptation),
     }
     return json.loads(json.dumps(description))
@@ -117,6 +119,8 @@ def _train(
         manager = stack.enter_context(open_checkpoints(output / "checkpoints")) if output else None
         restored = restore(manager, program.state, configuration) if manager else None
         state, position = restored or (initial_state(program, params, adaptation), Position(0, 0, adaptation.seed))
+        if position.step == adaptation.steps:
+            return state.params
         frozen = place_params(program.frozen, params)
         step = program.step.lower(program.state, program.frozen, program.batch).compile()
         log = output / "metrics.jsonl" if output and is_first_process else None
@@ -143,7 +147,7 @@ def _train(
 
 
 def _export(
-    directory: pathlib.Path, model: Decoder, params: Any, tokenizer: Any, sharing: Any | None, dtype: str
+    directory: pathlib.Path, model: Decoder, params: Any, tokenizer: Any, sharing: Sharing | None, dtype: str
 ) -> None:
     """Writes the model's directory, its groups with it; what a killed export left beside is removed."""
     if jax.process_count() > 1:
@@ -154,9 +158,9 @@ def _export(
         shutil.rmtree(unfinished)
     save_model(directory, model, jax.tree.map(lambda leaf: leaf.astype(dtype), params), tokenizer)
     if sharing is None:
-        (directory / GROUPS).unlink(missing_ok=True)
+        (directory / FILE).unlink(missing_ok=True)  # of an earlier run in the same place
     else:
-        sharing.groups.save(directory / GROUPS)
+        sharing.groups.save(directory, model)
 
 
 def _resolve(adaptation: Adaptation, sequences: Sequences) -> Adaptation:
