@@ -20,12 +20,12 @@ from restkv_jax.models import Decoder, save_model
 from restkv_jax.models.sharding import make_mesh
 from restkv_jax.models.tensors import flatten, unflatten
 from restkv_jax.pod.checkpoints import Position, open_checkpoints, restore, save
-from restkv_jax.pod.data import Sequences, batches, make_batch, read_sequences
+from restkv_jax.pod.data import Sequences, batches, check_vocabulary, make_batch, read_sequences
 from restkv_jax.pod.groups import FILE
 from restkv_jax.pod.journal import open_journal
 from restkv_jax.pod.program import Program, initial_state, make_program, place_batch, place_params
 from restkv_jax.pod.sharing import Sharing
-from restkv_jax.pod.training import Adaptation, learning_rate
+from restkv_jax.pod.training import Adaptation
 
 MODEL = "model"
 """The adapted model in the directory of a run."""
@@ -77,6 +77,8 @@ def adapt(
     output = None if output is None else _make_directory(output)
     longest = model.config.max_position_embeddings
     sequences = read_sequences(data, adaptation.sequence_length, longest, tokenizer, output)
+    for arrays in sequences.sample():  # the others when their turn comes
+        check_vocabulary(arrays["tokens"], model.config.vocab_size)
     adaptation = _resolve(adaptation, sequences)
     program = make_program(model, sharing, adaptation, make_mesh() if mesh is None else mesh)
     configuration = describe(model, params, sequences, sharing, adaptation)
@@ -113,7 +115,6 @@ def _train(
 ) -> dict[str, Array]:
     """Runs the steps that are left and returns the trained parameters."""
     dataset, vocabulary = batches(sequences, adaptation), configuration["model"]["vocab_size"]
-    tokens_per_step = adaptation.batch_size * adaptation.sequence_length
     is_first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(open_checkpoints(output / "checkpoints")) if output else None
@@ -124,16 +125,8 @@ def _train(
         frozen = place_params(program.frozen, params)
         step = program.step.lower(program.state, program.frozen, program.batch).compile()
         log = output / "metrics.jsonl" if output and is_first_process else None
-        journal = stack.enter_context(
-            open_journal(
-                log,
-                position.step,
-                adaptation.steps,
-                learning_rate(adaptation),
-                tokens_per_step,
-                quiet or not is_first_process,
-            )
-        )
+        quiet = quiet or not is_first_process
+        journal = stack.enter_context(open_journal(log, adaptation, position.step, quiet))
         for done in range(position.step + 1, adaptation.steps + 1):
             batch = make_batch(dataset[done - 1], adaptation.accumulation, vocabulary)
             state, metrics = step(state, frozen, place_batch(program, batch))
@@ -190,9 +183,13 @@ def _checksum(params: Any) -> str:
     """A hash of all bits of the parameters; sums of integers, so the same on any devices."""
 
     @jax.jit
-    def checksum(leaf: Array) -> Array:
-        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").reshape(-1).astype(jnp.uint32)
-        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+    def sums(params: dict[str, Array]) -> dict[str, Array]:
+        def of(leaf: Array) -> Array:
+            bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").reshape(-1).astype(jnp.uint32)
+            return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 
-    sums = {name: (leaf.shape, str(leaf.dtype), int(checksum(leaf))) for name, leaf in sorted(flatten(params).items())}
-    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+        return jax.tree.map(of, params)
+
+    flat = flatten(params)
+    found = [(name, flat[name].shape, str(flat[name].dtype), int(part)) for name, part in sorted(sums(flat).items())]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """The commands `restkv pod ...`."""
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -90,6 +91,7 @@ def run_adapt(args: Sequence[str]) -> None:
         raise UsageError("give either --groups FILE, to share keys, or --dense, to train the ordinary model")
     with as_usage_error():
         mesh = make_mesh(options.model_parallel)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with its stack what it raises anyway
     model, params, tokenizer = load_checkpoint(options.model, "float32")
     with as_usage_error():
         sharing = None

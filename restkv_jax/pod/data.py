@@ -6,7 +6,7 @@ import pathlib
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -38,11 +38,15 @@ class Sequences:
         weights = np.ones(tokens.shape) if self.weights is None else self.weights[index]
         return {"tokens": tokens, "weights": np.asarray(weights, np.float32)}
 
+    def sample(self) -> Iterator[dict[str, np.ndarray]]:
+        """Up to `SAMPLED_ROWS` sequences, evenly spaced."""
+        return (self[int(i)] for i in np.unique(np.linspace(0, len(self) - 1, SAMPLED_ROWS).astype(int)))
+
     def checksum(self) -> int:
-        """CRC-32 of the shape and of up to `SAMPLED_ROWS` sequences, evenly spaced."""
+        """CRC-32 of the shape and of the sample."""
         value = zlib.crc32(repr(self.tokens.shape).encode())
-        for index in np.unique(np.linspace(0, len(self) - 1, SAMPLED_ROWS).astype(int)):
-            for array in self[int(index)].values():
+        for arrays in self.sample():
+            for array in arrays.values():
                 value = zlib.crc32(array.tobytes(), value)
         return value
 
@@ -100,14 +104,23 @@ def make_batch(arrays: Mapping[str, np.ndarray], accumulation: int, vocabulary: 
     Raises:
       ValueError: an id that is not in the vocabulary.
     """
-    tokens = arrays["tokens"]
+    check_vocabulary(arrays["tokens"], vocabulary)
+    length = arrays["tokens"].shape[1]
+    return Batch(*(arrays[name].reshape(accumulation, -1, length) for name in Batch._fields))
+
+
+def check_vocabulary(tokens: np.ndarray, vocabulary: int) -> None:
+    """Refuses ids of another model.
+
+    Raises:
+      ValueError: an id that is not in the vocabulary.
+    """
     outside = (tokens < 0) | (tokens >= vocabulary)
     if outside.any():
         raise ValueError(
             f"the data holds id {tokens[outside][0]}, out of the model's vocabulary of {vocabulary} tokens; was it "
             "made with another model's tokenizer?"
         )
-    return Batch(*(arrays[name].reshape(accumulation, -1, tokens.shape[1]) for name in Batch._fields))
 
 
 def _read(data: Any, tokenizer: Any, directory: pathlib.Path | None) -> tuple[np.ndarray, np.ndarray | None, str]:

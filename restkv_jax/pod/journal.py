@@ -6,13 +6,13 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from restkv_jax.pod.training import Metrics
+from restkv_jax.pod.training import Adaptation, Metrics, learning_rate
 
 COLUMNS = (
     TextColumn("training"),
@@ -32,8 +32,9 @@ class Journal:
     and `tokens_per_second`.
     """
 
-    def __init__(self, file: IO[str] | None, bar: Progress, rate: Callable[[int], float], tokens_per_step: int):
-        self._file, self._bar, self._rate, self._tokens = file, bar, rate, tokens_per_step
+    def __init__(self, file: IO[str] | None, bar: Progress, adaptation: Adaptation):
+        self._file, self._bar, self._rate = file, bar, learning_rate(adaptation)
+        self._tokens = adaptation.batch_size * adaptation.sequence_length
         self._pending: tuple[int, Metrics] | None = None
         self._fetched_at = time.monotonic()
 
@@ -72,17 +73,13 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open_journal(
-    path: pathlib.Path | None, done: int, steps: int, rate: Callable[[int], float], tokens_per_step: int, quiet: bool
-) -> Iterator[Journal]:
-    """The journal of a run of which `done` steps out of `steps` are done.
+def open_journal(path: pathlib.Path | None, adaptation: Adaptation, done: int, quiet: bool) -> Iterator[Journal]:
+    """The journal of a run.
 
     Args:
       path: file of JSON lines, to which later steps are appended; None writes none.
-      done: steps whose lines are kept.
-      steps: of the whole run.
-      rate: the learning rate of a step, counted from 0.
-      tokens_per_step: for the speed.
+      adaptation: how the run trains.
+      done: steps before, whose lines are kept.
       quiet: shows no progress.
     """
     with contextlib.ExitStack() as stack:
@@ -91,8 +88,8 @@ def open_journal(
             _forget_after(path, done)
             file = stack.enter_context(path.open("a"))
         bar = stack.enter_context(Progress(*COLUMNS, console=Console(stderr=True), disable=quiet))
-        bar.add_task("", total=steps, completed=done, status="")
-        yield Journal(file, bar, rate, tokens_per_step)
+        bar.add_task("", total=adaptation.steps, completed=done, status="")
+        yield Journal(file, bar, adaptation)
 
 
 def _forget_after(path: pathlib.Path, done: int) -> None:
