@@ -21,8 +21,12 @@ def make_mesh(model_parallel: int = 1) -> Mesh:
     devices = jax.device_count()
     if model_parallel < 1 or devices % model_parallel:
         raise ValueError(f"model_parallel={model_parallel} must be a divisor of the number of devices, {devices}")
-    shape = devices // model_parallel, model_parallel
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return automatic(jax.make_mesh((devices // model_parallel, model_parallel), ("data", "model")))
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same mesh, on which the compiler derives the shardings of what is computed."""
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def parameter_shardings(model: Decoder, mesh: Mesh) -> Any:

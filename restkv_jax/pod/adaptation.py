@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -11,7 +10,6 @@ import tempfile
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -20,6 +18,7 @@ from restkv_jax.models import Decoder, save_model
 from restkv_jax.models.sharding import make_mesh
 from restkv_jax.models.tensors import flatten, unflatten
 from restkv_jax.pod.checkpoints import Position, open_checkpoints, restore, save
+from restkv_jax.pod.checksum import checksum
 from restkv_jax.pod.data import Sequences, batches, check_vocabulary, make_batch, read_sequences
 from restkv_jax.pod.groups import FILE
 from restkv_jax.pod.journal import open_journal
@@ -95,7 +94,7 @@ def describe(
     """All that the result depends on, as JSON: checkpoints of a run are refused by a run where this differs."""
     description = {
         "model": dataclasses.asdict(model.config),
-        "weights": _checksum(params),
+        "weights": checksum(params),
         "data": {"sequences": len(sequences), "checksum": sequences.checksum()},
         "sharing": None if sharing is None else dataclasses.asdict(sharing),
         "adaptation": dataclasses.asdict(adaptation),
@@ -177,19 +176,3 @@ def _make_directory(path: str | os.PathLike) -> pathlib.Path:
             return path
     except OSError as error:
         raise OSError(f"output={str(path)!r} is no directory that can be written: {error}") from error
-
-
-def _checksum(params: Any) -> str:
-    """A hash of all bits of the parameters; sums of integers, so the same on any devices."""
-
-    @jax.jit
-    def sums(params: dict[str, Array]) -> dict[str, Array]:
-        def of(leaf: Array) -> Array:
-            bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").reshape(-1).astype(jnp.uint32)
-            return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
-
-        return jax.tree.map(of, params)
-
-    flat = flatten(params)
-    found = [(name, flat[name].shape, str(flat[name].dtype), int(part)) for name, part in sorted(sums(flat).items())]
-    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from restkv_jax.models import Decoder
-from restkv_jax.models.sharding import parameter_shardings
+from restkv_jax.models.sharding import automatic, parameter_shardings
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
 from restkv_jax.pod.sharing import Sharing, hidden_states
 from restkv_jax.pod.training import Adaptation, Batch, Metrics, TrainState, make_optimizer, split_params, train_step
@@ -37,6 +37,7 @@ def make_program(model: Decoder, sharing: Sharing | None, adaptation: Adaptation
       ValueError: a batch or a model that the mesh does not divide, a pattern that matches no parameter.
     """
     _check_mesh(adaptation, mesh)
+    mesh = automatic(mesh)
     optimizer, compute_dtype = make_optimizer(adaptation), jnp.dtype(adaptation.compute_dtype)
     shardings = flatten(parameter_shardings(model, mesh))
     shapes = {
