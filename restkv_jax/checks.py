@@ -9,11 +9,18 @@ import numpy as np
 from jax import Array
 
 from restkv_jax.models import Decoder
+from restkv_jax.pod.sharing import Sharing
 from restkv_jax.policy import EvictionPolicy, check_integer
 
 
 def check_prompt(
-    model: Decoder, tokens: Any, mask: Any | None, policy: EvictionPolicy, max_new_tokens: int, chunk_size: int = 1
+    model: Decoder,
+    tokens: Any,
+    mask: Any | None,
+    policy: EvictionPolicy,
+    max_new_tokens: int,
+    chunk_size: int = 1,
+    sharing: Sharing | None = None,
 ) -> tuple[Array, Array]:
     """Checks a batch of prompts; values are looked at where they are known, that is outside of `jax.jit`.
 
@@ -24,18 +31,36 @@ def check_prompt(
       policy: an `EvictionPolicy`.
       max_new_tokens: at least 1.
       chunk_size: at least 1.
+      sharing: a `Sharing` with groups of this model and a policy that goes with it, or None.
 
     Returns:
       tokens int32 [B, T] and mask bool [B, T].
 
     Raises:
-      TypeError: tokens that are no integers, a policy that is no `EvictionPolicy`.
+      TypeError: tokens that are no integers, a policy that is no `EvictionPolicy`, a sharing that is no `Sharing`.
       ValueError: everything else, naming the argument and its value.
     """
     if not isinstance(policy, EvictionPolicy):
         raise TypeError(f"policy={policy!r} must be an EvictionPolicy, such as restkv_jax.restkv(budget=1024)")
+    if sharing is not None:
+        check_sharing(model, sharing, policy)
     check_integer("max_new_tokens", max_new_tokens, 1, "the prefill alone gives the first token")
     check_integer("chunk_size", chunk_size, 1, "prompt tokens per chunk")
+    tokens, mask = check_tokens(model, tokens, mask)
+    _warn_beyond_context(model, mask, max_new_tokens)
+    return tokens, mask
+
+
+def check_tokens(model: Decoder, tokens: Any, mask: Any | None) -> tuple[Array, Array]:
+    """Checks texts for a model: `tokens` int [B, T], padded on the left, and `mask` bool or int [B, T] or None.
+
+    Returns:
+      tokens int32 [B, T] and mask bool [B, T].
+
+    Raises:
+      TypeError: tokens that are no integers.
+      ValueError: everything else, naming the argument and its value.
+    """
     tokens = _as_array("tokens", tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}, but must be [batch, length]; one prompt is tokens[None]")
@@ -47,8 +72,29 @@ def check_prompt(
     check_mask(mask, tokens.shape)
     if _is_known(tokens) and _is_known(mask):
         _check_vocabulary(model, "tokens", np.asarray(tokens), np.asarray(mask).astype(bool))
-    _warn_beyond_context(model, mask, max_new_tokens)
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, bool)
+
+
+def check_sharing(model: Decoder, sharing: Any, policy: EvictionPolicy) -> None:
+    """Checks that groups are the model's and that the policy chooses the same tokens for all layers of a block.
+
+    Raises:
+      TypeError: no `Sharing`.
+      ValueError: groups of a model of another shape, or a policy that needs a set of tokens per layer.
+    """
+    if not isinstance(sharing, Sharing):
+        raise TypeError(f"sharing={sharing!r} must be a restkv_jax.pod.Sharing(groups)")
+    sharing.groups.check_model(model.config)
+    for name, clashes in (
+        ("allocation", not policy.allocation.uniform),
+        ("while_generating", policy.while_generating),
+        ("refit", policy.refit is not None),
+    ):
+        if clashes:
+            raise ValueError(
+                f"policy.{name}={getattr(policy, name)!r} does not go with sharing: the layers of a block keep one set "
+                "of distant tokens, equally many each, and their values as they are"
+            )
 
 
 def check_mask(mask: Any, shape: tuple[int, int]) -> None:
@@ -125,7 +171,7 @@ def check_token(model: Decoder, token: Any, cache: Any) -> Array:
         raise TypeError(f"token has dtype {token.dtype}, but must hold integers")
     if _is_known(token):
         _check_vocabulary(model, "token", np.asarray(token), np.ones(batch, bool))
-    if _is_known(cache.lengths) and bool(cache.is_full()):
+    if _is_known(cache.next_positions) and bool(cache.is_full()):
         raise ValueError(
             f"the cache is full: all its {cache.num_slots} slots are in use; prefill with a larger max_new_tokens "
             "or with a policy that has while_generating=True"

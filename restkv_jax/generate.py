@@ -19,11 +19,16 @@ from restkv_jax.methods import full
 from restkv_jax.models import Decoder, Layer, Memory, StateFunctions, logits, positions_of
 from restkv_jax.observation import Observation
 from restkv_jax.paged import PagedCache
+from restkv_jax.pod.cache import SharedCache
+from restkv_jax.pod.prefill import empty_shared_state, finish_shared_state, shared_prefill_functions
+from restkv_jax.pod.sharing import Sharing, follow_leaders, no_leader_keys
 from restkv_jax.policy import EvictionPolicy
 from restkv_jax.sampling import row_keys, sample
 
 CHUNK_SIZE = 1024
 """Prompt tokens whose queries and MLP activations exist at one time."""
+
+Cache = KVCache | PagedCache | SharedCache
 
 
 class Generation(NamedTuple):
@@ -36,7 +41,7 @@ class Generation(NamedTuple):
 
     tokens: Array
     lengths: Array
-    cache: KVCache | PagedCache
+    cache: Cache
 
 
 class Decoding(NamedTuple):
@@ -45,7 +50,7 @@ class Decoding(NamedTuple):
     token: Array
     active: Array
     step: Array
-    cache: KVCache | PagedCache
+    cache: Cache
 
 
 class Sampling(NamedTuple):
@@ -79,7 +84,8 @@ def prefill(
     policy: EvictionPolicy | None = None,
     max_new_tokens: int = 64,
     chunk_size: int = CHUNK_SIZE,
-) -> tuple[Array, KVCache]:
+    sharing: Sharing | None = None,
+) -> tuple[Array, Cache]:
     """Reads prompts and keeps what the policy chooses of their keys and values.
 
     Layers are scanned; a layer's full keys and values are dropped as soon as they are scored. Within a layer the
@@ -94,6 +100,8 @@ def prefill(
       policy: what to keep; everything by default.
       max_new_tokens: slots to reserve for tokens to come.
       chunk_size: bound on the tokens of a chunk; the result is the same to rounding.
+      sharing: whose keys each layer reads distant tokens by; its own by default. The policy's budget then counts
+        distant tokens, of which a block and KV head keeps one set, by the sum of its layers' scores.
 
     Returns:
       the next token's logits, float32 [B, vocabulary], and the cache.
@@ -102,14 +110,19 @@ def prefill(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size)
-    scores, (cache,) = _prefill(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size)
+    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
+    scores, (cache,) = _prefill(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
     return scores, cache
 
 
 def decode_step(
-    model: Decoder, params: Any, token: Array, cache: KVCache, policy: EvictionPolicy
-) -> tuple[Array, KVCache]:
+    model: Decoder,
+    params: Any,
+    token: Array,
+    cache: Cache,
+    policy: EvictionPolicy | None = None,
+    sharing: Sharing | None = None,
+) -> tuple[Array, Cache]:
     """Feeds one token per row and returns what the model says next.
 
     The cache is donated: its buffers are rewritten in place, and the one passed in must not be used again. A full
@@ -121,14 +134,18 @@ def decode_step(
       token: int32 [B].
       cache: from `prefill` or the step before, made with the same policy.
       policy: the policy of the prefill.
+      sharing: that of the prefill; the cache has it, and another one is refused.
 
     Returns:
       logits, float32 [B, vocabulary], and the next cache.
 
     Raises:
-      ValueError, TypeError: a token of another shape or kind, or a full cache.
+      ValueError, TypeError: a token of another shape or kind, a full cache, or one made with another sharing.
     """
+    policy = full() if policy is None else policy
     token = check_token(model, token, cache)
+    if sharing is not None and sharing != getattr(cache, "sharing", None):
+        raise ValueError("sharing is not the one that the cache was made with; pass the prefill's, or none")
     return _decode_step(model, params, token, cache, jnp.ones(token.shape, bool), policy)
 
 
@@ -146,6 +163,7 @@ def generate(
     top_p: Array | float | None = None,
     eos_token_ids: tuple[int, ...] | None = None,
     chunk_size: int = CHUNK_SIZE,
+    sharing: Sharing | None = None,
 ) -> Generation:
     """Generates from prompts on a small cache, prefill and the whole decode loop in one compiled program.
 
@@ -165,6 +183,7 @@ def generate(
       top_p: draw among the best tokens that hold this probability mass.
       eos_token_ids: tokens that end a row; the model's own by default.
       chunk_size: bound on the prompt tokens whose activations exist at one time.
+      sharing: whose keys each layer reads distant tokens by; see `prefill`.
 
     Returns:
       a `Generation`.
@@ -173,9 +192,9 @@ def generate(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size)
+    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
     sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
-    return _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size)
+    return _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing)
 
 
 def generate_each(
@@ -188,6 +207,7 @@ def generate_each(
     *,
     eos_token_ids: tuple[int, ...] | None = None,
     chunk_size: int = CHUNK_SIZE,
+    sharing: Sharing | None = None,
 ) -> tuple[Generation, ...]:
     """Generates greedily with every policy from one reading of the prompts: for comparisons.
 
@@ -203,6 +223,7 @@ def generate_each(
       max_new_tokens: upper bound on the tokens generated.
       eos_token_ids: tokens that end a row; the model's own by default.
       chunk_size: bound on the prompt tokens whose activations exist at one time.
+      sharing: whose keys each layer reads distant tokens by; see `prefill`.
 
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
@@ -210,9 +231,9 @@ def generate_each(
     if not policies:
         raise ValueError("policies is empty; pass at least one, such as restkv_jax.full()")
     for policy in policies:
-        tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size)
+        tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
     sampling = _sampling(model, tokens.shape[0], None, None, None, None, eos_token_ids)
-    scores, caches = _prefill(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size)
+    scores, caches = _prefill(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size, sharing)
     each = zip(policies, caches, strict=True)
     return tuple(_generate_from(model, params, scores, cache, sampling, p, max_new_tokens) for p, cache in each)
 
@@ -231,6 +252,7 @@ def stream(
     top_p: Array | float | None = None,
     eos_token_ids: tuple[int, ...] | None = None,
     chunk_size: int = CHUNK_SIZE,
+    sharing: Sharing | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields tokens as they come, for people who watch: those of `generate`, one int32 numpy array [B] per step.
 
@@ -238,11 +260,11 @@ def stream(
     last of them.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size)
+    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
     sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
 
     def steps():
-        now = _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size)
+        now = _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing)
         yield np.array(now.token)
         for _ in range(max_new_tokens - 1):
             if not now.active.any():
@@ -253,19 +275,27 @@ def stream(
     return steps()
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "chunk_size"))
-def _prefill(model, params, tokens, mask, policies, max_new_tokens, chunk_size):
+@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "chunk_size", "sharing"))
+def _prefill(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing=None):
     """The next token's logits, and a cache for every policy."""
     missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
     tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))
     length, dtype = tokens.shape[1], params["embedding"].dtype
-    lengths = mask.sum(1, dtype=jnp.int32)
-    states = tuple(empty_state(model.config, policy, lengths, length, max_new_tokens, dtype) for policy in policies)
-    functions = _together([prefill_functions(policy, length) for policy in policies])
+    room = mask.sum(1, dtype=jnp.int32), length, max_new_tokens, dtype
+    if sharing is None:
+        states = tuple(empty_state(model.config, policy, *room) for policy in policies)
+        functions = _together([prefill_functions(policy, length) for policy in policies])
+    else:
+        states = tuple(empty_shared_state(model.config, sharing, policy, *room) for policy in policies)
+        functions = _together([shared_prefill_functions(sharing, policy, length) for policy in policies])
+        functions, states = _led(functions, sharing), (no_leader_keys(model.config, *tokens.shape, dtype), states)
     chunk_size = kernels.largest_divisor(length, chunk_size)
     hidden, states = model.apply({"params": params}, tokens, positions_of(mask), functions, states, chunk_size)
-    each = zip(policies, states, strict=True)
-    caches = tuple(finish_state(model.config, policy, state, length, max_new_tokens) for policy, state in each)
+    if sharing is None:
+        each = zip(policies, states, strict=True)
+        caches = tuple(finish_state(model.config, policy, state, length, max_new_tokens) for policy, state in each)
+    else:
+        caches = tuple(finish_shared_state(state) for state in states[1])
     return logits(model, params, hidden[:, -1]), caches
 
 
@@ -278,6 +308,21 @@ def _together(functions: list[StateFunctions]) -> StateFunctions:
     return StateFunctions(
         lambda index, memory, states: (memory, states), revise, max(each.num_queries for each in functions)
     )
+
+
+def _led(functions: StateFunctions, sharing: Sharing) -> StateFunctions:
+    """Takes the leaders' keys through the layers beside a state."""
+
+    def remember(index, memory, carry):
+        leader_keys, state = carry
+        memory, leader_keys = follow_leaders(sharing, index, memory, leader_keys)
+        return memory, (leader_keys, state)
+
+    def revise(layer, memory, carry):
+        leader_keys, state = carry
+        return leader_keys, functions.revise(layer, memory, state)
+
+    return StateFunctions(remember, revise, functions.num_queries)
 
 
 def empty_state(config, policy: EvictionPolicy, prompt_lengths: Array, length: int, max_new_tokens: int, dtype):
@@ -332,23 +377,25 @@ def _decode_step(model, params, token, cache, active, policy):
 def _decode_functions(policy: EvictionPolicy, active: Array) -> StateFunctions:
     """The new pair goes into the cache, and the query attends to the cache."""
 
-    def remember(index: Array, new: Memory, cache: KVCache | PagedCache):
+    def remember(index: Array, new: Memory, cache: Cache):
         cache = cache.append(index, new.keys[:, :, 0], new.values[:, :, 0], active, policy.window)
         return cache.memory(index), cache
 
-    def revise(layer: Layer, memory: Memory, cache: KVCache) -> KVCache:
+    def revise(layer: Layer, memory: Memory, cache: Cache) -> Cache:
+        if isinstance(cache, SharedCache):
+            return cache.note(layer, active)
         return cache if cache.importance is None else observe_token(cache, layer, memory, active, policy)
 
     return StateFunctions(remember, revise)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size"))
-def _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size) -> Decoding:
-    scores, (cache,) = _prefill(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size)
+@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size", "sharing"))
+def _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing) -> Decoding:
+    scores, (cache,) = _prefill(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
     return _first(scores, cache, sampling)
 
 
-def _first(scores: Array, cache: KVCache | PagedCache, sampling: Sampling) -> Decoding:
+def _first(scores: Array, cache: Cache, sampling: Sampling) -> Decoding:
     batch = scores.shape[0]
     return _choose(scores, Decoding(jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), jnp.int32(0), cache), sampling)
 
@@ -375,9 +422,9 @@ def _choose(scores: Array, now: Decoding, sampling: Sampling) -> Decoding:
     return Decoding(token, now.active & ~ended, now.step + 1, now.cache)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size"))
-def _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size) -> Generation:
-    now = _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size)
+@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size", "sharing"))
+def _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing) -> Generation:
+    now = _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing)
     return _go_on(model, params, now, sampling, policy, max_new_tokens)
 
 

@@ -221,6 +221,52 @@ def _prefill_call(model: Any, params: Any, tokens: np.ndarray, policy: rk.Evicti
     return lambda: jax.block_until_ready(rk.prefill(model, params, tokens, policy=policy))
 
 
+def shared_cache(model: Any, sharing: rk.pod.Sharing, length: int, new_tokens: int) -> rk.pod.SharedCache:
+    """The cache after a prefill with shared keys, its keys and values constant."""
+    params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
+    prefill = functools.partial(rk.prefill, model, max_new_tokens=new_tokens, sharing=sharing)
+    shapes = jax.eval_shape(prefill, params, jax.ShapeDtypeStruct((1, length), jnp.int32))[1]
+    cache = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)
+    positions = sharing.sink + np.arange(cache.distant_positions.shape[-1])
+    row = lambda value: jnp.full((1,), value, jnp.int32)  # noqa: E731
+    return cache.replace(
+        distant_positions=jnp.broadcast_to(jnp.asarray(positions, jnp.int32), shapes.distant_positions.shape),
+        kept=row(length - sharing.proximal),
+        prompt_lengths=row(length),
+        next_positions=row(length),
+    )
+
+
+def shared_times(options: Options) -> list[str]:
+    """Median seconds of a decode step with shared keys, distant tokens read everywhere or in leaders only."""
+    model = llama(options.timed_layers, options.timed_vocabulary)
+    shapes = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
+    params = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)
+    groups = rk.pod.LayerGroups(np.zeros((options.timed_layers, 8), int))
+    sides = {"read": None, "skipped": 0.0}
+    rows = [
+        "| prompt | full: cache | time | shared: cache | time | distant skipped: time | read / skipped |",
+        "|---" * 7 + "|",
+    ]
+    for length in track(options.lengths, "time per token with shared keys"):
+        caches = {"full": filled_cache(model, rk.full(), length, options.steps + 2)}
+        for name, threshold in sides.items():
+            sharing = rk.pod.Sharing(groups, recent=1008, skip_threshold=threshold)
+            caches[name] = shared_cache(model, sharing, length, options.steps + 2)
+        sizes = {name: rk.cache_bytes(cache) / MIB for name, cache in caches.items()}
+
+        def step(name, caches=caches):
+            logits, caches[name] = rk.decode_step(model, params, jnp.zeros(1, jnp.int32), caches[name])
+            jax.block_until_ready((logits, caches[name]))
+
+        seconds = alternate({name: functools.partial(step, name) for name in caches}, options.steps)
+        full, read, skipped = (f"{1000 * seconds[name]:,.0f} ms" for name in ("full", "read", "skipped"))
+        held = f"{sizes['full']:,.0f} MiB | {full} | {sizes['read']:,.0f} MiB | {read} | {skipped}"
+        rows.append(f"| {length:,} | {held} | {seconds['read'] / seconds['skipped']:.1f} |")
+        del caches
+    return rows
+
+
 def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each call, after one warm-up each, the calls taking turns."""
     for call in calls.values():
@@ -243,6 +289,7 @@ def main(options: Options) -> None:
         ("Bytes of the cache under every allocation", allocation_bytes),
         ("Peak memory of model-wide selection", model_wide_memory),
         ("Time per token on pages", ragged_times),
+        ("Time per token with shared keys", shared_times),
     )
     for title, measure in tables:
         if options.only in title:

@@ -2,10 +2,21 @@
 
 from typing import Any
 
+from restkv_jax.pod.cache import SharedCache
 from restkv_jax.pod.groups import LayerGroups
 from restkv_jax.pod.sharing import Sharing, hidden_states
+from restkv_jax.pod.similarity import attention_similarity, group_layers
 
-__all__ = ["Adaptation", "LayerGroups", "Sharing", "adapt", "hidden_states"]
+__all__ = [
+    "Adaptation",
+    "LayerGroups",
+    "SharedCache",
+    "Sharing",
+    "adapt",
+    "attention_similarity",
+    "group_layers",
+    "hidden_states",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,157 @@
+"""How alike layers attend, and the groups that follow from it."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from restkv_jax.checks import check_tokens
+from restkv_jax.kernels import largest_divisor
+from restkv_jax.kernels.scores import probabilities
+from restkv_jax.models.decoder import Decoder, Layer, Memory, StateFunctions, positions_of
+from restkv_jax.pod.groups import LayerGroups
+from restkv_jax.policy import check_integer
+
+
+def attention_similarity(
+    model: Decoder,
+    params: Any,
+    batches: Iterable[Any],
+    last_queries: int = 64,
+    chunk_size: int | None = None,
+) -> np.ndarray:
+    """How alike the layers of each KV head attend, over some sample texts (PoD, arXiv 2412.02252).
+
+    `1 - JS(a_i[t], a_j[t])` with base-2 logarithms, so between 0 and 1, where `a_i[t]` is layer `i`'s attention of
+    query `t`, the mean over the head's query heads. Averaged over the last queries of all rows of all batches.
+
+    The prompt is read once per batch; the keys and last queries of all layers are held, `L B K T D` and `L B H q D`
+    numbers. The attention is computed again for every pair of layers, one row and KV head at a time: at most
+    `2 q T` probabilities besides the one query head's that is being added.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters.
+      batches: of texts: tokens int32 [B, T], or a pair of tokens and mask bool [B, T], False on left padding.
+      last_queries: `q`, of each row; a shorter text shows all it has.
+      chunk_size: tokens of the prompt whose activations exist at one time; all by default.
+
+    Returns:
+      float32 [K, L, L], symmetric, 1 on the diagonal.
+
+    Raises:
+      ValueError, TypeError: no batch, or one that makes no sense.
+    """
+    check_integer("last_queries", last_queries, 1, "the queries that are compared")
+    total, count = 0.0, 0
+    for batch in batches:
+        tokens, mask = batch if isinstance(batch, tuple) else (batch, None)
+        tokens, mask = check_tokens(model, tokens, mask)
+        sums, queries = _sum_similarity(model, params, tokens, mask, last_queries, chunk_size)
+        total, count = total + np.asarray(sums, np.float64), count + int(queries)
+    if not count:
+        raise ValueError("batches is empty; give at least one text")
+    return (total / count).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "last_queries", "chunk_size"))
+def _sum_similarity(model, params, tokens, mask, last_queries, chunk_size) -> tuple[Array, Array]:
+    """The similarity summed over rows and queries, float32 [K, L, L], and how many queries these were."""
+    positions = positions_of(mask)
+    queries, keys = _last_queries_and_keys(model, params, tokens, positions, last_queries, chunk_size)
+    windows = jnp.asarray(model.config.sliding_windows, jnp.int32)
+    query_positions = positions[:, -queries.shape[4] :]
+    num_layers, batch, num_kv_heads = keys.shape[:3]
+    first, second = np.triu_indices(num_layers, 1)
+
+    def one_pair(index):
+        row, head, i, j = index
+        real = query_positions[row] >= 0
+
+        def attend(layer):
+            return _group_attention(
+                queries[layer, row, head], keys[layer, row, head], query_positions[row], positions[row], windows[layer]
+            )
+
+        return jnp.where(real, 1 - jensen_shannon(attend(i), attend(j)), 0.0).sum()
+
+    grid = jnp.meshgrid(jnp.arange(batch), jnp.arange(num_kv_heads), jnp.arange(len(first)), indexing="ij")
+    rows, heads, pairs = (x.reshape(-1) for x in grid)
+    sums = jax.lax.map(one_pair, (rows, heads, jnp.asarray(first)[pairs], jnp.asarray(second)[pairs]))
+    sums = sums.reshape(batch, num_kv_heads, len(first)).sum(0)
+    count = (query_positions >= 0).sum()
+    upper = jnp.zeros((num_kv_heads, num_layers, num_layers)).at[:, first, second].set(sums)
+    return upper + jnp.swapaxes(upper, 1, 2) + count * jnp.eye(num_layers), count
+
+
+def _last_queries_and_keys(model, params, tokens, positions, last_queries, chunk_size) -> tuple[Array, Array]:
+    """Last queries [L, B, K, G, q, D] and keys [L, B, K, T, D] of all layers."""
+    config, (batch, length) = model.config, tokens.shape
+    dtype, num_kv_heads = params["embedding"].dtype, config.num_key_value_heads
+    group, shown = config.num_attention_heads // num_kv_heads, min(last_queries, length)
+    shape = config.num_hidden_layers, batch, num_kv_heads
+    empty = (
+        jnp.zeros((*shape, group, shown, config.head_dim), dtype),
+        jnp.zeros((*shape, length, config.head_dim), dtype),
+    )
+
+    def revise(layer: Layer, memory: Memory, state):
+        queries = einops.rearrange(layer.last(shown).queries, "b (k g) q d -> b k g q d", k=num_kv_heads)
+        return tuple(whole.at[layer.index].set(part) for whole, part in zip(state, (queries, memory.keys), strict=True))
+
+    functions = StateFunctions(lambda index, memory, state: (memory, state), revise, shown)
+    chunk_size = None if chunk_size is None else largest_divisor(length, chunk_size)
+    return model.apply({"params": params}, tokens, positions, functions, empty, chunk_size)[1]
+
+
+def _group_attention(queries, keys, query_positions, key_positions, sliding_window) -> Array:
+    """The mean attention of a group's query heads, [G, q, D] on [T, D]: float32 [q, T]; one head's at a time."""
+
+    def add(total, head):
+        return total + probabilities(head, keys, query_positions, key_positions, sliding_window)[0], None
+
+    empty = jnp.zeros((queries.shape[1], keys.shape[0]), jnp.float32)
+    return jax.lax.scan(add, empty, queries)[0] / queries.shape[0]
+
+
+def jensen_shannon(first: Array, second: Array) -> Array:
+    """The Jensen-Shannon divergence in bits, `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`, of [..., T]."""
+    middle = (first + second) / 2
+
+    def divergence(p):
+        seen = p > 0
+        return (p * jnp.log2(jnp.where(seen, p, 1) / jnp.where(seen, middle, 1))).sum(-1)
+
+    return jnp.clip((divergence(first) + divergence(second)) / 2, 0, 1)
+
+
+def group_layers(similarity: Any, threshold: float = 0.5) -> LayerGroups:
+    """Joins layers into blocks, going up from the lowest: per KV head, greedily (PoD, arXiv 2412.02252).
+
+    A layer joins the running block while its similarity to the block's lowest layer is at least `threshold`, else it
+    opens the next block.
+
+    Args:
+      similarity: [K, L, L], as `attention_similarity` gives it.
+      threshold: the least similarity to the leader; more than 1 shares nothing.
+
+    Raises:
+      ValueError: another shape, or values that are no similarities.
+    """
+    similarity = np.asarray(similarity)
+    if similarity.ndim != 3 or similarity.shape[1] != similarity.shape[2] or 0 in similarity.shape:
+        raise ValueError(f"similarity has shape {similarity.shape}, but must be [KV heads, layers, layers]")
+    if not ((similarity >= -1e-6) & (similarity <= 1 + 1e-6)).all():
+        raise ValueError("similarity must be between 0 and 1 everywhere; is there a NaN in it?")
+    if not threshold >= 0:
+        raise ValueError(f"threshold={threshold} must not be negative")
+    heads, leader = np.arange(len(similarity)), [np.zeros(len(similarity), int)]
+    for layer in range(1, similarity.shape[1]):
+        alike = similarity[heads, leader[-1], layer] >= threshold
+        leader.append(np.where(alike, leader[-1], layer))
+    return LayerGroups(np.stack(leader))
