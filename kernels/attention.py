@@ -135,6 +135,10 @@ def _blockwise(reaches, queries, parts, query_positions, sliding_window) -> Arra
 
 
 def _forward(reaches, queries, parts, query_positions, sliding_window):
+    # Masks depend on positions alone. A scan over layers that is differentiated would compute them ahead of its loop,
+    # for all blocks, which is T x T: so let them wait for the layer's queries.
+    queries, query_positions = jax.lax.optimization_barrier((queries, query_positions))
+
     def one_block(start):
         part = functools.partial(_take, start, _block_size(queries.shape[3]))
         state = empty_softmax(part(queries, 3))

@@ -1,6 +1,5 @@
-"""The command line: `restkv generate`, `restkv methods`, `restkv plot`."""
+"""The command line: `restkv generate`, `restkv methods`, `restkv plot`, `restkv pod`."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import inspect
@@ -9,12 +8,11 @@ import pathlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import docstring_parser
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -22,13 +20,15 @@ from rich.table import Table
 from restkv_jax.cache import KVCache, cache_bytes
 from restkv_jax.checks import check_sampling
 from restkv_jax.generate import bucket_length, prefill, stream
+from restkv_jax.loading import load_checkpoint
 from restkv_jax.methods import METHODS, full
-from restkv_jax.models import Decoder, load_model
+from restkv_jax.models import Decoder
 from restkv_jax.options import (
     GenerateOptions,
     PlotOptions,
     PromptOptions,
     UsageError,
+    as_usage_error,
     make_policy,
     options_of_method,
     parse_generate,
@@ -46,6 +46,7 @@ commands:
   generate   generate from a prompt on a small cache and print the answer as it comes
   methods    list the methods, their references and their options
   plot       draw which positions of a prompt are kept and which are evicted
+  pod        share keys of distant tokens across layers: `restkv pod --help`
 
 `restkv COMMAND --help` lists a command's options."""
 
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _find_command(args: list[str]) -> Callable[[Sequence[str]], None]:
-    commands = {"generate": run_generate, "methods": run_methods, "plot": run_plot}
+    commands = {"generate": run_generate, "methods": run_methods, "plot": run_plot, "pod": run_pod}
     if args and args[0] in ("--help", "-h"):
         return lambda rest: print(USAGE)
     if args and args[0] == "--version":
@@ -115,6 +116,15 @@ def run_generate(args: Sequence[str]) -> None:
     timing = _print_answer(loaded, policy, options.max_new_tokens, sampling)
     if not options.quiet:
         Console().print(_cost_table(loaded, options.method, policy, options.max_new_tokens, timing))
+
+
+def run_pod(args: Sequence[str]) -> None:
+    """`restkv pod`: the commands of `restkv_jax.pod`, which need the packages of the extra `train`."""
+    try:
+        from restkv_jax.pod import cli
+    except ModuleNotFoundError as error:
+        raise UsageError(f"`restkv pod` needs the package {error.name!r}: pip install 'restkv-jax[train]'") from error
+    cli.run_pod(args)
 
 
 def run_methods(args: Sequence[str]) -> None:
@@ -141,12 +151,12 @@ def run_plot(args: Sequence[str]) -> None:
     _plot_policies(options)
     loaded = _load(options)
     spans = {}
-    with _as_usage_error("--highlight: "):
+    with as_usage_error("--highlight: "):
         if options.highlight is not None:
             spans = {"highlighted text": token_span(loaded.tokenizer, loaded.prompt, options.highlight)}
     caches = {}
     for name, policy in _plot_policies(options, loaded.tokens.shape[1]).items():
-        with _as_usage_error():
+        with as_usage_error():
             _, cache = prefill(loaded.model, loaded.params, loaded.tokens, policy=policy)
         caches[f"{name}, budget {options.budget}" if policy.budget else name] = cache
     plot_kept(caches, spans=spans).savefig(options.output, dpi=150)
@@ -176,25 +186,11 @@ def _check_output(path: pathlib.Path) -> None:
 def _load(options: PromptOptions) -> Loaded:
     """Reads the prompt, loads the model and encodes the one for the other."""
     prompt = _read_prompt(options)
-    try:
-        model, params, tokenizer = load_model(options.model, _dtype(options.dtype))
-    except (OSError, ValueError, KeyError) as error:
-        name = "" if options.model is None else f" {options.model!r}"
-        reason = str(error).removeprefix(f"path_or_id={options.model!r} ")
-        raise UsageError(f"--model{name} cannot be loaded: {reason}") from error
-    if tokenizer is None:
-        raise UsageError(f"--model {options.model!r} has no tokenizer; add its tokenizer.json to the directory")
+    model, params, tokenizer = load_checkpoint(options.model, options.dtype)
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise UsageError("the prompt is empty: the tokenizer makes no token of it")
     return Loaded(model, params, tokenizer, prompt, np.asarray([ids], np.int32))
-
-
-def _dtype(name: str) -> Any:
-    """`auto` is bfloat16, but float32 on a CPU, which has no arithmetic in bfloat16."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def _read_prompt(options: PromptOptions) -> str:
@@ -229,7 +225,7 @@ def _sampling(options: GenerateOptions) -> dict[str, Any]:
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed {options.seed} must be in [0, 2**32)")
     key = jax.random.key(options.seed)
-    with _as_usage_error():
+    with as_usage_error():
         check_sampling(key, **sampling)
     return sampling | {"key": key}
 
@@ -241,7 +237,7 @@ def _print_answer(loaded: Loaded, policy: EvictionPolicy, max_new_tokens: int, s
     printer = TextStreamer(loaded.tokenizer, skip_special_tokens=True)
     with CompilationClock() as clock:
         start = time.perf_counter()
-        with _as_usage_error():
+        with as_usage_error():
             steps = stream(
                 loaded.model, loaded.params, loaded.tokens, policy=policy, max_new_tokens=max_new_tokens, **sampling
             )
@@ -290,14 +286,6 @@ def _cache_shapes(loaded: Loaded, policy: EvictionPolicy, max_new_tokens: int) -
 
     with warnings.catch_warnings(action="ignore"):
         return jax.eval_shape(shapes, loaded.params, loaded.tokens)
-
-
-@contextlib.contextmanager
-def _as_usage_error(prefix: str = "") -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(f"{prefix}{error}") from error
 
 
 def _complain(text: str) -> None:

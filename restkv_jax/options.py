@@ -10,7 +10,7 @@ import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -21,6 +21,15 @@ from restkv_jax.policy import EvictionPolicy
 
 class UsageError(Exception):
     """Input that cannot work; its one line names the argument, its value and a remedy."""
+
+
+@contextlib.contextmanager
+def as_usage_error(prefix: str = "") -> Iterator[None]:
+    """What the library refuses becomes a `UsageError`."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise UsageError(f"{prefix}{error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +158,7 @@ def parse_generate(args: Sequence[str]) -> Command:
     ) -> Command:
         return Command(general, method)
 
-    return _parse(command, args, "restkv generate", (GenerateOptions, method_class), f" of --method {name}")
+    return parse(command, args, "restkv generate", (GenerateOptions, method_class), f" of --method {name}")
 
 
 def parse_plot(args: Sequence[str]) -> Command:
@@ -158,7 +167,7 @@ def parse_plot(args: Sequence[str]) -> Command:
     Raises:
       UsageError: an unknown method or option, or a value of the wrong kind.
     """
-    options = _parse(PlotOptions, args, "restkv plot", (PlotOptions,), "")
+    options = parse(PlotOptions, args, "restkv plot", (PlotOptions,))
     for name in options.methods:
         find_method(name)
     return Command(options)
@@ -223,8 +232,19 @@ def _checked(preset: Callable[..., EvictionPolicy], values: dict[str, Any], comp
         raise UsageError(f"{computed if 'budget=' in str(error) else ''}{error}") from error
 
 
-def _parse(target: Any, args: Sequence[str], program: str, classes: Sequence[type], of: str) -> Any:
-    """Runs tyro; what it prints about bad input in a box becomes a line."""
+def parse(target: Any, args: Sequence[str], program: str, classes: Sequence[type], of: str = "") -> Any:
+    """Runs tyro on a class or function; what it prints about bad input in a box becomes a line.
+
+    Args:
+      target: makes what is returned.
+      args: after the program's name.
+      program: the command, for help and messages.
+      classes: dataclasses with the known options.
+      of: what an unknown option is no option of, for the message.
+
+    Raises:
+      UsageError: an unknown option, or a value of the wrong kind.
+    """
     errors = io.StringIO()
     config = (tyro.conf.DisallowNone,)
     try:

@@ -1,8 +1,28 @@
 """PoD: layers that attend alike share the keys of distant tokens (arXiv 2412.02252)."""
 
+from typing import Any
+
 from restkv_jax.pod.cache import SharedCache
 from restkv_jax.pod.groups import LayerGroups
 from restkv_jax.pod.sharing import Sharing, hidden_states
 from restkv_jax.pod.similarity import attention_similarity, group_layers
 
-__all__ = ["LayerGroups", "SharedCache", "Sharing", "attention_similarity", "group_layers", "hidden_states"]
+__all__ = [
+    "Adaptation",
+    "LayerGroups",
+    "SharedCache",
+    "Sharing",
+    "adapt",
+    "attention_similarity",
+    "group_layers",
+    "hidden_states",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Training's packages, which take seconds to import and are an extra, are imported when asked for."""
+    if name in ("Adaptation", "adapt"):
+        from restkv_jax.pod import adaptation
+
+        return getattr(adaptation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,111 @@
+"""The training step on a mesh: one program for one device and for many."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from restkv_jax.models import Decoder
+from restkv_jax.models.sharding import automatic, parameter_shardings
+from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
+from restkv_jax.pod.sharing import Sharing, hidden_states
+from restkv_jax.pod.training import Adaptation, Batch, Metrics, TrainState, make_optimizer, split_params, train_step
+
+
+class Program(NamedTuple):
+    """A jitted step `(state, frozen, batch) -> (state, metrics)` and what it takes, as shapes with shardings.
+
+    `step.lower(state, frozen, batch).compile()` allocates nothing; its `memory_analysis()` says what a step needs.
+    """
+
+    step: Callable[[TrainState, dict[str, Array], Batch], tuple[TrainState, Metrics]]
+    state: TrainState
+    frozen: dict[str, Any]
+    batch: Batch
+
+
+def make_program(model: Decoder, sharing: Sharing | None, adaptation: Adaptation, mesh: Mesh) -> Program:
+    """The program of an adaptation whose `steps`, `sequence_length` and `compute_dtype` are given.
+
+    Raises:
+      ValueError: a batch or a model that the mesh does not divide, a pattern that matches no parameter.
+    """
+    _check_mesh(adaptation, mesh)
+    mesh = automatic(mesh)
+    optimizer, compute_dtype = make_optimizer(adaptation), jnp.dtype(adaptation.compute_dtype)
+    shardings = flatten(parameter_shardings(model, mesh))
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, compute_dtype, sharding=shardings[name])
+        for name, shape in parameter_shapes(model).items()
+    }
+    trained, frozen = split_params(unflatten(shapes), adaptation.train)
+    trained = {name: leaf.update(dtype=jnp.float32) for name, leaf in trained.items()}
+    replicated = NamedSharding(mesh, PartitionSpec())
+    optimizer_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, parameter: leaf.update(sharding=parameter.sharding),
+        jax.eval_shape(optimizer.init, trained),
+        trained,
+        transform_non_params=lambda leaf: leaf.update(sharding=replicated),
+    )
+    state = TrainState(trained, optimizer_state)
+    parts, length = adaptation.accumulation, adaptation.sequence_length
+    over_data = NamedSharding(mesh, PartitionSpec(None, "data"))
+    batch = Batch(*(
+        jax.ShapeDtypeStruct((parts, adaptation.batch_size // parts, length), dtype, sharding=over_data)
+        for dtype in (jnp.int32, jnp.float32)
+    ))  # fmt: skip
+    step = functools.partial(
+        train_step,
+        forward=functools.partial(hidden_states, model, sharing=sharing),
+        model=model,
+        optimizer=optimizer,
+        compute_dtype=compute_dtype,
+        loss_chunk=adaptation.loss_chunk,
+    )
+    out = jax.tree.map(lambda leaf: leaf.sharding, state), Metrics(replicated, replicated)
+    return Program(jax.jit(step, donate_argnums=0, out_shardings=out), state, frozen, batch)
+
+
+def initial_state(program: Program, params: Any, adaptation: Adaptation) -> TrainState:
+    """The state before the first step; the parameters are copied."""
+    trained = place_params(program.state.params, params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.optimizer)
+    return TrainState(trained, jax.jit(make_optimizer(adaptation).init, out_shardings=shardings)(trained))
+
+
+def place_params(shapes: Mapping[str, Any], params: Any) -> dict[str, Array]:
+    """Copies of the parameters that `shapes` names, in its dtypes and shardings."""
+    flat = flatten(params)
+    return {
+        name: jax.device_put(jnp.asarray(flat[name], shape.dtype), shape.sharding, may_alias=False)
+        for name, shape in shapes.items()
+    }
+
+
+def place_batch(program: Program, batch: Batch) -> Batch:
+    """The host's arrays on the mesh; of several processes, each places the rows of its own devices."""
+    return jax.tree.map(
+        lambda shape, array: jax.make_array_from_callback(
+            shape.shape, shape.sharding, lambda index: np.asarray(array[index], shape.dtype)
+        ),
+        program.batch,
+        batch,
+    )
+
+
+def _check_mesh(adaptation: Adaptation, mesh: Mesh) -> None:
+    if set(mesh.axis_names) != {"data", "model"}:
+        raise ValueError(f"mesh has axes {mesh.axis_names}; expected 'data' and 'model', as make_mesh gives")
+    rows, parts = adaptation.batch_size // adaptation.accumulation, mesh.shape["data"]
+    if rows % parts:
+        raise ValueError(
+            f"batch_size={adaptation.batch_size} in accumulation={adaptation.accumulation} parts is {rows} sequences, "
+            f"which the mesh's data axis, {parts}, must divide; change the batch size or make the model axis larger"
+        )
