@@ -168,7 +168,7 @@ def generate(
     """Generates from prompts on a small cache, prefill and the whole decode loop in one compiled program.
 
     Greedy without a `key`. Works under the caller's own `jax.jit` with
-    `static_argnames=("model", "policy", "max_new_tokens")`.
+    `static_argnames=("model", "policy", "max_new_tokens", "sharing")`.
 
     Args:
       model: a `Decoder`.
