@@ -84,7 +84,8 @@ def find_similarity(options: Options, model: Any, params: Any, tokenizer: Any) -
         for task in options.tasks:
             prompts = make_prompts(task, tokenizer, options.length, each, options.seed + 1)
             batches.append(pad_left([tokenizer(prompt.text)["input_ids"] for prompt in prompts], options.length))
-        np.save(path, rk.pod.attention_similarity(model, params, batches, options.last_queries))
+        proximal = {"sink": options.sink, "recent": options.recent}
+        np.save(path, rk.pod.attention_similarity(model, params, batches, options.last_queries, **proximal))
     return np.load(path)
 
 

@@ -136,7 +136,7 @@ def test_saving_refuses_another_shape_and_leaves_the_old_file(tmp_path):
     assert json.loads((tmp_path / "layer_groups.json").read_text())["leader"] == [list(row) for row in LEADER]
 
 
-def brute_force_similarity(model, params, batches, last_queries):
+def brute_force_similarity(model, params, batches, last_queries, sink, recent):
     """numpy in float64, from the queries and keys of one reading."""
     total, count = np.zeros((2, 4, 4)), 0
     for tokens, mask in batches:
@@ -161,7 +161,9 @@ def brute_force_similarity(model, params, batches, last_queries):
                         seen = keys[layer, row, head, first : first + t + 1]
                         logits = queries[layer, row, 2 * head : 2 * head + 2, first + t] @ seen.T / np.sqrt(8)
                         mass = np.exp(logits - logits.max(-1, keepdims=True))
-                        attention.append((mass / mass.sum(-1, keepdims=True)).mean(0))
+                        mean, places = (mass / mass.sum(-1, keepdims=True)).mean(0), np.arange(t + 1)
+                        proximal = (places < sink) | (t - places < recent)
+                        attention.append(np.r_[mean[~proximal], [mean[proximal].sum()] if proximal.any() else []])
                     for i, j in np.ndindex(4, 4):
                         p, q = attention[i], attention[j]
                         m = (p + q) / 2
@@ -170,16 +172,17 @@ def brute_force_similarity(model, params, batches, last_queries):
     return total / count
 
 
-def test_similarity_against_brute_force():
+@pytest.mark.parametrize(("sink", "recent"), [(0, 0), (2, 5)])
+def test_similarity_against_brute_force(sink, recent):
     """Over batches of different lengths, padded rows, and a row shorter than the queries asked for."""
     model = rk.build_model(CONFIG)
     params = rk.init_params(model, jax.random.key(0))
     rng = np.random.default_rng(0)
     padded = rng.integers(0, 61, (2, 30)), np.arange(30) >= np.array([[0], [25]])
     batches = [padded, (rng.integers(0, 61, (1, 20)), np.ones((1, 20), bool))]
-    ours = attention_similarity(model, params, batches, last_queries=8, chunk_size=10)
+    ours = attention_similarity(model, params, batches, last_queries=8, chunk_size=10, sink=sink, recent=recent)
     assert ours.shape == (2, 4, 4) and ours.dtype == np.float32
-    np.testing.assert_allclose(ours, brute_force_similarity(model, params, batches, 8), atol=1e-5)
+    np.testing.assert_allclose(ours, brute_force_similarity(model, params, batches, 8, sink, recent), atol=1e-5)
     np.testing.assert_array_equal(ours[:, range(4), range(4)], 1)
     with pytest.raises(ValueError, match="batches is empty"):
         attention_similarity(model, params, [])
@@ -198,7 +201,9 @@ def test_similarity_never_holds_the_attention_of_all_layers():
         model = rk.build_model(CONFIG | {"num_hidden_layers": num_layers})
         params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
         shapes = (jax.ShapeDtypeStruct((1, 2048), dtype) for dtype in ("int32", "bool"))
-        return _sum_similarity.lower(model, params, *shapes, 256, 256).compile().memory_analysis().temp_size_in_bytes
+        return (
+            _sum_similarity.lower(model, params, *shapes, 256, 256, 0, 0).compile().memory_analysis().temp_size_in_bytes
+        )
 
     pair = 2 * 256 * 2048 * 4
     assert temporaries(16) - temporaries(4) < pair, "the attention of twelve more layers would be twelve times as much"

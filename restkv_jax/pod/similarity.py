@@ -24,11 +24,16 @@ def attention_similarity(
     batches: Iterable[Any],
     last_queries: int = 64,
     chunk_size: int | None = None,
+    sink: int = 0,
+    recent: int = 0,
 ) -> np.ndarray:
     """How alike the layers of each KV head attend, over some sample texts (PoD, arXiv 2412.02252).
 
     `1 - JS(a_i[t], a_j[t])` with base-2 logarithms, so between 0 and 1, where `a_i[t]` is layer `i`'s attention of
     query `t`, the mean over the head's query heads. Averaged over the last queries of all rows of all batches.
+
+    Each layer goes on reading proximal tokens by its own keys, so how it divides its attention among them need not be
+    alike: with `sink` and `recent` they count as one token. The paper compares all, the default here.
 
     The prompt is read once per batch; the keys and last queries of all layers are held, `L B K T D` and `L B H q D`
     numbers. The attention is computed again for every pair of layers, one row and KV head at a time: at most
@@ -40,6 +45,8 @@ def attention_similarity(
       batches: of texts: tokens int32 [B, T], or a pair of tokens and mask bool [B, T], False on left padding.
       last_queries: `q`, of each row; a shorter text shows all it has.
       chunk_size: tokens of the prompt whose activations exist at one time; all by default.
+      sink: tokens at the beginning that each layer will read by its own keys.
+      recent: tokens at the end, up to and with a query's own, that each layer will read by its own keys.
 
     Returns:
       float32 [K, L, L], symmetric, 1 on the diagonal.
@@ -48,11 +55,13 @@ def attention_similarity(
       ValueError, TypeError: no batch, or one that makes no sense.
     """
     check_integer("last_queries", last_queries, 1, "the queries that are compared")
+    check_integer("sink", sink, 0, "tokens at the beginning")
+    check_integer("recent", recent, 0, "tokens at the end")
     total, count = 0.0, 0
     for batch in batches:
         tokens, mask = batch if isinstance(batch, tuple) else (batch, None)
         tokens, mask = check_tokens(model, tokens, mask)
-        sums, queries = _sum_similarity(model, params, tokens, mask, last_queries, chunk_size)
+        sums, queries = _sum_similarity(model, params, tokens, mask, last_queries, chunk_size, sink, recent)
         total, count = total + np.asarray(sums, np.float64), count + int(queries)
     if not count:
         raise ValueError("batches is empty; give at least one text")
@@ -60,33 +69,37 @@ def attention_similarity(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "last_queries", "chunk_size"))
-def _sum_similarity(model, params, tokens, mask, last_queries, chunk_size) -> tuple[Array, Array]:
+def _sum_similarity(model, params, tokens, mask, last_queries, chunk_size, sink, recent) -> tuple[Array, Array]:
     """The similarity summed over rows and queries, float32 [K, L, L], and how many queries these were."""
     positions = positions_of(mask)
     queries, keys = _last_queries_and_keys(model, params, tokens, positions, last_queries, chunk_size)
     windows = jnp.asarray(model.config.sliding_windows, jnp.int32)
     query_positions = positions[:, -queries.shape[4] :]
     num_layers, batch, num_kv_heads = keys.shape[:3]
-    first, second = np.triu_indices(num_layers, 1)
 
-    def one_pair(index):
-        row, head, i, j = index
-        real = query_positions[row] >= 0
+    def with_those_above(index):
+        row, head, layer = index
 
         def attend(layer):
-            return _group_attention(
+            attention = _group_attention(
                 queries[layer, row, head], keys[layer, row, head], query_positions[row], positions[row], windows[layer]
             )
+            return _join_proximal(attention, query_positions[row], positions[row], sink, recent)
 
-        return jnp.where(real, 1 - jensen_shannon(attend(i), attend(j)), 0.0).sum()
+        def compare(above):
+            alike = 1 - jensen_shannon(attention, attend(above))
+            return jnp.where(query_positions[row] >= 0, alike, 0.0).sum()
 
-    grid = jnp.meshgrid(jnp.arange(batch), jnp.arange(num_kv_heads), jnp.arange(len(first)), indexing="ij")
-    rows, heads, pairs = (x.reshape(-1) for x in grid)
-    sums = jax.lax.map(one_pair, (rows, heads, jnp.asarray(first)[pairs], jnp.asarray(second)[pairs]))
-    sums = sums.reshape(batch, num_kv_heads, len(first)).sum(0)
+        attention = attend(layer)
+        return jax.lax.map(
+            lambda other: jax.lax.cond(other > layer, compare, lambda _: 0.0, other), jnp.arange(num_layers)
+        )
+
+    grid = jnp.meshgrid(jnp.arange(batch), jnp.arange(num_kv_heads), jnp.arange(num_layers), indexing="ij")
+    above = jax.lax.map(with_those_above, tuple(x.reshape(-1) for x in grid))
+    above = above.reshape(batch, num_kv_heads, num_layers, num_layers).sum(0)
     count = (query_positions >= 0).sum()
-    upper = jnp.zeros((num_kv_heads, num_layers, num_layers)).at[:, first, second].set(sums)
-    return upper + jnp.swapaxes(upper, 1, 2) + count * jnp.eye(num_layers), count
+    return above + jnp.swapaxes(above, 1, 2) + count * jnp.eye(num_layers), count
 
 
 def _last_queries_and_keys(model, params, tokens, positions, last_queries, chunk_size) -> tuple[Array, Array]:
@@ -117,6 +130,14 @@ def _group_attention(queries, keys, query_positions, key_positions, sliding_wind
 
     empty = jnp.zeros((queries.shape[1], keys.shape[0]), jnp.float32)
     return jax.lax.scan(add, empty, queries)[0] / queries.shape[0]
+
+
+def _join_proximal(attention: Array, query_positions: Array, key_positions: Array, sink: Array, recent: Array) -> Array:
+    """Adds up what each query gives to proximal tokens: [q, T] to [q, 1 + T], zero where these were."""
+    past = query_positions[:, None] - key_positions[None, :]
+    proximal = (key_positions[None, :] < sink) | (past < recent)
+    together = jnp.where(proximal, attention, 0.0).sum(-1, keepdims=True)
+    return jnp.concatenate([together, jnp.where(proximal, 0.0, attention)], axis=-1)
 
 
 def jensen_shannon(first: Array, second: Array) -> Array:
