@@ -31,7 +31,7 @@ class Options:
     """What to share, how to train, what to measure. Proximal sizes are the paper's, scaled from 32k to the prompts."""
 
     run: pathlib.Path
-    savings: tuple[float, ...] = (0.15, 0.25, 0.35)
+    savings: tuple[float, ...] = (0.15, 0.33, 0.36)
     """share of the cache that the groups are to save at `length` tokens"""
     length: int = 1024
     sink: int = 16
@@ -94,11 +94,20 @@ def saved(options: Options, groups: rk.pod.LayerGroups) -> float:
     return 1 - groups.cache_fraction(options.length, options.sink, options.recent)
 
 
-def choose_threshold(options: Options, similarity: np.ndarray, wanted: float) -> float:
-    """The threshold whose groups save closest to what is wanted; of equals the highest."""
-    thresholds = np.unique(similarity)[::-1]
-    distance = [abs(saved(options, rk.pod.group_layers(similarity, float(t))) - wanted) for t in thresholds]
-    return float(thresholds[int(np.argmin(distance))])
+def find_groups(options: Options, model: Any, params: Any, tokenizer: Any) -> list[rk.pod.LayerGroups]:
+    """For every saving that is wanted the groups that come closest, on the way of least loss; prints the way."""
+    path = options.run / "merged.json"
+    if not path.exists():
+        sample = sequences(tokenizer, options.sample_prompts // 3, options.seed + 4)
+        merged = rk.pod.merge_layers(model, params, **sample, sink=options.sink, recent=options.recent)
+        path.write_text(json.dumps([(groups.leader, loss) for groups, loss in merged]))
+    found = [(rk.pod.LayerGroups(leader), loss) for leader, loss in json.loads(path.read_text())]
+    print("\n| blocks | bytes saved | loss, untrained | leaders of the KV heads, layer by layer |")
+    print("|---" * 4 + "|")
+    for groups, loss in found:
+        leaders = ", ".join("".join(map(str, head)) for head in zip(*groups.leader, strict=True))
+        print(f"| {groups.num_blocks} | {saved(options, groups):.1%} | {loss:.3f} | {leaders} |", flush=True)
+    return [min((g for g, _ in found), key=lambda g: abs(saved(options, g) - wanted)) for wanted in options.savings]
 
 
 def adapted(options: Options, model: Any, params: Any, tokenizer: Any, sharing: rk.pod.Sharing | None, name: str):
@@ -176,11 +185,8 @@ def main(options: Options) -> None:
         Variant("full", params, None),
         Variant("dense, trained", adapted(options, model, params, tokenizer, None, "dense"), None),
     ]
-    for wanted in options.savings:
-        threshold = choose_threshold(options, similarity, wanted)
-        groups = rk.pod.group_layers(similarity, threshold)
+    for groups in find_groups(options, model, params, tokenizer):
         name = f"{saved(options, groups):.0%}"
-        print(f"threshold {threshold:.3f}: {groups.num_blocks} blocks, {name} saved, leaders {groups.leader}")
         plot_groups(similarity, groups).savefig(options.run / f"groups-{name.rstrip('%')}.png", dpi=150)
         sharing = rk.pod.Sharing(groups, options.sink, options.recent)
         trained = adapted(options, model, params, tokenizer, sharing, name.rstrip("%"))

@@ -16,6 +16,7 @@ __all__ = [
     "attention_similarity",
     "group_layers",
     "hidden_states",
+    "merge_layers",
 ]
 
 
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from restkv_jax.pod import adaptation
 
         return getattr(adaptation, name)
+    if name == "merge_layers":
+        from restkv_jax.pod.merging import merge_layers
+
+        return merge_layers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
