@@ -9,8 +9,6 @@ LINES = (("lines", 1.0),)
 BARE = (("bare", 0.8), ("lines", 0.2))
 QUESTIONS = (("lines", 0.3), ("short", 0.4), ("one", 0.3))
 TEXTS = (("short", 0.4), ("one", 0.6))
-BARE_LISTS = (("bare-values", 0.4), ("bare-queries", 0.2), ("bare-tracking", 0.4))
-LISTS = (("one", 0.3), ("values", 0.25), ("queries", 0.15), ("tracking", 0.3))
 LATER = 0.6
 
 
@@ -19,8 +17,7 @@ class Step:
     """A stage of the curriculum.
 
     It is left when the running share of exact answers reaches `solved`, or after `patience` steps. Until then it has
-    `share` of the steps, and the stages `kept` (by default the three before it) the rest. `rate` scales the learning
-    rates.
+    `share` of the steps, and the three stages before it the rest. `rate` scales the learning rates.
     """
 
     data: data.Stage
@@ -28,7 +25,6 @@ class Step:
     patience: int = 400
     share: float = 0.7
     rate: float = 1.0
-    kept: tuple[str, ...] = ()
 
 
 CURRICULUM = (
@@ -62,37 +58,13 @@ CURRICULUM = (
     Step(
         data.Stage("text-2064", "text", 2, 2064, 240, max_needles=62, formats=TEXTS, noise=0.8), share=0.15, rate=LATER
     ),
-    Step(
-        data.Stage("bare-lists", "text", 56, 72, 24, formats=BARE_LISTS, span=144),
-        solved=0.9,
-        patience=250,
-        share=0.7,
-        rate=0.5,
-        kept=("text-288",),
-    ),
-    Step(
-        data.Stage("lists-288", "text", 16, 288, 48, max_needles=12, span=4400, formats=LISTS, noise=0.7),
-        solved=0.9,
-        patience=500,
-        share=0.6,
-        rate=0.5,
-        kept=("text-288", "bare-lists"),
-    ),
-    Step(
-        data.Stage("lists-1040", "text", 4, 1040, 160, max_needles=62, formats=LISTS, noise=0.8),
-        share=0.3,
-        rate=0.5,
-        kept=("lists-288", "lists-288", "text-528", "text-1040"),
-    ),
 )
 
 
 def choose_stage(current: int, rng: np.random.Generator) -> int:
-    """The current stage or one of those kept."""
+    """The current stage or one of the three before it."""
     if current == 0 or rng.random() < CURRICULUM[current].share:
         return current
-    if kept := CURRICULUM[current].kept:
-        return stage_index(kept[rng.integers(len(kept))])
     return max(0, current - 1 - int(rng.integers(3)))
 
 

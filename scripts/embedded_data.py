@@ -13,15 +13,15 @@ from restkv_jax.evaluate import tasks
 
 NEEDLE_TOKENS = 16
 """The usual tokens of a needle."""
-MAX_VALUES, MAX_HOPS = 4, 4
-"""The most numbers asked at once, and the most hops of a chain."""
+LISTED, HOPS = 4, 4
+"""How many numbers are asked at once, and the hops of a chain."""
 
 
 class Batch(NamedTuple):
     """`tokens`, `positions` int32 and `log_copies` float32 [B, T]; of the N supervised tokens of each row the index of
     the token before and the number of the answer it belongs to (-1 where there is none), int32 [B, N], and the tokens
-    that are right there, first the one that follows, int32 [B, N, MAX_HOPS + 1] (-1 where there are fewer); the format of
-    each row by its number in the stage, int32 [B].
+    that are right there, first the one that follows, int32 [B, N, HOPS + 1] (-1 where there are fewer); and the
+    format of each row by its number in the stage, int32 [B].
     """
 
     tokens: np.ndarray
@@ -65,7 +65,7 @@ class Segment(NamedTuple):
     tokens: list[int]
     answers: Sequence[tuple[int, int]] = ()
     copies: int = 1
-    others: Mapping[int, Sequence[int]] = {}  # noqa: RUF012
+    others: Mapping[int, Sequence[int]] = {}
 
 
 class Vocabulary:
@@ -80,7 +80,7 @@ class Vocabulary:
         self.first = {group: ids("Ġ" + group) for group in groups}
         self.adjectives = [self.encode(" " + word) for word in tasks.adjectives()]
         self.nouns = [self.encode("-" + word) for word in tasks.nouns()]
-        self.answers = np.arange(ids("ĠZZ") + 1)
+        self.answers = np.arange(max(ids("AA"), *self.first.values(), *self.inner.values(), ids("ZZ")) + 27)
         self.words = np.array([piece[0] for piece in self.adjectives + self.nouns if len(piece) == 1])
         self.separators = self.encode(" is: for.\n")
 
@@ -105,7 +105,7 @@ def _pack(stage: Stage, vocabulary: Vocabulary, rows: list[list[Segment]], rng: 
     tokens = np.full(shape, vocabulary.pad, np.int32)
     positions, log_copies = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     index, answer = np.zeros(wanted, np.int32), np.full(wanted, -1, np.int32)
-    target = np.full((*wanted, MAX_HOPS + 1), -1, np.int32)
+    target = np.full((*wanted, HOPS + 1), -1, np.int32)
     for b, row in enumerate(rows):
         offsets = _offsets(row, stage.span, rng)
         start = used = 0
@@ -196,8 +196,8 @@ def _needles(stage: Stage, v: Vocabulary, rng: np.random.Generator, form: str) -
     """Needles among noise, then questions of one form."""
     newline = v.encode("\n") if rng.random() < 0.8 else []
     many = form.startswith(("values", "queries"))
-    values_per_key = _count(rng) if form.startswith("values") else 1
-    asked_at_once = _count(rng) if form.startswith("queries") else 1
+    values_per_key = LISTED if form.startswith("values") else 1
+    asked_at_once = LISTED if form.startswith("queries") else 1
     noisy = rng.random() < stage.noise
     share = rng.random() ** 2.5 / 2 if noisy else rng.uniform(0.3, 0.9)
     most = min(stage.max_needles, stage.length // NEEDLE_TOKENS) // values_per_key
@@ -274,11 +274,6 @@ def _keys(v: Vocabulary, rng: np.random.Generator, count: int) -> list[list[int]
     return [v.adjectives[a] + v.nouns[n] for a, n in found]
 
 
-def _count(rng: np.random.Generator) -> int:
-    """How many are asked at once, mostly `MAX_VALUES`."""
-    return MAX_VALUES if rng.random() < 0.7 else int(rng.integers(2, MAX_VALUES))
-
-
 def _question(v, rng, asked: list[int], keys, values, newline, form: str) -> Segment:
     """The question for some keys with its answer."""
     names = _names(v, [keys[key] for key in asked])
@@ -320,9 +315,8 @@ def _listed(v: Vocabulary, rng, question: list[int], items: list[list[int]]) -> 
 def _bare_list(v: Vocabulary, rng: np.random.Generator, several_values: bool) -> list[Segment]:
     """Keys and values, then a question for all the values, with little more words."""
     ending = v.encode(tasks.MANY_QUESTION.split("{keys}")[2])
-    size = _count(rng)
-    keys = _keys(v, rng, 1 if several_values else size)
-    numbers = [v.number(str(rng.integers(1_000_000, 10_000_000))) for _ in range(size)]
+    keys = _keys(v, rng, 1 if several_values else LISTED)
+    numbers = [v.number(str(rng.integers(1_000_000, 10_000_000))) for _ in range(LISTED)]
     needles = [Segment([*keys[i % len(keys)], *v.encode(" is:"), *n, *v.encode(".\n")]) for i, n in enumerate(numbers)]
     question = _names(v, _shuffled(keys, rng)) + ending[int(rng.integers(len(ending))) :]
     return [Segment([v.bos]), *needles, _listed(v, rng, question, numbers)]
@@ -336,9 +330,9 @@ def _noise(stage: Stage, v: Vocabulary, rng: np.random.Generator, room: int, new
     return [Segment(tokens, copies=int(rng.integers(1, most + 1))) for _ in range(count)]
 
 
-def _chain(v: Vocabulary, rng: np.random.Generator, hops: int) -> tuple[list[Segment], list[list[int]], str]:
+def _chain(v: Vocabulary, rng: np.random.Generator) -> tuple[list[Segment], list[list[int]], str]:
     """Assignments, the tokens of the names, and the value."""
-    letters = rng.integers(0, 26, (hops + 1, 5))
+    letters = rng.integers(0, 26, (HOPS + 1, 5))
     names = ["".join(string.ascii_uppercase[i] for i in row) for row in letters]
     value = str(rng.integers(10_000, 100_000))
     encode = v.encode.__wrapped__
@@ -349,20 +343,14 @@ def _chain(v: Vocabulary, rng: np.random.Generator, hops: int) -> tuple[list[Seg
 
 def _bare_chain(v: Vocabulary, rng: np.random.Generator) -> list[Segment]:
     """A chain of assignments and its names, with little more words."""
-    lines, names, _ = _chain(v, rng, _hops(rng))
+    lines, names, _ = _chain(v, rng)
     return [Segment([v.bos]), *lines, _listed(v, rng, v.encode(" they are:"), names)]
-
-
-def _hops(rng: np.random.Generator) -> int:
-    """How many hops a chain has, mostly `MAX_HOPS`."""
-    return MAX_HOPS if rng.random() < 0.7 else int(rng.integers(1, MAX_HOPS))
 
 
 def _tracking(stage: Stage, v: Vocabulary, rng: np.random.Generator) -> list[Segment]:
     """One chain of assignments among noise, then the question for the names on it."""
-    hops = _hops(rng)
-    sentences, names, value = _chain(v, rng, hops)
-    question = v.encode.__wrapped__(tasks.TRACKING_QUESTION.format(value=value, count=hops + 1))
+    sentences, names, value = _chain(v, rng)
+    question = v.encode.__wrapped__(tasks.TRACKING_QUESTION.format(value=value, count=len(names)))
     end = _listed(v, rng, question, names)
     start = Segment([v.bos, *v.encode(tasks.TRACKING_HEADER + "\n")])
     used = len(start.tokens) + len(end.tokens) + sum(len(s.tokens) for s in sentences)

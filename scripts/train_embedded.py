@@ -27,10 +27,8 @@ from embedded_curriculum import CURRICULUM, choose_stage, stage_index
 import restkv_jax as rk
 from restkv_jax.models.config import ModelConfig
 
-SMALL_VOCABULARY, ANSWER_VOCABULARY = 432, 3872
+SMALL_VOCABULARY, ANSWER_VOCABULARY = 432, 3200
 AVERAGE_RATE = 0.01
-DIGIT_LIMIT, DIGIT_WEIGHT = 259, 3.0
-"""Tokens of one byte, the last digits of numbers among them, count so much more: they were what was most often wrong."""
 CONSTANT_COMPONENTS = 8
 EMBEDDING_SCALE = 0.05
 CONSTANT_SCALE = 0.15
@@ -45,9 +43,9 @@ class Options:
     start: pathlib.Path | None = None
     """a model directory to start from, at the first step `start_step`, which belongs to the stage `start_stage`"""
     start_step: int = 3300
-    start_stage: str = "bare-lists"
+    start_stage: str = "text-2064"
     seed: int = 0
-    steps: int = 6000
+    steps: int = 3450
     hidden_size: int = 192
     intermediate_size: int = 256
     num_layers: int = 6
@@ -127,20 +125,6 @@ def initial_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return {"embedding": embedding, "final_norm": jnp.ones(hidden), "layers": weights}
 
 
-def carried_params(directory: pathlib.Path, tokenizer: Any, params: dict[str, Any]) -> dict[str, Any]:
-    """The weights of a model directory, its embedding rows found by token.
-
-    A token that it lacks gets the row of the same token without the space, or keeps the row of `params`.
-    """
-    _, carried, old = rk.load_model(directory, dtype=jnp.float32)
-    known, rows = old.get_vocab(), {}
-    for token, i in tokenizer.get_vocab().items():
-        if (found := known.get(token, known.get(token.removeprefix("Ġ")))) is not None:
-            rows[i] = found
-    embedding = params["embedding"].at[np.array(list(rows))].set(carried["embedding"][np.array(list(rows.values()))])
-    return {**carried, "embedding": embedding}
-
-
 def position_vectors(config: ModelConfig, offsets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What each constant component adds to queries [H, D] and keys [D] so that heads look `offsets` [H] places back.
 
@@ -206,11 +190,10 @@ def answer_loss(config: ModelConfig, params: Any, batch: data.Batch, vocabulary_
     hidden = jnp.take_along_axis(hidden, batch.index[..., None], axis=1)
     scores = hidden.reshape(-1, hidden.shape[-1]) @ params["embedding"][:vocabulary_size].T
     scores = scores.reshape(*batch.index.shape, -1)
-    wanted = jnp.take_along_axis(scores, jnp.maximum(batch.target, 0), axis=-1)
+    wanted = jnp.take_along_axis(scores, jnp.clip(batch.target, 0, vocabulary_size - 1), axis=-1)
     wanted = jnp.where(batch.target >= 0, wanted, -1e9)
     weight = (batch.answer >= 0) & (batch.target[..., 0] < vocabulary_size)
     losses = jax.nn.logsumexp(scores, axis=-1) - jax.nn.logsumexp(wanted, axis=-1)
-    losses *= jnp.where(batch.target[..., 0] < DIGIT_LIMIT, DIGIT_WEIGHT, 1.0)
     right = wanted.max(axis=-1) >= scores.max(axis=-1)
     return jnp.where(weight, losses, 0.0).sum() / weight.sum(), right | ~weight
 
@@ -308,7 +291,7 @@ def main(options: Options) -> None:
     optimizer = make_optimizer(options)
     params, progress = initial_params(model.config, jax.random.key(options.seed)), Progress()
     if options.start:
-        params = carried_params(options.start, tokenizer, params)
+        params = jax.tree.map(jnp.array, rk.load_model(options.start, dtype=jnp.float32)[1])
         progress = Progress(options.start_step, stage_index(options.start_stage))
     checkpoints = Checkpoints(options.run, model, tokenizer)
     state = State(params, optimizer.init(params), jax.tree.map(jnp.copy, params))
