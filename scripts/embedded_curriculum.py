@@ -66,3 +66,8 @@ def choose_stage(current: int, rng: np.random.Generator) -> int:
     if current == 0 or rng.random() < CURRICULUM[current].share:
         return current
     return max(0, current - 1 - int(rng.integers(3)))
+
+
+def stage_index(name: str) -> int:
+    """The place of a stage in the curriculum."""
+    return [step.data.name for step in CURRICULUM].index(name)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,19 +13,24 @@ from restkv_jax.evaluate import tasks
 
 NEEDLE_TOKENS = 16
 """The usual tokens of a needle."""
+LISTED, HOPS = 4, 4
+"""How many numbers are asked at once, and the hops of a chain."""
 
 
 class Batch(NamedTuple):
     """`tokens`, `positions` int32 and `log_copies` float32 [B, T]; of the N supervised tokens of each row the index of
-    the token before, the token, and the number of the answer it belongs to (-1 where there is none), int32 [B, N].
+    the token before and the number of the answer it belongs to (-1 where there is none), int32 [B, N], and the tokens
+    that are right there, first the one that follows, int32 [B, N, HOPS + 1] (-1 where there are fewer); and the
+    format of each row by its number in the stage, int32 [B].
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     log_copies: np.ndarray
     index: np.ndarray
-    target: np.ndarray
     answer: np.ndarray
+    target: np.ndarray
+    form: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +59,13 @@ class Stage:
 
 
 class Segment(NamedTuple):
-    """Tokens that stay together, the spans (start, stop) of answers in them, and how many copies they stand for."""
+    """Tokens that stay together, the spans (start, stop) of answers in them, how many copies they stand for, and what
+    would be as right as the token at a place."""
 
     tokens: list[int]
     answers: Sequence[tuple[int, int]] = ()
     copies: int = 1
+    others: Mapping[int, Sequence[int]] = {}
 
 
 class Vocabulary:
@@ -85,14 +92,20 @@ class Vocabulary:
 def make_batch(stage: Stage, vocabulary: Vocabulary, rng: np.random.Generator) -> Batch:
     """Draws a batch of `stage.batch` sequences."""
     make = {"periodic": _periodic, "pairs": _pairs, "text": _text}[stage.kind]
-    return _pack(stage, vocabulary, [make(stage, vocabulary, rng) for _ in range(stage.batch)], rng)
+    forms = np.zeros(stage.batch, np.int32)
+    if stage.formats:
+        weights = np.array([weight for _, weight in stage.formats])
+        forms = rng.choice(len(weights), stage.batch, p=weights / weights.sum()).astype(np.int32)
+    rows = [make(stage, vocabulary, rng, stage.formats[form][0] if stage.formats else "") for form in forms]
+    return _pack(stage, vocabulary, rows, rng)._replace(form=forms)
 
 
 def _pack(stage: Stage, vocabulary: Vocabulary, rows: list[list[Segment]], rng: np.random.Generator) -> Batch:
     shape, wanted = (stage.batch, stage.length), (stage.batch, stage.targets)
     tokens = np.full(shape, vocabulary.pad, np.int32)
     positions, log_copies = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    index, target, answer = np.zeros(wanted, np.int32), np.zeros(wanted, np.int32), np.full(wanted, -1, np.int32)
+    index, answer = np.zeros(wanted, np.int32), np.full(wanted, -1, np.int32)
+    target = np.full((*wanted, HOPS + 1), -1, np.int32)
     for b, row in enumerate(rows):
         offsets = _offsets(row, stage.span, rng)
         start = used = 0
@@ -108,11 +121,13 @@ def _pack(stage: Stage, vocabulary: Vocabulary, rows: list[list[Segment]], rng: 
                     break
                 places = slice(used, used + size)
                 index[b, places] = np.arange(start + first - 1, start + last - 1)
-                target[b, places] = segment.tokens[first:last]
+                target[b, places, 0] = segment.tokens[first:last]
+                for at, others in segment.others.items():
+                    target[b, used + at - first, 1 : 1 + len(others)] = others
                 answer[b, places] = next(number)
                 used += size
             start = stop
-    return Batch(tokens, positions, log_copies, index, target, answer)
+    return Batch(tokens, positions, log_copies, index, answer, target, np.zeros(len(rows), np.int32))
 
 
 def _offsets(row: list[Segment], span: int, rng: np.random.Generator) -> np.ndarray:
@@ -124,7 +139,7 @@ def _offsets(row: list[Segment], span: int, rng: np.random.Generator) -> np.ndar
     return offsets
 
 
-def _periodic(stage: Stage, vocabulary: Vocabulary, rng: np.random.Generator) -> list[Segment]:
+def _periodic(stage: Stage, vocabulary: Vocabulary, rng: np.random.Generator, _: str) -> list[Segment]:
     """Distinct tokens, then the same again and again; every repeated token is asked."""
     period = int(rng.integers(8, 25))
     start = rng.integers(0, len(vocabulary.answers) - stage.pool + 1) if stage.pool > 128 else 300
@@ -133,7 +148,7 @@ def _periodic(stage: Stage, vocabulary: Vocabulary, rng: np.random.Generator) ->
     return [Segment([vocabulary.bos, *tokens], [(i, i + 1) for i in range(period + 2, stage.length)])]
 
 
-def _pairs(stage: Stage, vocabulary: Vocabulary, rng: np.random.Generator) -> list[Segment]:
+def _pairs(stage: Stage, vocabulary: Vocabulary, rng: np.random.Generator, _: str) -> list[Segment]:
     """Keys with values in one order, then in another; the values of the second time are asked."""
     pool = min(stage.pool, len(vocabulary.words))
     words = vocabulary.words[:pool]
@@ -158,29 +173,37 @@ def _shuffled(items: list, rng: np.random.Generator) -> list:
     return [items[i] for i in rng.permutation(len(items))]
 
 
-def _text(stage: Stage, vocabulary: Vocabulary, rng: np.random.Generator) -> list[Segment]:
-    """A needle or tracking text of one of the stage's formats."""
-    names, weights = zip(*stage.formats, strict=True)
-    name = names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
-    return _tracking(stage, vocabulary, rng) if name == "tracking" else _needles(stage, vocabulary, rng, name)
+def _text(stage: Stage, v: Vocabulary, rng: np.random.Generator, form: str) -> list[Segment]:
+    """A text of one form.
 
-
-def _needles(stage: Stage, v: Vocabulary, rng: np.random.Generator, form: str) -> list[Segment]:
-    """Needles among noise, then questions of one form.
-
-    "lines" repeats needles, "one" asks key by key, "short" does so without the question itself, "many" and
-    "many-short" ask for several keys or values at once; "bare" leaves little more than keys and values.
+    Needles among noise, then questions: "lines" repeats needles, "one" asks key by key, "short" does so without the
+    question itself, "values" and "queries" ask for several values of a key and for several keys at once, and so do
+    "values-short" and "queries-short". "tracking" is a chain of assignments among noise. With little more than keys,
+    values and names: "bare", "bare-values", "bare-queries" and "bare-tracking".
     """
     if form == "bare":
         return _bare(v, rng, int(rng.integers(3, stage.max_needles + 1)))
+    if form == "bare-tracking":
+        return _bare_chain(v, rng)
+    if form.startswith("bare-"):
+        return _bare_list(v, rng, form == "bare-values")
+    if form == "tracking":
+        return _tracking(stage, v, rng)
+    return _needles(stage, v, rng, form)
+
+
+def _needles(stage: Stage, v: Vocabulary, rng: np.random.Generator, form: str) -> list[Segment]:
+    """Needles among noise, then questions of one form."""
     newline = v.encode("\n") if rng.random() < 0.8 else []
-    many = form.startswith("many")
-    values_per_key = int(rng.choice([1, 2, 3, 4])) if many else 1
-    asked_at_once = int(rng.choice([1, 2, 3, 4] if values_per_key == 1 else [1, 1, 1, 2])) if many else 1
+    many = form.startswith(("values", "queries"))
+    values_per_key = LISTED if form.startswith("values") else 1
+    asked_at_once = LISTED if form.startswith("queries") else 1
     noisy = rng.random() < stage.noise
     share = rng.random() ** 2.5 / 2 if noisy else rng.uniform(0.3, 0.9)
     most = min(stage.max_needles, stage.length // NEEDLE_TOKENS) // values_per_key
     num_keys = max(1 + int(most * share), asked_at_once)
+    if many and rng.random() < 0.85:
+        num_keys = asked_at_once
     keys = _keys(v, rng, num_keys)
     needles = [(i, str(rng.integers(1_000_000, 10_000_000))) for i in range(num_keys) for _ in range(values_per_key)]
     needles = _shuffled(needles, rng)
@@ -252,22 +275,51 @@ def _keys(v: Vocabulary, rng: np.random.Generator, count: int) -> list[list[int]
 
 
 def _question(v, rng, asked: list[int], keys, values, newline, form: str) -> Segment:
-    """The question with its answer: numbers with commas between them, then the end token."""
-    names: list[int] = []
-    for i, key in enumerate(asked):
-        if i:
-            names += v.encode(",") + (v.encode(" and") if i == len(asked) - 1 else [])
-        names += keys[key]
-    template = tasks.MANY_QUESTION if form.startswith("many") else tasks.ONE_QUESTION
+    """The question for some keys with its answer."""
+    names = _names(v, [keys[key] for key in asked])
+    many = form.startswith(("values", "queries"))
+    template = tasks.MANY_QUESTION if many else tasks.ONE_QUESTION
     first, second, third = template.split(" {keys}")
     if form.endswith("short"):
         first, second, third = second.split("? ")[1], "", third
     tokens = v.encode(first if newline else " " + first) + names
     tokens = tokens + (v.encode(second) + names if second else []) + v.encode(third)
-    begin = len(tokens)
-    for i, number in enumerate(value for key in asked for value in values[key]):
-        tokens = tokens + (v.encode(",") if i else []) + v.number(number)
-    return Segment([*tokens, v.eos], [(begin, len(tokens) + 1)])
+    if many:
+        return _listed(v, rng, tokens, [v.number(value) for key in asked for value in values[key]])
+    number = v.number(values[asked[0]][0])
+    return Segment([*tokens, *number, v.eos], [(len(tokens), len(tokens) + len(number) + 1)])
+
+
+def _names(v: Vocabulary, keys: list[list[int]]) -> list[int]:
+    """The tokens of `tasks.join_keys`."""
+    names = list(keys[0])
+    for i, key in enumerate(keys[1:], 1):
+        names += v.encode(",") + (v.encode(" and") if i == len(keys) - 1 else []) + key
+    return names
+
+
+def _listed(v: Vocabulary, rng, question: list[int], items: list[list[int]]) -> Segment:
+    """A question, then all items with commas between them, and the end.
+
+    They come in any order: the first token of each that was not said yet is right.
+    """
+    items = _shuffled(items, rng)
+    tokens, others = list(question), {}
+    for i, item in enumerate(items):
+        tokens += v.encode(",") if i else []
+        others[len(tokens)] = [other[0] for other in items[i + 1 :]]
+        tokens += item
+    return Segment([*tokens, v.eos], [(len(question), len(tokens) + 1)], others=others)
+
+
+def _bare_list(v: Vocabulary, rng: np.random.Generator, several_values: bool) -> list[Segment]:
+    """Keys and values, then a question for all the values, with little more words."""
+    ending = v.encode(tasks.MANY_QUESTION.split("{keys}")[2])
+    keys = _keys(v, rng, 1 if several_values else LISTED)
+    numbers = [v.number(str(rng.integers(1_000_000, 10_000_000))) for _ in range(LISTED)]
+    needles = [Segment([*keys[i % len(keys)], *v.encode(" is:"), *n, *v.encode(".\n")]) for i, n in enumerate(numbers)]
+    question = _names(v, _shuffled(keys, rng)) + ending[int(rng.integers(len(ending))) :]
+    return [Segment([v.bos]), *needles, _listed(v, rng, question, numbers)]
 
 
 def _noise(stage: Stage, v: Vocabulary, rng: np.random.Generator, room: int, newline: list[int]) -> list[Segment]:
@@ -278,21 +330,29 @@ def _noise(stage: Stage, v: Vocabulary, rng: np.random.Generator, room: int, new
     return [Segment(tokens, copies=int(rng.integers(1, most + 1))) for _ in range(count)]
 
 
-def _tracking(stage: Stage, v: Vocabulary, rng: np.random.Generator) -> list[Segment]:
-    """One chain of assignments among noise, then the question for the names on it."""
-    newline = v.encode("\n")
-    hops = int(rng.integers(1, 5))
-    letters = rng.integers(0, 26, (hops + 1, 5))
+def _chain(v: Vocabulary, rng: np.random.Generator) -> tuple[list[Segment], list[list[int]], str]:
+    """Assignments, the tokens of the names, and the value."""
+    letters = rng.integers(0, 26, (HOPS + 1, 5))
     names = ["".join(string.ascii_uppercase[i] for i in row) for row in letters]
     value = str(rng.integers(10_000, 100_000))
-    lines = [f"VAR {names[0]} = {value}"] + [f"VAR {b} = VAR {a}" for a, b in itertools.pairwise(names)]
     encode = v.encode.__wrapped__
-    sentences = [Segment(encode(line) + newline) for line in lines]
-    ask = tasks.TRACKING_QUESTION.format(value=value, count=len(names))
-    question = encode(ask)
-    answer = [token for name in names for token in encode(" " + name)]
-    end = Segment([*question, *answer, v.eos], [(len(question), len(question) + len(answer) + 1)])
+    sources = [value, *(f"VAR {name}" for name in names)]
+    lines = [tasks.ASSIGNMENT.format(name=b, value=a) + "\n" for a, b in zip(sources, names, strict=False)]
+    return [Segment(encode(line)) for line in lines], [encode(" " + name) for name in names], value
+
+
+def _bare_chain(v: Vocabulary, rng: np.random.Generator) -> list[Segment]:
+    """A chain of assignments and its names, with little more words."""
+    lines, names, _ = _chain(v, rng)
+    return [Segment([v.bos]), *lines, _listed(v, rng, v.encode(" they are:"), names)]
+
+
+def _tracking(stage: Stage, v: Vocabulary, rng: np.random.Generator) -> list[Segment]:
+    """One chain of assignments among noise, then the question for the names on it."""
+    sentences, names, value = _chain(v, rng)
+    question = v.encode.__wrapped__(tasks.TRACKING_QUESTION.format(value=value, count=len(names)))
+    end = _listed(v, rng, question, names)
     start = Segment([v.bos, *v.encode(tasks.TRACKING_HEADER + "\n")])
     used = len(start.tokens) + len(end.tokens) + sum(len(s.tokens) for s in sentences)
-    noise = _noise(stage, v, rng, stage.length - used, newline)
+    noise = _noise(stage, v, rng, stage.length - used, v.encode("\n"))
     return [start, *_merge(sentences, noise, rng), end]

@@ -22,7 +22,7 @@ import optax
 import orbax.checkpoint as ocp
 import rich.progress
 import tyro
-from embedded_curriculum import CURRICULUM, choose_stage
+from embedded_curriculum import CURRICULUM, choose_stage, stage_index
 
 import restkv_jax as rk
 from restkv_jax.models.config import ModelConfig
@@ -40,6 +40,10 @@ class Options:
     """How to train. `steps` counts optimiser steps of all stages; the last `decay` share lowers the learning rate."""
 
     run: pathlib.Path
+    start: pathlib.Path | None = None
+    """a model directory to start from, at the first step `start_step`, which belongs to the stage `start_stage`"""
+    start_step: int = 3300
+    start_stage: str = "text-2064"
     seed: int = 0
     steps: int = 3450
     hidden_size: int = 192
@@ -173,19 +177,25 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
 def rate_scale(options: Options, step: int, rate: float) -> float:
     """Warm-up, constant, then linear to zero, times `rate`."""
     left = (options.steps - step) / max(1, options.decay * options.steps)
-    return rate * min(1.0, (step + 1) / options.warmup, max(left, 0.0))
+    done = step - (options.start_step if options.start else 0)
+    return rate * min(1.0, (done + 1) / options.warmup, max(left, 0.0))
 
 
 def answer_loss(config: ModelConfig, params: Any, batch: data.Batch, vocabulary_size: int):
-    """Mean cross entropy of the supervised tokens, and which of them are predicted right, bool [B, N]."""
+    """Mean cross entropy of the supervised tokens, and which of them are predicted right, bool [B, N].
+
+    Where several tokens are right, their probabilities add up. Tokens beyond the vocabulary's size are left out.
+    """
     hidden = embedded_forward.hidden_states(config, params, batch.tokens, batch.positions, batch.log_copies)
     hidden = jnp.take_along_axis(hidden, batch.index[..., None], axis=1)
     scores = hidden.reshape(-1, hidden.shape[-1]) @ params["embedding"][:vocabulary_size].T
-    scores = scores.reshape(*batch.target.shape, -1)
-    wanted = jnp.take_along_axis(scores, batch.target[..., None], axis=-1)[..., 0]
-    weight = batch.answer >= 0
-    losses = jax.nn.logsumexp(scores, axis=-1) - wanted
-    return (losses * weight).sum() / weight.sum(), wanted >= scores.max(axis=-1)
+    scores = scores.reshape(*batch.index.shape, -1)
+    wanted = jnp.take_along_axis(scores, jnp.clip(batch.target, 0, vocabulary_size - 1), axis=-1)
+    wanted = jnp.where(batch.target >= 0, wanted, -1e9)
+    weight = (batch.answer >= 0) & (batch.target[..., 0] < vocabulary_size)
+    losses = jax.nn.logsumexp(scores, axis=-1) - jax.nn.logsumexp(wanted, axis=-1)
+    right = wanted.max(axis=-1) >= scores.max(axis=-1)
+    return jnp.where(weight, losses, 0.0).sum() / weight.sum(), right | ~weight
 
 
 def make_step(config: ModelConfig, optimizer: optax.GradientTransformation, vocabulary_size: int):
@@ -203,14 +213,15 @@ def make_step(config: ModelConfig, optimizer: optax.GradientTransformation, voca
     return step
 
 
-def exact_share(batch: data.Batch, right: np.ndarray) -> float:
-    """Share of answers all of whose tokens are right."""
+def exact_shares(stage: data.Stage, batch: data.Batch, right: np.ndarray) -> dict[str, float]:
+    """Share of answers all of whose tokens are right, of all and by the format of their row."""
     rows = np.arange(len(batch.answer))[:, None] * 10_000
     asked = batch.answer >= 0
-    numbers = (rows + batch.answer)[asked]
-    _, index = np.unique(numbers, return_inverse=True)
-    wrong = np.bincount(index, weights=~np.asarray(right)[asked])
-    return float((wrong == 0).mean())
+    numbers, index = np.unique((rows + batch.answer)[asked], return_inverse=True)
+    exact = np.bincount(index, weights=~np.asarray(right)[asked]) == 0
+    forms = batch.form[numbers // 10_000]
+    by_form = {name: exact[forms == i].mean() for i, (name, _) in enumerate(stage.formats) if (forms == i).any()}
+    return {name: round(float(share), 4) for name, share in {"all": exact.mean(), **by_form}.items()}
 
 
 class Progress(NamedTuple):
@@ -253,11 +264,11 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=keep)
         self.run, self.model, self.tokenizer = run, model, tokenizer
 
-    def restore(self, state: State) -> tuple[State, Progress]:
-        """The last checkpoint, or the state given and a fresh progress."""
+    def restore(self, state: State, progress: Progress) -> tuple[State, Progress]:
+        """The last checkpoint, or what is given."""
         step = self.manager.latest_step()
         if step is None:
-            return state, Progress()
+            return state, progress
         kinds = ocp.args.Composite(state=ocp.args.StandardRestore(state), progress=ocp.args.JsonRestore())
         restored = self.manager.restore(step, args=kinds)
         return restored["state"], Progress(**restored["progress"])
@@ -278,9 +289,13 @@ def main(options: Options) -> None:
     vocabulary = data.Vocabulary(tokenizer)
     model = rk.build_model(model_config(options, tokenizer))
     optimizer = make_optimizer(options)
-    params = initial_params(model.config, jax.random.key(options.seed))
+    params, progress = initial_params(model.config, jax.random.key(options.seed)), Progress()
+    if options.start:
+        params = jax.tree.map(jnp.array, rk.load_model(options.start, dtype=jnp.float32)[1])
+        progress = Progress(options.start_step, stage_index(options.start_stage))
     checkpoints = Checkpoints(options.run, model, tokenizer)
-    state, progress = checkpoints.restore(State(params, optimizer.init(params), jax.tree.map(jnp.copy, params)))
+    state = State(params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+    state, progress = checkpoints.restore(state, progress)
     sizes = SMALL_VOCABULARY, ANSWER_VOCABULARY, len(tokenizer)
     steps = {size: make_step(model.config, optimizer, size) for size in sizes}
 
@@ -300,12 +315,14 @@ def main(options: Options) -> None:
             state, loss, right = steps[size](
                 state, batch, rate_scale(options, progress.step, CURRICULUM[progress.stage].rate)
             )
-            exact, seconds = exact_share(batch, right), time.monotonic() - started
+            shares, seconds = exact_shares(stage, batch, right), time.monotonic() - started
+            exact = shares.pop("all")
             record = {
                 "step": progress.step,
                 "stage": stage.name,
                 "loss": round(float(loss), 4),
-                "exact": round(exact, 4),
+                "exact": exact,
+                "by_format": shares,
             }
             record |= {"tokens_per_second": round(batch.tokens.size / seconds), "time": round(time.time())}
             print(json.dumps(record), file=log, flush=True)
