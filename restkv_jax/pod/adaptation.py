@@ -142,8 +142,7 @@ def _export(
     directory: pathlib.Path, model: Decoder, params: Any, tokenizer: Any, sharing: Sharing | None, dtype: str
 ) -> None:
     """Writes the model's directory, its groups with it; what a killed export left beside is removed."""
-    if jax.process_count() > 1:
-        params = multihost_utils.process_allgather(params, tiled=True)
+    params = jax.tree.map(_gather, params)
     if jax.process_index() != 0:
         return
     for unfinished in directory.parent.glob(f".{directory.name}.*"):
@@ -153,6 +152,11 @@ def _export(
         (directory / FILE).unlink(missing_ok=True)  # of an earlier run in the same place
     else:
         sharing.groups.save(directory, model)
+
+
+def _gather(leaf: Array) -> Array:
+    """The whole of an array of which other processes hold parts."""
+    return leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _resolve(adaptation: Adaptation, sequences: Sequences) -> Adaptation:
