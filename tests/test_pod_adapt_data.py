@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
+from restkv_jax.pod import Adaptation
 from restkv_jax.pod.data import batches, make_batch, read_sequences
-from restkv_jax.pod.training import Adaptation
 
 BOS, EOS = tiny.CONFIG["bos_token_id"], tiny.CONFIG["eos_token_id"]
 

@@ -23,8 +23,8 @@ from restkv_jax.pod.data import Sequences, batches, check_vocabulary, make_batch
 from restkv_jax.pod.groups import FILE
 from restkv_jax.pod.journal import open_journal
 from restkv_jax.pod.program import Program, initial_state, make_program, place_batch, place_params
+from restkv_jax.pod.recipe import Adaptation
 from restkv_jax.pod.sharing import Sharing
-from restkv_jax.pod.training import Adaptation
 
 MODEL = "model"
 """The adapted model in the directory of a run."""

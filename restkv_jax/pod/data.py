@@ -12,8 +12,9 @@ from typing import Any
 import grain
 import numpy as np
 
+from restkv_jax.pod.recipe import Adaptation
 from restkv_jax.pod.text import tokenize_files
-from restkv_jax.pod.training import Adaptation, Batch
+from restkv_jax.pod.training import Batch
 
 LONGEST_DEFAULT = 2**15
 ARRAYS = (".npy", ".npz")

@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from restkv_jax.models import Decoder
 from restkv_jax.models.sharding import automatic, parameter_shardings
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
+from restkv_jax.pod.recipe import Adaptation
 from restkv_jax.pod.sharing import Sharing, hidden_states
-from restkv_jax.pod.training import Adaptation, Batch, Metrics, TrainState, make_optimizer, split_params, train_step
+from restkv_jax.pod.training import Batch, Metrics, TrainState, make_optimizer, split_params, train_step
 
 
 class Program(NamedTuple):
