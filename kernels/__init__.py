@@ -1,8 +1,9 @@
 """Pure array functions under the cache, each defined by its plain JAX reference."""
 
 from restkv_jax.kernels import distant, gather, paged, scores
-from restkv_jax.kernels.attention import add_keys, attention, empty_softmax, largest_divisor, shared_key_attention
+from restkv_jax.kernels.attention import attention, largest_divisor, shared_key_attention
 from restkv_jax.kernels.dispatch import by_platform
+from restkv_jax.kernels.online_softmax import add_keys, empty_softmax
 from restkv_jax.kernels.paged import check_page_size
 from restkv_jax.kernels.scores import output_gram
 

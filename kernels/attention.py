@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax.kernels.online_softmax import Softmax, add_keys, empty_softmax, logits_of, wide_einsum
+
 BLOCK = 512
 """Queries, and keys, whose probabilities exist at one time."""
-
-HIDDEN = -1e30
-"""Logit of a key that is not seen: finite, so that differences of two are no NaN."""
 
 
 class Reach(NamedTuple):
@@ -150,7 +149,7 @@ def _forward(reaches, queries, parts, query_positions, sliding_window):
     return context, (queries, parts, query_positions, sliding_window, context, normaliser)
 
 
-def _read_keys(reach, queries, query_positions, keys: Keys, sliding_window, state: "Softmax") -> "Softmax":
+def _read_keys(reach, queries, query_positions, keys: Keys, sliding_window, state: Softmax) -> Softmax:
     """Adds a set of keys, block by block, to the softmax of one block of queries."""
     length = keys.keys.shape[2]
     size = length if queries.shape[3] == 1 else _block_size(length)
@@ -200,13 +199,13 @@ def _part_gradient(reach, queries, keys: Keys, query_positions, sliding_window, 
             seen = _visible(reach, block.positions, part(query_positions, 1), sliding_window)[:, :, None]
 
             def gradients():
-                weights = jnp.where(seen, jnp.exp(_logits(q, block.keys) - part(normaliser, 3)[..., None]), 0.0)
-                moved = _einsum("bkgtd,bknd->bkgtn", error, block.values) - part(rest, 3)[..., None]
+                weights = jnp.where(seen, jnp.exp(logits_of(q, block.keys) - part(normaliser, 3)[..., None]), 0.0)
+                moved = wide_einsum("bkgtd,bknd->bkgtn", error, block.values) - part(rest, 3)[..., None]
                 of_logits = (weights * moved * scale).astype(q.dtype)
                 return (
-                    _einsum("bkgtn,bknd->bkgtd", of_logits, block.keys),
-                    _einsum("bkgtn,bkgtd->bknd", of_logits, q),
-                    _einsum("bkgtn,bkgtd->bknd", weights.astype(error.dtype), error),
+                    wide_einsum("bkgtn,bknd->bkgtd", of_logits, block.keys),
+                    wide_einsum("bkgtn,bkgtd->bknd", of_logits, q),
+                    wide_einsum("bkgtn,bkgtd->bknd", weights.astype(error.dtype), error),
                 )
 
             none = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, block.keys, block.values))
@@ -225,54 +224,6 @@ def _part_gradient(reach, queries, keys: Keys, query_positions, sliding_window, 
 
 
 _blockwise.defvjp(_forward, _backward)
-
-
-class Softmax(NamedTuple):
-    """An online softmax of queries [..., T, D]: maximum and normaliser [..., T], weighted sum of values [..., T, D]."""
-
-    peak: Array
-    total: Array
-    weighted: Array
-
-    def context(self) -> Array:
-        """The attention output, float32; zeros where nothing was seen."""
-        return self.weighted / jnp.where(self.total > 0, self.total, 1.0)[..., None]
-
-    def normaliser(self) -> Array:
-        """The logarithm of the sum of all exponentials, float32; `-HIDDEN` where nothing was seen."""
-        return jnp.where(self.total > 0, self.peak + jnp.log(jnp.maximum(self.total, 1e-38)), -HIDDEN)
-
-
-def empty_softmax(queries: Array) -> Softmax:
-    """Nothing read yet, for queries [..., T, D]."""
-    peak = jnp.full(queries.shape[:-1], HIDDEN, jnp.float32)
-    return Softmax(peak, jnp.zeros_like(peak), jnp.zeros(queries.shape, jnp.float32))
-
-
-def add_keys(state: Softmax, queries: Array, keys: Array, values: Array, seen: Array) -> Softmax:
-    """Reads a block of keys.
-
-    Args:
-      state: what has been read so far.
-      queries: [B, K, G, T, D].
-      keys: [B, K, n, D].
-      values: [B, K, n, D].
-      seen: bool, broadcast to [B, K, G, T, n].
-    """
-    peak, total, weighted = state
-    logits = jnp.where(seen, _logits(queries, keys), HIDDEN)
-    new_peak = jnp.maximum(peak, logits.max(-1))
-    weights = jnp.where(seen, jnp.exp(logits - new_peak[..., None]), 0.0)
-    decay = jnp.exp(peak - new_peak)
-    update = _einsum("bkgtn,bknd->bkgtd", weights.astype(values.dtype), values)
-    return Softmax(new_peak, total * decay + weights.sum(-1), weighted * decay[..., None] + update)
-
-
-def _logits(queries: Array, keys: Array) -> Array:
-    return _einsum("bkgtd,bknd->bkgtn", queries, keys) * queries.shape[-1] ** -0.5
-
-
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _visible(reach: Reach | None, key_positions: Array, query_positions: Array, sliding_window: Array | int) -> Array:

@@ -20,8 +20,8 @@ from restkv_jax.models import Decoder, Layer, Memory, StateFunctions, logits, po
 from restkv_jax.observation import Observation
 from restkv_jax.paged import PagedCache
 from restkv_jax.pod.cache import SharedCache
-from restkv_jax.pod.prefill import empty_shared_state, finish_shared_state, shared_prefill_functions
-from restkv_jax.pod.sharing import Sharing, follow_leaders, no_leader_keys
+from restkv_jax.pod.prefill import RunningBlocks, empty_shared_state, shared_prefill_functions
+from restkv_jax.pod.sharing import Sharing, no_leader_keys, with_leaders
 from restkv_jax.policy import EvictionPolicy
 from restkv_jax.sampling import row_keys, sample
 
@@ -168,7 +168,7 @@ def generate(
     """Generates from prompts on a small cache, prefill and the whole decode loop in one compiled program.
 
     Greedy without a `key`. Works under the caller's own `jax.jit` with
-    `static_argnames=("model", "policy", "max_new_tokens")`.
+    `static_argnames=("model", "policy", "max_new_tokens", "sharing")`.
 
     Args:
       model: a `Decoder`.
@@ -282,20 +282,19 @@ def _prefill(model, params, tokens, mask, policies, max_new_tokens, chunk_size, 
     tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))
     length, dtype = tokens.shape[1], params["embedding"].dtype
     room = mask.sum(1, dtype=jnp.int32), length, max_new_tokens, dtype
-    if sharing is None:
-        states = tuple(empty_state(model.config, policy, *room) for policy in policies)
-        functions = _together([prefill_functions(policy, length) for policy in policies])
-    else:
-        states = tuple(empty_shared_state(model.config, sharing, policy, *room) for policy in policies)
-        functions = _together([shared_prefill_functions(sharing, policy, length) for policy in policies])
-        functions, states = _led(functions, sharing), (no_leader_keys(model.config, *tokens.shape, dtype), states)
+    states = tuple(empty_state(model.config, policy, *room, sharing) for policy in policies)
+    functions = _together([prefill_functions(policy, length, sharing) for policy in policies])
+    if sharing is not None:
+        functions, states = (
+            with_leaders(sharing, functions),
+            (no_leader_keys(model.config, *tokens.shape, dtype), states),
+        )
     chunk_size = kernels.largest_divisor(length, chunk_size)
     hidden, states = model.apply({"params": params}, tokens, positions_of(mask), functions, states, chunk_size)
-    if sharing is None:
-        each = zip(policies, states, strict=True)
-        caches = tuple(finish_state(model.config, policy, state, length, max_new_tokens) for policy, state in each)
-    else:
-        caches = tuple(finish_shared_state(state) for state in states[1])
+    if sharing is not None:
+        _, states = states
+    each = zip(policies, states, strict=True)
+    caches = tuple(finish_state(model.config, policy, state, length, max_new_tokens) for policy, state in each)
     return logits(model, params, hidden[:, -1]), caches
 
 
@@ -310,23 +309,12 @@ def _together(functions: list[StateFunctions]) -> StateFunctions:
     )
 
 
-def _led(functions: StateFunctions, sharing: Sharing) -> StateFunctions:
-    """Takes the leaders' keys through the layers beside a state."""
-
-    def remember(index, memory, carry):
-        leader_keys, state = carry
-        memory, leader_keys = follow_leaders(sharing, index, memory, leader_keys)
-        return memory, (leader_keys, state)
-
-    def revise(layer, memory, carry):
-        leader_keys, state = carry
-        return leader_keys, functions.revise(layer, memory, state)
-
-    return StateFunctions(remember, revise, functions.num_queries)
-
-
-def empty_state(config, policy: EvictionPolicy, prompt_lengths: Array, length: int, max_new_tokens: int, dtype):
+def empty_state(
+    config, policy: EvictionPolicy, prompt_lengths: Array, length: int, max_new_tokens: int, dtype, sharing=None
+):
     """What a prefill of prompts of `length` tokens carries through the layers: the cache, or candidates for it."""
+    if sharing is not None:
+        return empty_shared_state(config, sharing, policy, prompt_lengths, length, max_new_tokens, dtype)
     if policy.is_ragged(length):
         return empty_candidates(config, policy, prompt_lengths, length, dtype)
     num_slots = policy.slots(length) + max_new_tokens
@@ -335,15 +323,19 @@ def empty_state(config, policy: EvictionPolicy, prompt_lengths: Array, length: i
     return empty_cache(config, prompt_lengths, num_slots, dtype, policy.while_generating)
 
 
-def finish_state(config, policy: EvictionPolicy, state: KVCache | Candidates, length: int, max_new_tokens: int):
+def finish_state(config, policy: EvictionPolicy, state: Any, length: int, max_new_tokens: int) -> Cache:
     """The cache that a prefill's state comes to once all layers are done."""
+    if isinstance(state, RunningBlocks):
+        return state.cache
     if isinstance(state, Candidates):
         return share_budget(state, policy, config, length, max_new_tokens)
     return state
 
 
-def prefill_functions(policy: EvictionPolicy, length: int) -> StateFunctions:
+def prefill_functions(policy: EvictionPolicy, length: int, sharing: Sharing | None = None) -> StateFunctions:
     """Queries attend to the whole prompt; then the layer's pairs go through the policy into the state."""
+    if sharing is not None:
+        return shared_prefill_functions(sharing, policy, length)
     slots = policy.slots(length)
     applied = policy if slots < length else full().replace(window=policy.window)
     num_queries = applied.num_queries(length)

@@ -92,7 +92,7 @@ def plot_kept(
     Raises:
       ValueError: no cache, caches of prompts of different lengths, or a span that is not in the prompt.
     """
-    panels = {"": caches} if isinstance(caches, KVCache) else dict(caches)
+    panels = dict(caches) if isinstance(caches, Mapping) else {"": caches}
     if not panels:
         raise ValueError("caches is empty; give at least one")
     shares = {name: kept_shares(cache, row) for name, cache in panels.items()}

@@ -8,7 +8,7 @@ from tiny_pod import GROUPS, NEW, SHARING, decode, prompts, tiny
 
 import restkv_jax as rk
 from restkv_jax.models import StateFunctions, positions_of
-from restkv_jax.pod.sharing import follow_leaders, no_leader_keys
+from restkv_jax.pod.sharing import no_leader_keys, with_leaders
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
@@ -27,18 +27,15 @@ def test_a_budget_for_all_distant_tokens_evicts_nothing(name):
 def window_attention(model, params, tokens, mask, window):
     """What the window's queries give every token as decoding will read it, [L, B, K, T]; numpy, in float64."""
 
-    def remember(index, memory, carry):
-        memory, leader_keys = follow_leaders(SHARING, index, memory, carry[0])
-        return memory, (leader_keys, carry[1])
-
-    def revise(layer, memory, carry):
+    def revise(layer, memory, state):
         shown = layer.queries, memory.keys, memory.leader_keys
-        return carry[0], tuple(w.at[layer.index].set(x) for w, x in zip(carry[1], shown, strict=True))
+        return tuple(whole.at[layer.index].set(x) for whole, x in zip(state, shown, strict=True))
 
     batch, length = tokens.shape
     empty = [jnp.zeros((4, batch, h, n, 8)) for h, n in ((4, window), (2, length), (2, length))]
     carry = no_leader_keys(model.config, batch, length, jnp.float32), tuple(empty)
-    functions = StateFunctions(remember, revise, window)
+    functions = StateFunctions(lambda index, memory, state: (memory, state), revise, window)
+    functions = with_leaders(SHARING, functions)
     shown = jax.jit(lambda p: model.apply({"params": p}, tokens, positions_of(mask), functions, carry)[1][1])(params)
     queries, own, leaders = (np.asarray(x, np.float64) for x in shown)
     sums, places = np.zeros((4, batch, 2, length)), np.asarray(positions_of(mask))

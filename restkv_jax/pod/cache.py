@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import einops
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -226,7 +225,7 @@ def empty_shared_cache(
     max_new_tokens: int,
     dtype: Any,
 ) -> SharedCache:
-    """A cache of empty slots, for `store_proximal`, `store_distant_keys` and `store_distant_values` to fill.
+    """A cache of empty slots, for a prefill to fill.
 
     Args:
       config: of the model.
@@ -254,58 +253,3 @@ def empty_shared_cache(
         skips=None if sharing.skip_threshold is None else Skips(jnp.zeros((batch, heads), jnp.float32), *counts),
         sharing=sharing,
     )
-
-
-def store_proximal(cache: SharedCache, layer: Array, keys: Array, values: Array) -> SharedCache:
-    """Fills one layer's proximal slots from the pairs of left-padded prompts, [B, K, T, D]."""
-    batch, num_kv_heads, length, _ = keys.shape
-    positions = cache.proximal_positions(cache.prompt_lengths - 1)
-    indices = jnp.where(positions >= 0, positions + (length - cache.prompt_lengths)[:, None], length)
-    indices = jnp.broadcast_to(indices[:, None], (batch, num_kv_heads, positions.shape[1]))
-    keys, values = kernels.gather_pairs(keys, values, indices)
-
-    def put(array, new):
-        return jax.lax.dynamic_update_slice(array, new[None].astype(array.dtype), (layer, 0, 0, 0, 0))
-
-    return cache.replace(keys=put(cache.keys, keys), values=put(cache.values, values))
-
-
-def store_distant_keys(cache: SharedCache, blocks: Array, keys: Array, positions: Array, indices: Array) -> SharedCache:
-    """Fills the first `C` distant slots of some blocks.
-
-    Args:
-      cache: the state.
-      blocks: int32 [K], which block each KV head's keys belong to; `R` writes nothing.
-      keys: [B, K, T, D].
-      positions: int32 [B, T].
-      indices: int32 [B, K, C] of the tokens to keep; `T` where a slot stays empty.
-    """
-    kept, kept_positions = _take(keys, indices), _take(positions[:, None, :, None], indices, empty=-1)[..., 0]
-
-    def put(array, new):
-        new = jnp.swapaxes(new, 0, 1).astype(array.dtype)
-        return array.at[blocks, :, : indices.shape[-1]].set(new, mode="drop")
-
-    return cache.replace(
-        distant_keys=put(cache.distant_keys, kept), distant_positions=put(cache.distant_positions, kept_positions)
-    )
-
-
-def store_distant_values(cache: SharedCache, layers: Array, values: Array, indices: Array) -> SharedCache:
-    """Fills the first `C` distant slots of several layers, the same tokens in all.
-
-    Args:
-      cache: the state.
-      layers: int32 [S, K], where each KV head's values belong; `L` writes nothing.
-      values: [S, B, K, T, D].
-      indices: int32 [B, K, C] of the tokens to keep; `T` where a slot stays empty.
-    """
-    kept = jax.vmap(lambda x: _take(x, indices))(values).astype(cache.distant_values.dtype)  # [S, B, K, C, D]
-    heads = jnp.arange(layers.shape[1])
-    place = layers, slice(None), heads, slice(indices.shape[-1])
-    return cache.replace(distant_values=cache.distant_values.at[place].set(jnp.moveaxis(kept, 2, 1), mode="drop"))
-
-
-def _take(x: Array, indices: Array, empty: int = 0) -> Array:
-    """[B, K or 1, T, D] to [B, K, C, D]."""
-    return jnp.take_along_axis(x, indices[..., None], axis=2, mode="fill", fill_value=empty)

@@ -7,17 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax import kernels
 from restkv_jax.eviction import score_prefix
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Layer, StateFunctions
 from restkv_jax.observation import Observation
-from restkv_jax.pod.cache import (
-    SharedCache,
-    empty_shared_cache,
-    store_distant_keys,
-    store_distant_values,
-    store_proximal,
-)
+from restkv_jax.pod.cache import SharedCache, empty_shared_cache
 from restkv_jax.pod.sharing import SharedMemory, Sharing
 from restkv_jax.policy import EvictionPolicy
 
@@ -60,11 +55,6 @@ def empty_shared_state(
     pairs = prompt_lengths.shape[0], config.num_key_value_heads, length
     values = jnp.zeros((sharing.groups.longest_block, *pairs, config.head_dim), dtype)
     return RunningBlocks(cache, jnp.zeros(pairs, jnp.float32), values)
-
-
-def finish_shared_state(state: SharedCache | RunningBlocks) -> SharedCache:
-    """The cache that a prefill's state comes to once all layers are done."""
-    return state.cache if isinstance(state, RunningBlocks) else state
 
 
 def shared_prefill_functions(sharing: Sharing, policy: EvictionPolicy, length: int) -> StateFunctions:
@@ -151,3 +141,58 @@ def best_tokens(scores: Array, count: int) -> Array:
     """Indices of the `count` best of scores float32 [B, K, T], ascending; int32 [B, K, count], `T` for missing ones."""
     best, indices = jax.lax.top_k(scores, count)
     return jnp.sort(jnp.where(best > -jnp.inf, indices, scores.shape[-1]), axis=-1).astype(jnp.int32)
+
+
+def store_proximal(cache: SharedCache, layer: Array, keys: Array, values: Array) -> SharedCache:
+    """Fills one layer's proximal slots from the pairs of left-padded prompts, [B, K, T, D]."""
+    batch, num_kv_heads, length, _ = keys.shape
+    positions = cache.proximal_positions(cache.prompt_lengths - 1)
+    indices = jnp.where(positions >= 0, positions + (length - cache.prompt_lengths)[:, None], length)
+    indices = jnp.broadcast_to(indices[:, None], (batch, num_kv_heads, positions.shape[1]))
+    keys, values = kernels.gather_pairs(keys, values, indices)
+
+    def put(array, new):
+        return jax.lax.dynamic_update_slice(array, new[None].astype(array.dtype), (layer, 0, 0, 0, 0))
+
+    return cache.replace(keys=put(cache.keys, keys), values=put(cache.values, values))
+
+
+def store_distant_keys(cache: SharedCache, blocks: Array, keys: Array, positions: Array, indices: Array) -> SharedCache:
+    """Fills the first `C` distant slots of some blocks.
+
+    Args:
+      cache: the state.
+      blocks: int32 [K], which block each KV head's keys belong to; `R` writes nothing.
+      keys: [B, K, T, D].
+      positions: int32 [B, T].
+      indices: int32 [B, K, C] of the tokens to keep; `T` where a slot stays empty.
+    """
+    kept, kept_positions = _take(keys, indices), _take(positions[:, None, :, None], indices, empty=-1)[..., 0]
+
+    def put(array, new):
+        new = jnp.swapaxes(new, 0, 1).astype(array.dtype)
+        return array.at[blocks, :, : indices.shape[-1]].set(new, mode="drop")
+
+    return cache.replace(
+        distant_keys=put(cache.distant_keys, kept), distant_positions=put(cache.distant_positions, kept_positions)
+    )
+
+
+def store_distant_values(cache: SharedCache, layers: Array, values: Array, indices: Array) -> SharedCache:
+    """Fills the first `C` distant slots of several layers, the same tokens in all.
+
+    Args:
+      cache: the state.
+      layers: int32 [S, K], where each KV head's values belong; `L` writes nothing.
+      values: [S, B, K, T, D].
+      indices: int32 [B, K, C] of the tokens to keep; `T` where a slot stays empty.
+    """
+    kept = jax.vmap(lambda x: _take(x, indices))(values).astype(cache.distant_values.dtype)  # [S, B, K, C, D]
+    heads = jnp.arange(layers.shape[1])
+    place = layers, slice(None), heads, slice(indices.shape[-1])
+    return cache.replace(distant_values=cache.distant_values.at[place].set(jnp.moveaxis(kept, 2, 1), mode="drop"))
+
+
+def _take(x: Array, indices: Array, empty: int = 0) -> Array:
+    """[B, K or 1, T, D] to [B, K, C, D]."""
+    return jnp.take_along_axis(x, indices[..., None], axis=2, mode="fill", fill_value=empty)

@@ -91,6 +91,21 @@ def follow_leaders(sharing: Sharing, index: Array, memory: Memory, leader_keys: 
     return SharedMemory(memory.keys, leader_keys, memory.values, memory.positions, sharing), leader_keys
 
 
+def with_leaders(sharing: Sharing, functions: StateFunctions) -> StateFunctions:
+    """Takes the leaders' keys through the layers beside a state: for the pair of `no_leader_keys` and the state."""
+
+    def remember(index, memory, carry):
+        leader_keys, state = carry
+        memory, leader_keys = follow_leaders(sharing, index, memory, leader_keys)
+        return memory, (leader_keys, state)
+
+    def revise(layer, memory, carry):
+        leader_keys, state = carry
+        return leader_keys, functions.revise(layer, memory, state)
+
+    return StateFunctions(remember, revise, functions.num_queries)
+
+
 def no_leader_keys(config: ModelConfig, batch: int, length: int, dtype: Any) -> Array:
     """The `leader_keys` before the first layer, which leads all."""
     return jnp.zeros((batch, config.num_key_value_heads, length, config.head_dim), dtype)
@@ -130,9 +145,6 @@ def hidden_states(
     functions, state = STATELESS, None
     if sharing is not None:
         sharing.groups.check_model(model.config)
-        functions = StateFunctions(
-            lambda index, memory, leader_keys: follow_leaders(sharing, index, memory, leader_keys),
-            lambda layer, memory, leader_keys: leader_keys,
-        )
-        state = no_leader_keys(model.config, *tokens.shape, params["embedding"].dtype)
+        functions = with_leaders(sharing, functions)
+        state = no_leader_keys(model.config, *tokens.shape, params["embedding"].dtype), None
     return model.apply({"params": params}, tokens, positions, functions, state, chunk_size, checkpoint=True)[0]

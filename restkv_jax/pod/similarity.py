@@ -67,26 +67,29 @@ def _sum_similarity(model, params, tokens, mask, last_queries, chunk_size) -> tu
     windows = jnp.asarray(model.config.sliding_windows, jnp.int32)
     query_positions = positions[:, -queries.shape[4] :]
     num_layers, batch, num_kv_heads = keys.shape[:3]
-    first, second = np.triu_indices(num_layers, 1)
 
-    def one_pair(index):
-        row, head, i, j = index
-        real = query_positions[row] >= 0
+    def with_those_above(index):
+        row, head, layer = index
 
         def attend(layer):
             return _group_attention(
                 queries[layer, row, head], keys[layer, row, head], query_positions[row], positions[row], windows[layer]
             )
 
-        return jnp.where(real, 1 - jensen_shannon(attend(i), attend(j)), 0.0).sum()
+        def compare(above):
+            alike = 1 - jensen_shannon(attention, attend(above))
+            return jnp.where(query_positions[row] >= 0, alike, 0.0).sum()
 
-    grid = jnp.meshgrid(jnp.arange(batch), jnp.arange(num_kv_heads), jnp.arange(len(first)), indexing="ij")
-    rows, heads, pairs = (x.reshape(-1) for x in grid)
-    sums = jax.lax.map(one_pair, (rows, heads, jnp.asarray(first)[pairs], jnp.asarray(second)[pairs]))
-    sums = sums.reshape(batch, num_kv_heads, len(first)).sum(0)
+        attention = attend(layer)
+        return jax.lax.map(
+            lambda other: jax.lax.cond(other > layer, compare, lambda _: 0.0, other), jnp.arange(num_layers)
+        )
+
+    grid = jnp.meshgrid(jnp.arange(batch), jnp.arange(num_kv_heads), jnp.arange(num_layers), indexing="ij")
+    above = jax.lax.map(with_those_above, tuple(x.reshape(-1) for x in grid))
+    above = above.reshape(batch, num_kv_heads, num_layers, num_layers).sum(0)
     count = (query_positions >= 0).sum()
-    upper = jnp.zeros((num_kv_heads, num_layers, num_layers)).at[:, first, second].set(sums)
-    return upper + jnp.swapaxes(upper, 1, 2) + count * jnp.eye(num_layers), count
+    return above + jnp.swapaxes(above, 1, 2) + count * jnp.eye(num_layers), count
 
 
 def _last_queries_and_keys(model, params, tokens, positions, last_queries, chunk_size) -> tuple[Array, Array]:
