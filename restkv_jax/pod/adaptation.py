@@ -15,8 +15,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from restkv_jax.models import Decoder, save_model
+from restkv_jax.models.checkpoint import check_params
 from restkv_jax.models.sharding import make_mesh
-from restkv_jax.models.tensors import flatten, unflatten
+from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
 from restkv_jax.pod.checkpoints import Position, open_checkpoints, restore, save
 from restkv_jax.pod.checksum import checksum
 from restkv_jax.pod.data import Sequences, batches, check_vocabulary, make_batch, read_sequences
@@ -25,6 +26,9 @@ from restkv_jax.pod.journal import open_journal
 from restkv_jax.pod.program import Program, initial_state, make_program, place_batch, place_params
 from restkv_jax.pod.recipe import Adaptation
 from restkv_jax.pod.sharing import Sharing
+from restkv_jax.policy import check_integer
+
+SAVE_DTYPES = ("bfloat16", "float32")
 
 MODEL = "model"
 """The adapted model in the directory of a run."""
@@ -71,8 +75,10 @@ def adapt(
       OSError: data that cannot be read, or an output that cannot be written; what was saved before survives.
       FloatingPointError: the loss is not finite.
     """
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every={checkpoint_every} must be at least 1")
+    check_integer("checkpoint_every", checkpoint_every, 1, "steps between checkpoints")
+    if save_dtype not in SAVE_DTYPES:
+        raise ValueError(f"save_dtype={save_dtype!r} is not supported; supported: {', '.join(SAVE_DTYPES)}")
+    check_params(flatten(params), parameter_shapes(model))
     output = None if output is None else _make_directory(output)
     longest = model.config.max_position_embeddings
     sequences = read_sequences(data, adaptation.sequence_length, longest, tokenizer, output)
