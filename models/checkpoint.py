@@ -115,7 +115,7 @@ def save_model(
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory={str(directory)!r} is a file; give the directory to write")
     params = flatten(params)
-    _check_params(params, parameter_shapes(model))
+    check_params(params, parameter_shapes(model))
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
     unfinished.mkdir()
@@ -245,7 +245,12 @@ def _load_tokenizer(directory: pathlib.Path) -> Any | None:
     return AutoTokenizer.from_pretrained(directory)
 
 
-def _check_params(params: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
+def check_params(params: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuses parameters, by dotted name, that are not those of the expected shapes.
+
+    Raises:
+      ValueError: names or a shape that differ.
+    """
     if set(params) != set(expected):
         raise ValueError(
             f"params are not the model's: missing {sorted(set(expected) - set(params))}, "

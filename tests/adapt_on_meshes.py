@@ -19,9 +19,16 @@ data = np.random.default_rng(0).integers(3, 259, 400)
 adaptation = Adaptation(steps=4, batch_size=4, sequence_length=40, accumulation=2, learning_rate=1e-3)
 one = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
 meshes = {"one": one, "four": make_mesh(model_parallel=2)}
-for name, mesh in meshes.items():
-    sharing = Sharing(LayerGroups([[0, 0], [0, 1]]), sink=2, recent=6)
-    adapt(model, params, data, sharing, adaptation=adaptation, mesh=mesh, output=output / name, quiet=True)
+sharing = Sharing(LayerGroups([[0, 0], [0, 1]]), sink=2, recent=6)
+
+
+def run(mesh, name):
+    return adapt(model, params, data, sharing, adaptation=adaptation, mesh=mesh, output=output / name, quiet=True)
+
+
+results = {name: run(mesh, name) for name, mesh in meshes.items()}
+restored = run(meshes["four"], "one")  # complete: comes from its checkpoint, onto the other mesh
+jax.tree.map(np.testing.assert_array_equal, results["one"], restored)
 
 shares = jax.tree.map(
     lambda leaf, sharding: np.prod(sharding.shard_shape(leaf.shape)) / leaf.size,

@@ -214,3 +214,19 @@ def test_model_that_the_mesh_does_not_divide(model):
     mesh = jax.sharding.AbstractMesh((1, 4), ("data", "model"))
     with pytest.raises(ValueError, match=r"model axis, 4, must divide num_key_value_heads=2"):
         make_program(model, None, Adaptation(1, 8, 16, compute_dtype="float32"), mesh)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"params": {"embedding": np.ones((2, 2))}}, "params are not the model's: missing"),
+        ({"save_dtype": "float16"}, "save_dtype='float16' is not supported; supported: bfloat16, float32"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0 must be at least 1"),
+        ({"sharing": Sharing(LayerGroups.dense(3, 2))}, "groups are of a model with 3 layers"),
+        ({"adaptation": dataclasses.replace(SHORT, train="q_proj")}, "train='q_proj' matches no parameter"),
+    ],
+)
+def test_arguments_that_cannot_work(model, params, wrong, words):
+    arguments = {"model": model, "params": params, "data": tokens(96), "adaptation": SHORT, "quiet": True}
+    with pytest.raises(ValueError, match=words):
+        adapt(**(arguments | wrong))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
+from restkv_jax.pod import Adaptation
 from restkv_jax.pod.data import batches, make_batch, read_sequences
-from restkv_jax.pod.training import Adaptation
 
 BOS, EOS = tiny.CONFIG["bos_token_id"], tiny.CONFIG["eos_token_id"]
 
@@ -139,6 +139,7 @@ def test_checksum_sees_order_shape_and_weights():
         ({"tokens": np.ones(9, int), "weights": np.ones(8)}, r"weights of shape \(8,\), but tokens of shape \(9,\)"),
         ({"tokens": np.ones(9, int), "weights": np.zeros(9)}, "negative, not finite, or all zero"),
         ({"tokens": np.ones(9, int), "weights": np.full(9, np.nan)}, "negative, not finite, or all zero"),
+        (np.ones((2, 1), int), "has rows of one token"),
         (np.ones((2, 7), int), "has rows of 7 tokens, but sequence_length=4"),
     ],
 )

@@ -4,6 +4,7 @@ from typing import Any
 
 from restkv_jax.pod.cache import SharedCache
 from restkv_jax.pod.groups import LayerGroups
+from restkv_jax.pod.recipe import Adaptation
 from restkv_jax.pod.sharing import Sharing, hidden_states
 from restkv_jax.pod.similarity import attention_similarity, group_layers
 
@@ -22,10 +23,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Training's packages, which take seconds to import and are an extra, are imported when asked for."""
-    if name in ("Adaptation", "adapt"):
-        from restkv_jax.pod import adaptation
+    if name == "adapt":
+        from restkv_jax.pod.adaptation import adapt
 
-        return getattr(adaptation, name)
+        return adapt
     if name == "merge_layers":
         from restkv_jax.pod.merging import merge_layers
 

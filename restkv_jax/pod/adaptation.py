@@ -15,16 +15,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from restkv_jax.models import Decoder, save_model
+from restkv_jax.models.checkpoint import check_params
 from restkv_jax.models.sharding import make_mesh
-from restkv_jax.models.tensors import flatten, unflatten
+from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
 from restkv_jax.pod.checkpoints import Position, open_checkpoints, restore, save
 from restkv_jax.pod.checksum import checksum
 from restkv_jax.pod.data import Sequences, batches, check_vocabulary, make_batch, read_sequences
 from restkv_jax.pod.groups import FILE
 from restkv_jax.pod.journal import open_journal
 from restkv_jax.pod.program import Program, initial_state, make_program, place_batch, place_params
+from restkv_jax.pod.recipe import Adaptation
 from restkv_jax.pod.sharing import Sharing
-from restkv_jax.pod.training import Adaptation
+from restkv_jax.policy import check_integer
+
+SAVE_DTYPES = ("bfloat16", "float32")
 
 MODEL = "model"
 """The adapted model in the directory of a run."""
@@ -71,8 +75,10 @@ def adapt(
       OSError: data that cannot be read, or an output that cannot be written; what was saved before survives.
       FloatingPointError: the loss is not finite.
     """
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every={checkpoint_every} must be at least 1")
+    check_integer("checkpoint_every", checkpoint_every, 1, "steps between checkpoints")
+    if save_dtype not in SAVE_DTYPES:
+        raise ValueError(f"save_dtype={save_dtype!r} is not supported; supported: {', '.join(SAVE_DTYPES)}")
+    check_params(flatten(params), parameter_shapes(model))
     output = None if output is None else _make_directory(output)
     longest = model.config.max_position_embeddings
     sequences = read_sequences(data, adaptation.sequence_length, longest, tokenizer, output)
@@ -142,8 +148,7 @@ def _export(
     directory: pathlib.Path, model: Decoder, params: Any, tokenizer: Any, sharing: Sharing | None, dtype: str
 ) -> None:
     """Writes the model's directory, its groups with it; what a killed export left beside is removed."""
-    if jax.process_count() > 1:
-        params = multihost_utils.process_allgather(params, tiled=True)
+    params = jax.tree.map(_gather, params)
     if jax.process_index() != 0:
         return
     for unfinished in directory.parent.glob(f".{directory.name}.*"):
@@ -153,6 +158,11 @@ def _export(
         (directory / FILE).unlink(missing_ok=True)  # of an earlier run in the same place
     else:
         sharing.groups.save(directory, model)
+
+
+def _gather(leaf: Array) -> Array:
+    """The whole of an array of which other processes hold parts."""
+    return leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def _resolve(adaptation: Adaptation, sequences: Sequences) -> Adaptation:

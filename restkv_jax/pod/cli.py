@@ -13,8 +13,8 @@ from restkv_jax.models.sharding import make_mesh
 from restkv_jax.options import UsageError, as_usage_error, parse
 from restkv_jax.pod.adaptation import MODEL, adapt
 from restkv_jax.pod.groups import LayerGroups
+from restkv_jax.pod.recipe import Adaptation
 from restkv_jax.pod.sharing import Sharing
-from restkv_jax.pod.training import Adaptation
 
 USAGE = """usage: restkv pod COMMAND [OPTIONS]
 

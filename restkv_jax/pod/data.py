@@ -6,14 +6,15 @@ import pathlib
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
 
+from restkv_jax.pod.recipe import Adaptation
 from restkv_jax.pod.text import tokenize_files
-from restkv_jax.pod.training import Adaptation, Batch
+from restkv_jax.pod.training import Batch
 
 LONGEST_DEFAULT = 2**15
 ARRAYS = (".npy", ".npz")
@@ -58,8 +59,8 @@ def read_sequences(
 
     Args:
       data: a path or several of text files, which `tokenize_files` describes; or the path of one array: `.npy`, mapped
-        into memory, of ids [N] or of rows [N, T], or `.npz` with `tokens` and `weights` of the same shape; or
-        such an array, or a mapping of the two, itself.
+        into memory, of ids [N] or of rows [N, T], or `.npz`, read whole, with `tokens` and `weights` of the same
+        shape; or such an array, or a mapping of the two, itself.
       length: tokens per sequence; None is the rows' length, else the shorter of `longest` and `LONGEST_DEFAULT`.
       longest: the model's `max_position_embeddings`.
       tokenizer: for text.
@@ -70,27 +71,21 @@ def read_sequences(
       ValueError: a length above `longest`, or above that of the data; data that is empty or of another kind.
     """
     tokens, weights, name = _read(data, tokenizer, directory)
-    if tokens.ndim not in (1, 2) or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"{name} holds {tokens.dtype} of shape {tokens.shape}; give integer ids [N] or rows [N, T]")
-    if not tokens.size:
-        raise ValueError(f"{name} is empty; give data with some tokens")
-    if weights is not None:
-        _check_weights(weights, tokens.shape, name)
+    _check_arrays(tokens, weights, name)
     if length is None:
         length = tokens.shape[1] if tokens.ndim == 2 else min(longest, LONGEST_DEFAULT)
     if length > longest:
         raise ValueError(f"sequence_length={length} exceeds the model's max_position_embeddings={longest}")
     if tokens.ndim == 2 and tokens.shape[1] != length:
         raise ValueError(f"{name} has rows of {tokens.shape[1]} tokens, but sequence_length={length}; leave it out")
-    if tokens.ndim == 2:
-        return Sequences(tokens, weights)
-    count = len(tokens) // length
+    count = tokens.size // length
     if not count:
-        raise ValueError(
-            f"{name} has {len(tokens)} tokens, fewer than sequence_length={length}; give more or shorten it"
-        )
-    rows = lambda x: None if x is None else x[: count * length].reshape(count, length)  # noqa: E731
-    return Sequences(rows(tokens), rows(weights))
+        raise ValueError(f"{name} has {tokens.size} tokens, fewer than sequence_length={length}; give more or shorten")
+
+    def pack(array: np.ndarray) -> np.ndarray:
+        return array.reshape(-1)[: count * length].reshape(count, length)  # a view, of mapped files too
+
+    return Sequences(pack(tokens), None if weights is None else pack(weights))
 
 
 def batches(sequences: Sequences, adaptation: Adaptation) -> grain.MapDataset:
@@ -166,8 +161,16 @@ def _members(arrays: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, n
     return arrays["tokens"], weights, name
 
 
-def _check_weights(weights: np.ndarray, shape: Sequence[int], name: str) -> None:
-    if weights.shape != tuple(shape):
-        raise ValueError(f"{name} has weights of shape {weights.shape}, but tokens of shape {tuple(shape)}")
+def _check_arrays(tokens: np.ndarray, weights: np.ndarray | None, name: str) -> None:
+    if tokens.ndim not in (1, 2) or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{name} holds {tokens.dtype} of shape {tokens.shape}; give integer ids [N] or rows [N, T]")
+    if not tokens.size:
+        raise ValueError(f"{name} is empty; give data with some tokens")
+    if tokens.ndim == 2 and tokens.shape[1] < 2:
+        raise ValueError(f"{name} has rows of one token; at least two are needed, of which one predicts the other")
+    if weights is None:
+        return
+    if weights.shape != tokens.shape:
+        raise ValueError(f"{name} has weights of shape {weights.shape}, but tokens of shape {tokens.shape}")
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise ValueError(f"{name} has weights that are negative, not finite, or all zero")

@@ -12,7 +12,8 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from restkv_jax.pod.training import Adaptation, Metrics, learning_rate
+from restkv_jax.pod.recipe import Adaptation
+from restkv_jax.pod.training import Metrics, learning_rate
 
 COLUMNS = (
     TextColumn("training"),

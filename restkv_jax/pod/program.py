@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from restkv_jax.models import Decoder
 from restkv_jax.models.sharding import automatic, parameter_shardings
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
+from restkv_jax.pod.recipe import Adaptation
 from restkv_jax.pod.sharing import Sharing, hidden_states
-from restkv_jax.pod.training import Adaptation, Batch, Metrics, TrainState, make_optimizer, split_params, train_step
+from restkv_jax.pod.training import Batch, Metrics, TrainState, make_optimizer, split_params, train_step
 
 
 class Program(NamedTuple):
@@ -38,39 +39,46 @@ def make_program(model: Decoder, sharing: Sharing | None, adaptation: Adaptation
     """
     _check_mesh(adaptation, mesh)
     mesh = automatic(mesh)
-    optimizer, compute_dtype = make_optimizer(adaptation), jnp.dtype(adaptation.compute_dtype)
-    shardings = flatten(parameter_shardings(model, mesh))
+    state, frozen = _state_shapes(model, adaptation, mesh)
+    step = functools.partial(
+        train_step,
+        forward=functools.partial(hidden_states, model, sharing=sharing),
+        model=model,
+        optimizer=make_optimizer(adaptation),
+        compute_dtype=jnp.dtype(adaptation.compute_dtype),
+        loss_chunk=adaptation.loss_chunk,
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    out = jax.tree.map(lambda leaf: leaf.sharding, state), Metrics(replicated, replicated)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+    return Program(jitted, state, frozen, _batch_shapes(adaptation, mesh))
+
+
+def _state_shapes(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+    """Trained parameters in float32 with the optimizer's state, where they are; frozen ones as they compute."""
+    shardings, dtype = flatten(parameter_shardings(model, mesh)), jnp.dtype(adaptation.compute_dtype)
     shapes = {
-        name: jax.ShapeDtypeStruct(shape, compute_dtype, sharding=shardings[name])
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
         for name, shape in parameter_shapes(model).items()
     }
     trained, frozen = split_params(unflatten(shapes), adaptation.train)
     trained = {name: leaf.update(dtype=jnp.float32) for name, leaf in trained.items()}
-    replicated = NamedSharding(mesh, PartitionSpec())
+    optimizer = make_optimizer(adaptation)
     optimizer_state = optax.tree.map_params(
         optimizer,
         lambda leaf, parameter: leaf.update(sharding=parameter.sharding),
         jax.eval_shape(optimizer.init, trained),
         trained,
-        transform_non_params=lambda leaf: leaf.update(sharding=replicated),
+        transform_non_params=lambda leaf: leaf.update(sharding=NamedSharding(mesh, PartitionSpec())),
     )
-    state = TrainState(trained, optimizer_state)
-    parts, length = adaptation.accumulation, adaptation.sequence_length
+    return TrainState(trained, optimizer_state), frozen
+
+
+def _batch_shapes(adaptation: Adaptation, mesh: Mesh) -> Batch:
+    parts = adaptation.accumulation
+    shape = parts, adaptation.batch_size // parts, adaptation.sequence_length
     over_data = NamedSharding(mesh, PartitionSpec(None, "data"))
-    batch = Batch(*(
-        jax.ShapeDtypeStruct((parts, adaptation.batch_size // parts, length), dtype, sharding=over_data)
-        for dtype in (jnp.int32, jnp.float32)
-    ))  # fmt: skip
-    step = functools.partial(
-        train_step,
-        forward=functools.partial(hidden_states, model, sharing=sharing),
-        model=model,
-        optimizer=optimizer,
-        compute_dtype=compute_dtype,
-        loss_chunk=adaptation.loss_chunk,
-    )
-    out = jax.tree.map(lambda leaf: leaf.sharding, state), Metrics(replicated, replicated)
-    return Program(jax.jit(step, donate_argnums=0, out_shardings=out), state, frozen, batch)
+    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=over_data) for dtype in (jnp.int32, jnp.float32)))
 
 
 def initial_state(program: Program, params: Any, adaptation: Adaptation) -> TrainState:
