@@ -1,5 +1,7 @@
 """Groups found by what sharing costs."""
 
+import itertools
+
 import jax
 import numpy as np
 import optax
@@ -37,7 +39,7 @@ def test_every_merge_is_the_one_that_costs_least():
     merged = list(rk.pod.merge_layers(*setting(), sink=SINK, recent=RECENT))
     assert [groups.num_blocks for groups, _ in merged] == [6, 5, 4, 3, 2]
     assert merged[0].groups == rk.pod.LayerGroups.dense(3, 2)
-    for (before, _), (after, loss) in zip(merged, merged[1:], strict=False):
+    for (before, _), (after, loss) in itertools.pairwise(merged):
         np.testing.assert_allclose(loss, loss_of(after), rtol=1e-4)
         for layer, head in np.argwhere(before.is_leader[1:]) + np.array([1, 0]):
             leader = np.array(before.leader)
