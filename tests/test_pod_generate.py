@@ -11,18 +11,19 @@ from restkv_jax.models import logits
 from restkv_jax.pod import LayerGroups, Sharing
 
 
-@pytest.mark.parametrize("sliding_window", [None, 30])
-def test_decoding_equals_the_whole_sequence_pass(sliding_window):
+@pytest.mark.parametrize(("sink", "recent", "sliding_window"), [(3, 24, None), (3, 24, 30), (0, 1, None)])
+def test_decoding_equals_the_whole_sequence_pass(sink, recent, sliding_window):
     """Greedy tokens and logits, over the border of the recent window, in rows of different lengths."""
     (model, params), (tokens, mask) = tiny(**windowed(sliding_window)), prompts()
-    chosen, scores, cache = decode(SHARING, sliding_window=sliding_window)
+    sharing = Sharing(GROUPS, sink, recent)
+    chosen, scores, cache = decode(sharing, sliding_window=sliding_window)
     whole = np.concatenate([tokens, chosen], axis=1)
     whole_mask = np.concatenate([mask, np.ones_like(chosen, bool)], axis=1)
-    hidden = jax.jit(lambda p: rk.pod.hidden_states(model, p, whole, SHARING, whole_mask))(params)
+    hidden = jax.jit(lambda p: rk.pod.hidden_states(model, p, whole, sharing, whole_mask))(params)
     expected = logits(model, params, hidden)[:, -NEW - 1 : -1]
     np.testing.assert_allclose(scores, expected, atol=2e-4)
     np.testing.assert_array_equal(chosen, expected.argmax(-1))
-    np.testing.assert_array_equal(cache.distant_lengths, np.maximum(mask.sum(1) + NEW - 1 - 27, 0))
+    np.testing.assert_array_equal(cache.distant_lengths, np.maximum(mask.sum(1) + NEW - 1 - sharing.proximal, 0))
     kept = np.asarray(rk.kept_positions(cache))
     for row, length in enumerate(mask.sum(1)):
         assert (kept[:, row, :, :length] == np.arange(length)).all() and (kept[:, row, :, length:] == -1).all()
