@@ -285,10 +285,8 @@ def _prefill(model, params, tokens, mask, policies, max_new_tokens, chunk_size, 
     states = tuple(empty_state(model.config, policy, *room, sharing) for policy in policies)
     functions = _together([prefill_functions(policy, length, sharing) for policy in policies])
     if sharing is not None:
-        functions, states = (
-            with_leaders(sharing, functions),
-            (no_leader_keys(model.config, *tokens.shape, dtype), states),
-        )
+        functions = with_leaders(sharing, functions)
+        states = no_leader_keys(model.config, *tokens.shape, dtype), states
     chunk_size = kernels.largest_divisor(length, chunk_size)
     hidden, states = model.apply({"params": params}, tokens, positions_of(mask), functions, states, chunk_size)
     if sharing is not None:

@@ -91,8 +91,10 @@ def initial_state(program: Program, params: Any, adaptation: Adaptation) -> Trai
 def place_params(shapes: Mapping[str, Any], params: Any) -> dict[str, Array]:
     """Copies of the parameters that `shapes` names, in its dtypes and shardings."""
     flat = flatten(params)
+    # A copy even where dtype and device stay: steps donate their state, and `device_put` to several devices may keep
+    # the array that it is given as one of the replicas.
     return {
-        name: jax.device_put(jnp.asarray(flat[name], shape.dtype), shape.sharding, may_alias=False)
+        name: jax.device_put(jnp.array(flat[name], shape.dtype, copy=True), shape.sharding)
         for name, shape in shapes.items()
     }
 
