@@ -18,7 +18,9 @@ from rich.progress import track
 
 import restkv_jax as rk
 from restkv_jax.allocation import ALLOCATIONS, ModelWide
+from restkv_jax.models.sharding import make_mesh
 from restkv_jax.paged import fill_pages, pool_shape
+from restkv_jax.pod.program import make_program
 
 MIB = 2**20
 
@@ -280,6 +282,23 @@ def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, fl
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
+def training_memory(options: Options) -> list[str]:
+    """Peak memory of a training step of the embedded model, one text, with shared keys and without."""
+    model, _, _ = rk.load_model()
+    groups = rk.pod.LayerGroups(np.repeat(np.arange(model.config.num_hidden_layers) // 2 * 2, 2).reshape(-1, 2))
+    rows = ["| tokens | arithmetic | own keys | shared keys | shared / own |", "|---" * 5 + "|"]
+    for dtype in ("float32", "bfloat16"):
+        training = rk.pod.Adaptation(steps=1, batch_size=1, sequence_length=options.lengths[0], compute_dtype=dtype)
+        peaks = []
+        for sharing in (None, rk.pod.Sharing(groups, recent=1008)):
+            program = make_program(model, sharing, training, make_mesh())
+            compiled = program.step.lower(program.state, program.frozen, program.batch).compile()
+            peaks.append(compiled.memory_analysis().temp_size_in_bytes / MIB)
+        own, shared = peaks
+        rows.append(f"| {options.lengths[0]:,} | {dtype} | {own:.0f} MiB | {shared:.0f} MiB | {shared / own:.2f} |")
+    return rows
+
+
 def main(options: Options) -> None:
     """Prints all tables."""
     tables = (
@@ -290,6 +309,7 @@ def main(options: Options) -> None:
         ("Peak memory of model-wide selection", model_wide_memory),
         ("Time per token on pages", ragged_times),
         ("Time per token with shared keys", shared_times),
+        ("Peak memory of a training step", training_memory),
     )
     for title, measure in tables:
         if options.only in title:
