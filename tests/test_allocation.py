@@ -97,6 +97,7 @@ def test_model_wide_budget_through_prefill_against_brute_force():
     assert len(set(map(len, kept.values()))) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_rows_equal_what_they_give_alone(name):
     model, params = tiny_model()
@@ -174,6 +175,7 @@ def test_few_candidates_bound_what_a_head_can_get():
     assert int(cache.lengths.sum()) == LAYERS * KV_HEADS * BUDGET
 
 
+@pytest.mark.slow
 def test_prompts_within_the_budget_are_kept_whole():
     model, params = tiny_model()
     tokens, mask = prompts(100, BUDGET, 3)

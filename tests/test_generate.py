@@ -94,6 +94,7 @@ def test_a_budget_that_just_holds_the_prompt_keeps_all_of_it(more):
     np.testing.assert_array_equal(cache.lengths, full_cache.lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [rk.restkv(24, window=8), rk.restkv(24, window=8, while_generating=True)])
 def test_rows_with_a_sliding_window_give_what_they_give_alone(policy):
     model = rk.build_model(CONFIG | {"model_type": "mistral", "sliding_window": 40})
@@ -354,6 +355,7 @@ def test_bfloat16_runs_and_keeps_logits_and_importance_in_float32():
     assert {x.dtype for x in jax.tree.leaves(out.cache.importance)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow
 def test_generating_with_every_policy_at_once_gives_what_each_gives():
     model = rk.build_model(CONFIG)
     params = rk.init_params(model, jax.random.key(0))

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 
+@pytest.mark.slow
 def test_data_and_tensor_parallel_is_the_same_training(tmp_path):
     script = pathlib.Path(__file__).with_name("adapt_on_meshes.py")
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"

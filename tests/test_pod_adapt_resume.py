@@ -91,6 +91,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint(capsys, monkeypatch, command, whole, small_disk):
     def save(manager, state, position, configuration, save=adaptation.save):
         if position.step == 8:

@@ -35,6 +35,7 @@ def loss_of(groups):
     return float((losses * weights[:, 1:]).sum() / weights[:, 1:].sum())
 
 
+@pytest.mark.slow
 def test_every_merge_is_the_one_that_costs_least():
     merged = list(rk.pod.merge_layers(*setting(), sink=SINK, recent=RECENT))
     assert [groups.num_blocks for groups, _ in merged] == [6, 5, 4, 3, 2]

@@ -4,6 +4,8 @@ import pathlib
 import re
 import shlex
 
+import pytest
+
 import restkv_jax as rk
 from restkv_jax.cli import main
 
@@ -14,6 +16,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_examples_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(rk.METHODS, "value_norm", None)  # taken out again afterwards
