@@ -118,7 +118,7 @@ def adapted(options: Options, model: Any, params: Any, tokenizer: Any, sharing: 
     rows = sequences(tokenizer, options.steps * options.batch_size, options.seed)
     return rk.pod.adapt(
         model, params, rows, sharing, adaptation=training, output=options.run / name, tokenizer=tokenizer
-    )  # fmt: skip
+    )
 
 
 def held_out_loss(model: Any, rows: dict[str, np.ndarray], variant: Variant) -> float:
@@ -139,9 +139,7 @@ def held_out_loss(model: Any, rows: dict[str, np.ndarray], variant: Variant) -> 
 
 def cache_bytes(options: Options, model: Any, variant: Variant) -> int:
     """Bytes of the cache of one prompt."""
-    prefill = functools.partial(
-        rk.prefill, model, policy=variant.policy, max_new_tokens=16, sharing=variant.sharing
-    )  # fmt: skip
+    prefill = functools.partial(rk.prefill, model, policy=variant.policy, max_new_tokens=16, sharing=variant.sharing)
     tokens = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
     return rk.cache_bytes(jax.eval_shape(lambda params, tokens: prefill(params, tokens)[1], variant.params, tokens))
 

@@ -105,7 +105,7 @@ def output_errors(model: Any, params: Any, tokens: Array, mask: Array, policies:
             shown = layer.last(policy.window)
             observation = Observation(
                 shown.queries, memory.keys, memory.values, shown.output_projection, memory.positions
-            )  # fmt: skip
+            )
             kept = evict(policy, observation, policy.budget)
             wanted = window_outputs(*observation.attention_arguments)
             arrays = kept.keys, kept.values, shown.positions, kept.positions, observation.sliding_window

@@ -12,7 +12,7 @@ from jax import Array
 from restkv_jax.models.decoder import Decoder, StateFunctions, positions_of
 from restkv_jax.pod.groups import LayerGroups
 from restkv_jax.pod.loss import next_token_loss
-from restkv_jax.pod.sharing import SharedMemory, Sharing, no_leader_keys
+from restkv_jax.pod.sharing import Sharing, lead, no_leader_keys
 
 
 class Merged(NamedTuple):
@@ -72,8 +72,7 @@ def _shared_loss(model: Decoder, params: Any, is_leader: Array, tokens: Array, w
     sizes = Sharing(LayerGroups.dense(config.num_hidden_layers, config.num_key_value_heads), sink, recent)
 
     def remember(index, memory, leader_keys):
-        leader_keys = jnp.where(is_leader[index][None, :, None, None], memory.keys, leader_keys)
-        return SharedMemory(memory.keys, leader_keys, memory.values, memory.positions, sizes), leader_keys
+        return lead(sizes, is_leader[index], memory, leader_keys)
 
     functions = StateFunctions(remember, lambda layer, memory, leader_keys: leader_keys)
     positions = positions_of(jnp.ones(tokens.shape, bool))

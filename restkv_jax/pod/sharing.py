@@ -86,8 +86,12 @@ def follow_leaders(sharing: Sharing, index: Array, memory: Memory, leader_keys: 
     Returns:
       what the layer attends to, and the leaders' keys for the next layer.
     """
-    leads = jnp.asarray(sharing.groups.is_leader)[index, None, :, None, None]
-    leader_keys = jnp.where(leads, memory.keys, leader_keys)
+    return lead(sharing, jnp.asarray(sharing.groups.is_leader)[index], memory, leader_keys)
+
+
+def lead(sharing: Sharing, leads: Array, memory: Memory, leader_keys: Array) -> tuple[SharedMemory, Array]:
+    """`follow_leaders` with the KV heads that a layer leads given, bool [K]; of `sharing` only the sizes count."""
+    leader_keys = jnp.where(leads[None, :, None, None], memory.keys, leader_keys)
     return SharedMemory(memory.keys, leader_keys, memory.values, memory.positions, sharing), leader_keys
 
 
