@@ -1,5 +1,7 @@
 """The key-value cache: a pytree of arrays, the only state of generation."""
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -137,6 +139,23 @@ def write_layer(cache: KVCache, layer: Array, keys: Array, values: Array, positi
         positions=put(cache.positions, positions),
         lengths=put(cache.lengths, (positions >= 0).sum(-1)),
     )
+
+
+ROW_AXIS = {"keys": 1, "values": 1, "positions": 1, "lengths": 1, "prompt_lengths": 0, "next_positions": 0}
+"""Where the rows of a batch lie in the arrays of a `KVCache`."""
+
+
+def join_rows(caches: Sequence[KVCache]) -> KVCache:
+    """The rows of caches of one shape, none of which evicts while generating, as one batch."""
+    return KVCache(
+        **{name: jnp.concatenate([getattr(c, name) for c in caches], axis) for name, axis in ROW_AXIS.items()}
+    )
+
+
+def split_rows(cache: KVCache, count: int) -> list[KVCache]:
+    """The caches that `join_rows` joined."""
+    parts = {name: jnp.split(getattr(cache, name), count, axis) for name, axis in ROW_AXIS.items()}
+    return [KVCache(**dict(zip(parts, each, strict=True))) for each in zip(*parts.values(), strict=True)]
 
 
 def kept_positions(cache: KVCache | PagedCache) -> Array:

@@ -55,10 +55,12 @@ def empty_candidates(
     )
 
 
-def offer_layer(candidates: Candidates, policy: EvictionPolicy, observation: Observation) -> Candidates:
-    """Enters the best pairs of one layer, `observation.layer`."""
+def offer_layer(
+    candidates: Candidates, policy: EvictionPolicy, observation: Observation, judged: Array | None = None
+) -> Candidates:
+    """Enters the best pairs of one layer, `observation.layer`; `judged` as for `evict`."""
     window = policy.window_of(observation.keys.shape[2])
-    scores = score_prefix(policy, observation, window)
+    scores = score_prefix(policy, observation, window, judged)
     indices = select(scores, observation.positions, window, candidates.keys.shape[3])
     best = take(observation, scores, indices)
     entries = {"keys": best.keys, "values": best.values, "positions": best.positions}

@@ -101,11 +101,19 @@ def _judging_queries(policy: EvictionPolicy, queries: Array, length: int) -> Arr
 
 @functools.partial(jax.jit, static_argnames=("policy", "slots", "num_layers"))
 def evict(
-    policy: EvictionPolicy, observation: Observation, slots: int, layer: Array | int = 0, num_layers: int = 1
+    policy: EvictionPolicy,
+    observation: Observation,
+    slots: int,
+    layer: Array | int = 0,
+    num_layers: int = 1,
+    judged: Array | None = None,
 ) -> Eviction:
-    """Scores, selects, gathers and refits one layer's pairs in `slots` places per KV head."""
+    """Scores, selects, gathers and refits one layer's pairs in `slots` places per KV head.
+
+    `judged` are the scorer's own scores where they are at hand; see `judge`.
+    """
     window = policy.window_of(observation.keys.shape[2])
-    scores = score_prefix(policy, observation, window)
+    scores = score_prefix(policy, observation, window, judged)
     indices = select(scores, observation.positions, window, slots)
     if not policy.allocation.uniform:
         places = weighed_scores(policy, scores, observation.positions, indices)[None]
@@ -169,13 +177,20 @@ def keep_shares(policy: EvictionPolicy, scores: Array, prefix_lengths: Array, la
     return in_window | ((rank < counts[..., None]) & (candidates > -jnp.inf))
 
 
-def score_prefix(policy: EvictionPolicy, observation: Observation, window: int) -> Array:
+def judge(policy: EvictionPolicy, observation: Observation, window: int) -> Array | None:
+    """The scorer's own scores, float32 [B, H, T - w], the same for every budget; None where nothing is judged."""
+    if policy.scorer is None or observation.keys.shape[2] == window:
+        return None
+    return policy.scorer(observation, window)
+
+
+def score_prefix(policy: EvictionPolicy, observation: Observation, window: int, judged: Array | None = None) -> Array:
     """The smoothed scores, reduced over each KV head's query heads: float32 [B, K, T - w], -inf on padding."""
     batch, num_kv_heads, length, _ = observation.keys.shape
     valid = observation.positions[:, None, : length - window] >= 0
-    if policy.scorer is None or length == window:
+    scores = judge(policy, observation, window) if judged is None else judged
+    if scores is None:
         return jnp.where(valid, jnp.zeros((batch, num_kv_heads, length - window)), -jnp.inf)
-    scores = policy.scorer(observation, window)
     budget = length if policy.budget is None else policy.budget
     count = min(max(budget - window, 1), length)
     scores = policy.pooling(scores, observation, window, count)

@@ -1,5 +1,6 @@
 """Generation: prefill layer by layer with eviction, then decode on the small cache."""
 
+import collections
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,10 +11,10 @@ import numpy as np
 from jax import Array
 
 from restkv_jax import kernels
-from restkv_jax.cache import KVCache, empty_cache, write_layer
+from restkv_jax.cache import KVCache, empty_cache, join_rows, split_rows, write_layer
 from restkv_jax.candidates import Candidates, empty_candidates, offer_layer, share_budget
 from restkv_jax.checks import check_eos, check_prompt, check_sampling, check_token
-from restkv_jax.eviction import evict
+from restkv_jax.eviction import evict, judge
 from restkv_jax.importance import observe_prompt, observe_token
 from restkv_jax.methods import full
 from restkv_jax.models import Decoder, Layer, Memory, StateFunctions, logits, positions_of
@@ -211,8 +212,9 @@ def generate_each(
 ) -> tuple[Generation, ...]:
     """Generates greedily with every policy from one reading of the prompts: for comparisons.
 
-    The layers run once; after each, every policy keeps what it chooses. So a policy costs its scores and its decoding,
-    and gives what `generate` gives. The caches of all policies exist together.
+    The layers run once; after each, every policy keeps what it chooses. Policies that differ in their budgets share
+    their scores, and caches of one size are decoded as the rows of one batch. Each gives what `generate` gives. The
+    caches of all policies exist together.
 
     Args:
       model: a `Decoder`.
@@ -234,8 +236,26 @@ def generate_each(
         tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
     sampling = _sampling(model, tokens.shape[0], None, None, None, None, eos_token_ids)
     scores, caches = _prefill(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size, sharing)
-    each = zip(policies, caches, strict=True)
-    return tuple(_generate_from(model, params, scores, cache, sampling, p, max_new_tokens) for p, cache in each)
+    together = collections.defaultdict(list)
+    for i, (policy, cache) in enumerate(zip(policies, caches, strict=True)):
+        joins = isinstance(cache, KVCache) and cache.importance is None
+        together[(full(), cache.num_slots) if joins else (policy, i)].append(i)
+    outs: list[Any] = [None] * len(policies)
+    for (policy, _), members in together.items():
+        out = _generate_rows(model, params, scores, [caches[i] for i in members], sampling, policy, max_new_tokens)
+        for i, part in zip(members, out, strict=True):
+            outs[i] = part
+    return tuple(outs)
+
+
+def _generate_rows(model, params, scores, caches, sampling, policy, max_new_tokens) -> list[Generation]:
+    """Decodes from several caches of one shape as the rows of one batch."""
+    if len(caches) == 1:
+        return [_generate_from(model, params, scores, caches[0], sampling, policy, max_new_tokens)]
+    scores = jnp.tile(scores, (len(caches), 1))
+    tokens, lengths, cache = _generate_from(model, params, scores, join_rows(caches), sampling, policy, max_new_tokens)
+    parts = (jnp.split(x, len(caches)) for x in (tokens, lengths))
+    return [Generation(*each) for each in zip(*parts, split_rows(cache, len(caches)), strict=True)]
 
 
 def stream(
@@ -283,9 +303,10 @@ def _prefill(model, params, tokens, mask, policies, max_new_tokens, chunk_size, 
     length, dtype = tokens.shape[1], params["embedding"].dtype
     room = mask.sum(1, dtype=jnp.int32), length, max_new_tokens, dtype
     states = tuple(empty_state(model.config, policy, *room, sharing) for policy in policies)
-    functions = _together([prefill_functions(policy, length, sharing) for policy in policies])
-    if sharing is not None:
-        functions = with_leaders(sharing, functions)
+    if sharing is None:
+        functions = prefill_functions(policies, length)
+    else:
+        functions = _shared_functions(sharing, policies, length)
         states = no_leader_keys(model.config, *tokens.shape, dtype), states
     chunk_size = kernels.largest_divisor(length, chunk_size)
     hidden, states = model.apply({"params": params}, tokens, positions_of(mask), functions, states, chunk_size)
@@ -296,15 +317,16 @@ def _prefill(model, params, tokens, mask, policies, max_new_tokens, chunk_size, 
     return logits(model, params, hidden[:, -1]), caches
 
 
-def _together(functions: list[StateFunctions]) -> StateFunctions:
-    """Takes a tuple of states through the layers, each by its own functions."""
+def _shared_functions(sharing: Sharing, policies: tuple[EvictionPolicy, ...], length: int) -> StateFunctions:
+    """The functions of `shared_prefill_functions` for a tuple of states, one per policy."""
+    functions = [shared_prefill_functions(sharing, policy, length) for policy in policies]
 
     def revise(layer, memory, states):
         return tuple(each.revise(layer, memory, state) for each, state in zip(functions, states, strict=True))
 
-    return StateFunctions(
-        lambda index, memory, states: (memory, states), revise, max(each.num_queries for each in functions)
-    )
+    most_queries = max(each.num_queries for each in functions)
+    remember = lambda index, memory, states: (memory, states)  # noqa: E731
+    return with_leaders(sharing, StateFunctions(remember, revise, most_queries))
 
 
 def empty_state(
@@ -330,29 +352,37 @@ def finish_state(config, policy: EvictionPolicy, state: Any, length: int, max_ne
     return state
 
 
-def prefill_functions(policy: EvictionPolicy, length: int, sharing: Sharing | None = None) -> StateFunctions:
-    """Queries attend to the whole prompt; then the layer's pairs go through the policy into the state."""
-    if sharing is not None:
-        return shared_prefill_functions(sharing, policy, length)
-    slots = policy.slots(length)
-    applied = policy if slots < length else full().replace(window=policy.window)
-    num_queries = applied.num_queries(length)
+def prefill_functions(policies: tuple[EvictionPolicy, ...], length: int) -> StateFunctions:
+    """Queries attend to the whole prompt; then the layer's pairs go through every policy into its state.
 
-    def revise(layer: Layer, memory: Memory, state: KVCache | Candidates) -> KVCache | Candidates:
-        layer = layer.last(num_queries)
-        observation = Observation(
-            layer.queries, memory.keys, memory.values,
-            layer.output_projection, memory.positions, layer.sliding_window, layer.index,
-        )  # fmt: skip
-        if isinstance(state, Candidates):
-            return offer_layer(state, applied, observation)
-        kept = evict(applied, observation, slots)
-        state = write_layer(state, layer.index, kept.keys, kept.values, kept.positions)
-        if policy.while_generating:
-            state = observe_prompt(state, layer, Memory(kept.keys, kept.values, kept.positions), policy)
-        return state
+    Policies whose scorers and windows agree share their scores, whatever their budgets.
+    """
+    evicting = [p if p.slots(length) < length else full().replace(window=p.window) for p in policies]
 
-    return StateFunctions(lambda index, memory, state: (memory, state), revise, num_queries)
+    def revise(layer: Layer, memory: Memory, states: tuple) -> tuple:
+        judged = {}
+
+        def keep(policy: EvictionPolicy, applied: EvictionPolicy, state: KVCache | Candidates):
+            seen, window = layer.last(applied.num_queries(length)), applied.window_of(length)
+            observation = Observation(
+                seen.queries, memory.keys, memory.values,
+                seen.output_projection, memory.positions, seen.sliding_window, seen.index,
+            )  # fmt: skip
+            if (applied.scorer, window) not in judged:
+                judged[applied.scorer, window] = judge(applied, observation, window)
+            if isinstance(state, Candidates):
+                return offer_layer(state, applied, observation, judged[applied.scorer, window])
+            kept = evict(applied, observation, policy.slots(length), judged=judged[applied.scorer, window])
+            state = write_layer(state, layer.index, kept.keys, kept.values, kept.positions)
+            if policy.while_generating:
+                state = observe_prompt(state, seen, Memory(kept.keys, kept.values, kept.positions), policy)
+            return state
+
+        return tuple(map(keep, policies, evicting, states))
+
+    return StateFunctions(
+        lambda index, memory, states: (memory, states), revise, max(p.num_queries(length) for p in evicting)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="cache")

@@ -360,7 +360,10 @@ def test_generating_with_every_policy_at_once_gives_what_each_gives():
     model = rk.build_model(CONFIG)
     params = rk.init_params(model, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(3, CONFIG["vocab_size"], (2, 100))
-    policies = rk.full(), rk.restkv(48), rk.h2o(40, window=8), rk.laprox(40, window=8), rk.streaming_llm(30)
+    policies = (
+        *(rk.full(), rk.restkv(48), rk.h2o(40, window=8), rk.laprox(40, window=8), rk.streaming_llm(30)),
+        *(rk.restkv(40), rk.snapkv(40), rk.restkv(40, while_generating=True)),  # scores and rows that are shared
+    )
     each = rk.generate_each(model, params, tokens, policies=policies, max_new_tokens=5, eos_token_ids=())
     for policy, together in zip(policies, each, strict=True):
         alone = rk.generate(model, params, tokens, policy=policy, max_new_tokens=5, eos_token_ids=())
