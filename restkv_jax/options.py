@@ -10,7 +10,7 @@ import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -181,7 +181,7 @@ def find_method(name: str) -> Callable[..., EvictionPolicy]:
     """
     if name in METHODS:
         return METHODS[name]
-    raise UsageError(f"--method {name!r} is unknown; {_suggest(name, METHODS)}")
+    raise UsageError(f"--method {name!r} is unknown; {suggest(name, METHODS)}")
 
 
 def options_of_method(name: str) -> type:
@@ -266,10 +266,12 @@ def _refuse(unknown: Sequence[str], classes: Sequence[type], of: str) -> None:
         raise UsageError(f"unexpected argument {unknown[0]!r}; quote a prompt that has spaces")
     names = [field.name for one in classes for field in dataclasses.fields(one) if field.name != "prompt"]
     options = ["--" + name.replace("_", "-") for name in names]
-    raise UsageError(f"{option.partition('=')[0]} is no option{of}; {_suggest(option.partition('=')[0], options)}")
+    raise UsageError(f"{option.partition('=')[0]} is no option{of}; {suggest(option.partition('=')[0], options)}")
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What was perhaps meant by a name, and what there is: the end of a message."""
+    known = list(known)
     near = difflib.get_close_matches(name, known, n=2)
     return (f"did you mean {' or '.join(near)}? " if near else "") + f"known: {', '.join(known)}"
 

@@ -14,12 +14,12 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from restkv_jax.checksum import checksum
 from restkv_jax.models import Decoder, save_model
 from restkv_jax.models.checkpoint import check_params
 from restkv_jax.models.sharding import make_mesh
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
 from restkv_jax.pod.checkpoints import Position, open_checkpoints, restore, save
-from restkv_jax.pod.checksum import checksum
 from restkv_jax.pod.data import Sequences, batches, check_vocabulary, make_batch, read_sequences
 from restkv_jax.pod.groups import FILE
 from restkv_jax.pod.journal import open_journal

@@ -1,0 +1,226 @@
+"""The results of a sweep on disk: one JSON line per prompt, a file per process, and the grid that they are of."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from restkv_jax.evaluate.accuracy import is_exact, match_share
+from restkv_jax.evaluate.grid import Entry, Grid, entries, from_mapping
+from restkv_jax.options import UsageError
+
+SWEEP = "sweep.json"
+COSTS = "costs.json"
+
+
+class Item(NamedTuple):
+    """One prompt of a sweep: the task, the length and the depth asked for, and its number."""
+
+    task: str
+    length: int
+    depth: float | None
+    index: int
+
+
+class Line(NamedTuple):
+    """What was said after one prompt, by the label of each entry, and what should have been."""
+
+    item: Item
+    prompt_tokens: int
+    answers: tuple[str, ...]
+    said: dict[str, str]
+
+
+class Cell(NamedTuple):
+    """The prompts of one task, length and depth with one method and budget."""
+
+    task: str
+    length: int
+    depth: float | None
+    entry: Entry
+
+
+class Scores(NamedTuple):
+    """Of the prompts of a cell, in the order of their numbers `index` int [N]: `match`, float [N], the share of the
+    answers that were said; `exact`, bool [N], whether they were said and nothing else.
+    """
+
+    index: np.ndarray
+    match: np.ndarray
+    exact: np.ndarray
+
+
+class Cost(NamedTuple):
+    """What one entry costs at one length: bytes of a row's cache after the prompt and their share of the full cache's,
+    seconds of the prefill, seconds of a generated token of a batch; None where it was not timed.
+    """
+
+    length: int
+    label: str
+    cache_bytes: int
+    cache_share: float
+    prefill_seconds: float | None
+    token_seconds: float | None
+
+
+class Rate(NamedTuple):
+    """Prompts per second of a sweep done in one way, on the same prompts as the others."""
+
+    how: str
+    prompts_per_second: float
+
+
+class Costs(NamedTuple):
+    """What a sweep's entries cost on the machine it says."""
+
+    device: str
+    costs: tuple[Cost, ...]
+    rates: tuple[Rate, ...]
+
+
+class Results(NamedTuple):
+    """A sweep as read from its directory; `costs` is None where none were measured."""
+
+    grid: Grid
+    cells: dict[Cell, Scores]
+    costs: Costs | None
+
+
+def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
+    """Makes the directory of a sweep, or checks that it is of the same one.
+
+    Args:
+      directory: of the results.
+      grid: what is measured.
+      weights: the checksum of the model's parameters.
+
+    Raises:
+      UsageError: the directory holds a sweep of another grid or model; says what differs.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    ours = json.loads(json.dumps({"grid": dataclasses.asdict(grid), "weights": weights}))
+    path = directory / SWEEP
+    if not path.is_file():
+        unfinished = path.with_name(f"{SWEEP}.{os.getpid()}")
+        unfinished.write_text(json.dumps(ours, indent=1) + "\n")
+        unfinished.replace(path)
+        return
+    theirs = _read_sweep(path)
+    ours, theirs = (values["grid"] | {"the model's weights": values["weights"]} for values in (ours, theirs))
+    different = [
+        f"{name} {theirs.get(name)} there, {ours[name]} here" for name in ours if ours[name] != theirs.get(name)
+    ]
+    if different:
+        raise UsageError(
+            f"{str(directory)!r} holds results of another sweep ({'; '.join(different)}); give another --output, or "
+            "the same grid to go on"
+        )
+
+
+def _read_sweep(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+        return {"grid": dict(values["grid"]), "weights": values["weights"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{str(path)!r} does not describe a sweep ({error!r}); give the directory of one") from error
+
+
+def append_line(file: IO[str], line: Line) -> None:
+    """Writes the result of one prompt so that it outlives the process."""
+    values = line._asdict()
+    values = values.pop("item")._asdict() | values
+    print(json.dumps(values, ensure_ascii=False), file=file, flush=True)
+    os.fsync(file.fileno())
+
+
+def results_path(directory: pathlib.Path, process: int) -> pathlib.Path:
+    """The file to which one process writes."""
+    return directory / f"results-{process}.jsonl"
+
+
+def drop_broken_line(path: pathlib.Path) -> None:
+    """Takes away a last line that a killed process left unfinished."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+
+
+def read_lines(directory: pathlib.Path) -> dict[Item, Line]:
+    """The results of all processes; an unfinished last line of a file counts as none.
+
+    Raises:
+      UsageError: another line that cannot be read, with its place.
+    """
+    found = {}
+    for path in sorted(directory.glob("results-*.jsonl")):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        for number, text in enumerate(lines[:-1], 1):
+            try:
+                values = json.loads(text)
+                item = Item(*(values[name] for name in Item._fields))
+                found[item] = Line(item, values["prompt_tokens"], tuple(values["answers"]), dict(values["said"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(f"line {number} of {str(path)!r} is broken ({error!r}); remove it") from error
+    return found
+
+
+def read_results(directory: pathlib.Path) -> Results:
+    """Everything that a sweep has found so far.
+
+    Raises:
+      UsageError: no sweep, or broken lines.
+    """
+    values = _read_sweep(directory / SWEEP)["grid"]
+    grid = Grid(**from_mapping(values, str(directory / SWEEP)))
+    return Results(grid, score_lines(grid, read_lines(directory).values()), read_costs(directory))
+
+
+def write_costs(directory: pathlib.Path, costs: Costs) -> None:
+    """Writes what entries cost."""
+    values = {"device": costs.device, "costs": [c._asdict() for c in costs.costs]}
+    values["rates"] = [rate._asdict() for rate in costs.rates]
+    (directory / COSTS).write_text(json.dumps(values, indent=1) + "\n")
+
+
+def read_costs(directory: pathlib.Path) -> Costs | None:
+    """What entries cost; None where it was not measured."""
+    if not (directory / COSTS).is_file():
+        return None
+    values = json.loads((directory / COSTS).read_text())
+    return Costs(values["device"], tuple(Cost(**c) for c in values["costs"]), tuple(Rate(**r) for r in values["rates"]))
+
+
+def score_lines(grid: Grid, lines: Iterable[Line]) -> dict[Cell, Scores]:
+    """The scores of all cells that have prompts, in the grid's order."""
+    by_place: dict[tuple, list[Line]] = {}
+    for line in lines:
+        by_place.setdefault(line.item[:3], []).append(line)
+    order = [
+        (task, length, depth) for task in grid.tasks for length in grid.lengths for depth in grid.depths or (None,)
+    ]
+    places = [place for place in order if place in by_place] + [place for place in by_place if place not in order]
+    cells = {}
+    for place in places:
+        ordered = sorted(by_place[place], key=lambda line: line.item.index)
+        for entry in entries(grid):
+            told = [line for line in ordered if entry.label in line.said]
+            if told:
+                cells[Cell(*place, entry)] = _scores(told, entry.label)
+    return cells
+
+
+def _scores(lines: list[Line], label: str) -> Scores:
+    judged = [(line.said[label], line.answers) for line in lines]
+    return Scores(
+        np.array([line.item.index for line in lines]),
+        np.array([match_share(said, answers) for said, answers in judged]),
+        np.array([is_exact(said, answers) for said, answers in judged]),
+    )
