@@ -1,0 +1,219 @@
+"""The numbers of a report: means with intervals, comparisons on the same prompts, rankings."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from restkv_jax.evaluate.grid import Entry, Grid, entries, parse_method
+from restkv_jax.evaluate.results import Results
+from restkv_jax.evaluate.statistics import Interval, bootstrap_interval, holm, paired_test
+
+SIGNIFICANT = 0.05
+"""Corrected p values below this are called differences."""
+
+Score = Literal["match", "exact"]
+ByPrompt = dict[tuple[float | None, int], float]
+"""Scores by the depth and the number of their prompts."""
+
+
+class Place(NamedTuple):
+    """The prompts of one task and length, at all depths."""
+
+    task: str
+    length: int
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval; the number of prompts."""
+
+    mean: float
+    interval: Interval
+    count: int
+
+
+class Comparison(NamedTuple):
+    """How much higher an entry scores than another on the same prompts, and the corrected p value of that."""
+
+    difference: Estimate
+    p: float
+
+
+class Standing(NamedTuple):
+    """An entry in its table: whether its mean is the best of its budget; whether it differs from the full cache, and
+    from the best of its budget.
+    """
+
+    estimate: Estimate
+    is_best: bool
+    differs_from_full: bool
+    differs_from_best: bool
+
+
+def base_of(method: str, grid: Grid) -> str | None:
+    """The method of the grid that this one is a variant of; None if it is none, or the grid lacks that one."""
+    name = parse_method(method).name
+    return name if method != name and name in grid.methods else None
+
+
+def base_entries(grid: Grid) -> list[Entry]:
+    """The columns of a sweep that are not variants of others, the full cache first."""
+    return sorted((e for e in entries(grid) if base_of(e.method, grid) is None), key=lambda e: e.budget is not None)
+
+
+def variant_entries(grid: Grid) -> dict[Entry, Entry]:
+    """The base of every variant at the same budget."""
+    bases = {entry: base_of(entry.method, grid) for entry in entries(grid)}
+    return {entry: Entry(base, entry.budget) for entry, base in bases.items() if base is not None}
+
+
+def collect(results: Results, score: Score = "match") -> dict[Place, dict[Entry, ByPrompt]]:
+    """The scores of every task and length, by entry and prompt, in the order of the results."""
+    found: dict[Place, dict[Entry, ByPrompt]] = {}
+    for cell, scores in results.cells.items():
+        by_prompt = found.setdefault(Place(cell.task, cell.length), {}).setdefault(cell.entry, {})
+        pairs = zip(scores.index.tolist(), getattr(scores, score).tolist(), strict=True)
+        by_prompt.update({(cell.depth, index): float(value) for index, value in pairs})
+    return found
+
+
+def estimate(*groups: Iterable[float], limits: tuple[float, float] = (0.0, 1.0)) -> Estimate:
+    """Mean over groups of their means, with its interval."""
+    samples = [np.fromiter(group, float) for group in groups]
+    mean = float(np.mean([sample.mean() for sample in samples]))
+    return Estimate(mean, bootstrap_interval(*samples, num_resamples=1000, limits=limits), sum(map(len, samples)))
+
+
+def estimate_all(scores: Mapping[Place, Mapping[Entry, ByPrompt]]) -> dict[Place, dict[Entry, Estimate]]:
+    """Means with intervals of every entry at every task and length."""
+    return {
+        place: {entry: estimate(values.values()) for entry, values in by_entry.items()}
+        for place, by_entry in scores.items()
+    }
+
+
+def pair(a: ByPrompt, b: ByPrompt) -> tuple[np.ndarray, np.ndarray]:
+    """The scores float [N] of the prompts that both have."""
+    shared = [prompt for prompt in a if prompt in b]
+    return np.array([a[prompt] for prompt in shared]), np.array([b[prompt] for prompt in shared])
+
+
+def rank_within(
+    by_entry: Mapping[Entry, ByPrompt], estimates: Mapping[Entry, Estimate], columns: Sequence[Entry]
+) -> dict[Entry, Standing]:
+    """Which entries are best at their budget, and which differ from the full cache and from the best.
+
+    All tests of the table are corrected together.
+
+    Args:
+      by_entry: scores at one task and length.
+      estimates: their means.
+      columns: the entries of the table.
+    """
+    present = [entry for entry in columns if entry in by_entry]
+    full = next((entry for entry in present if entry.budget is None), None)
+    best = {
+        budget: max((e for e in present if e.budget == budget), key=lambda e: estimates[e].mean)
+        for budget in {entry.budget for entry in present if entry.budget is not None}
+    }
+    tests = {(e, full) for e in present if full is not None and e != full}
+    tests |= {(e, best[e.budget]) for e in present if e.budget is not None and e != best[e.budget]}
+    ordered = sorted(tests, key=lambda test: (present.index(test[0]), present.index(test[1])))
+    pairs = [pair(by_entry[a], by_entry[b]) for a, b in ordered]
+    p_values = holm([paired_test(*scores) if scores[0].size else 1.0 for scores in pairs])
+    differs = {test for test, p in zip(ordered, p_values, strict=True) if p < SIGNIFICANT}
+    return {
+        e: Standing(
+            estimates[e],
+            e.budget is not None and estimates[e].mean == estimates[best[e.budget]].mean,
+            (e, full) in differs,
+            (e, best.get(e.budget)) in differs,
+        )
+        for e in present
+    }
+
+
+def whole_places(scores: Mapping[Place, Mapping[Entry, ByPrompt]], columns: Iterable[Entry]) -> list[Place]:
+    """The tasks and lengths at which there are prompts that all of these entries have."""
+    return [
+        place
+        for place, by_entry in scores.items()
+        if set.intersection(*(set(by_entry.get(entry, ())) for entry in columns))
+    ]
+
+
+def rank_overall(
+    scores: Mapping[Place, Mapping[Entry, ByPrompt]], columns: Sequence[Entry]
+) -> dict[str, dict[str | None, Estimate]]:
+    """Means over tasks and lengths by method and budget, the best method first; each task and length counts the same.
+
+    A method's mean over its budgets stands under None; so does the full cache's.
+
+    Args:
+      scores: from `collect`.
+      columns: entries to rank.
+
+    Returns:
+      empty if no task and length has prompts of all entries.
+    """
+    places = whole_places(scores, columns)
+    if not places:
+        return {}
+    ranking: dict[str, dict[str | None, Estimate]] = {}
+    for method in dict.fromkeys(entry.method for entry in columns):
+        own = [entry for entry in columns if entry.method == method]
+        groups = [[_mean_over(own, scores[place])] for place in places]
+        ranking[method] = {None: estimate(*(group[0] for group in groups))}
+        if own[0].budget is not None:
+            for entry in own:
+                ranking[method][entry.budget] = estimate(*(scores[place][entry].values() for place in places))
+    return dict(sorted(ranking.items(), key=lambda item: -item[1][None].mean))
+
+
+def _mean_over(columns: Sequence[Entry], by_entry: Mapping[Entry, ByPrompt]) -> list[float]:
+    """The mean score of each prompt that all of these entries have."""
+    first, *others = (by_entry[entry] for entry in columns)
+    shared = [prompt for prompt in first if all(prompt in other for other in others)]
+    return [float(np.mean([by_entry[entry][prompt] for entry in columns])) for prompt in shared]
+
+
+def compare_variants(
+    scores: Mapping[Place, Mapping[Entry, ByPrompt]], variants: Mapping[Entry, Entry], places: Sequence[Place]
+) -> dict[Entry, Comparison]:
+    """Every variant against its base on the same prompts; each task and length counts the same in the mean.
+
+    All tests are corrected together.
+
+    Args:
+      scores: from `collect`.
+      variants: the base of each.
+      places: tasks and lengths over which to take the mean; those without prompts of both are left out.
+    """
+    found = {}
+    for variant, base in variants.items():
+        both = [place for place in places if {variant, base} <= scores[place].keys()]
+        pairs = [pair(scores[place][variant], scores[place][base]) for place in both]
+        pairs = [scores for scores in pairs if scores[0].size]
+        if pairs:
+            difference = estimate(*(a - b for a, b in pairs), limits=(-1.0, 1.0))
+            found[variant] = (difference, paired_test(*map(np.concatenate, zip(*pairs, strict=True))))
+    p_values = holm([p for _, p in found.values()])
+    return {v: Comparison(d, float(p)) for (v, (d, _)), p in zip(found.items(), p_values, strict=True)}
+
+
+def count_prompts(results: Results) -> dict[tuple[str, int, float | None], int]:
+    """How many prompts there are at every task, length and depth that has some."""
+    found: dict[tuple[str, int, float | None], int] = {}
+    for cell, scores in results.cells.items():
+        found[cell[:3]] = max(found.get(cell[:3], 0), scores.index.size)
+    return found
+
+
+def depth_cells(results: Results) -> dict[str, dict[Entry, dict[tuple[float, int], float]]]:
+    """Mean share of answers said by task, entry, depth and length, of the tasks that have depths."""
+    found: dict[str, dict[Entry, dict[tuple[float, int], float]]] = {}
+    for cell, scores in results.cells.items():
+        if cell.depth is not None:
+            by_entry = found.setdefault(cell.task, {})
+            by_entry.setdefault(cell.entry, {})[cell.depth, cell.length] = float(scores.match.mean())
+    return found
