@@ -1,4 +1,4 @@
-"""The command line: `restkv generate`, `restkv methods`, `restkv plot`, `restkv pod`."""
+"""The command line: `restkv generate`, `restkv methods`, `restkv plot`, `restkv pod`, `restkv report`."""
 
 import dataclasses
 import importlib.metadata
@@ -46,6 +46,7 @@ commands:
   generate   generate from a prompt on a small cache and print the answer as it comes
   methods    list the methods, their references and their options
   plot       draw which positions of a prompt are kept and which are evicted
+  report     write the report of a sweep as HTML, Markdown and pictures
   pod        share keys of distant tokens across layers: `restkv pod --help`
 
 `restkv COMMAND --help` lists a command's options."""
@@ -95,7 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _find_command(args: list[str]) -> Callable[[Sequence[str]], None]:
-    commands = {"generate": run_generate, "methods": run_methods, "plot": run_plot, "pod": run_pod}
+    commands = {
+        "generate": run_generate,
+        "methods": run_methods,
+        "plot": run_plot,
+        "report": run_report,
+        "pod": run_pod,
+    }
     if args and args[0] in ("--help", "-h"):
         return lambda rest: print(USAGE)
     if args and args[0] == "--version":
@@ -125,6 +132,13 @@ def run_pod(args: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise UsageError(f"`restkv pod` needs the package {error.name!r}: pip install 'restkv-jax[train]'") from error
     cli.run_pod(args)
+
+
+def run_report(args: Sequence[str]) -> None:
+    """`restkv report`: writes the report of a sweep."""
+    from restkv_jax.evaluate import cli
+
+    cli.run_report(args)
 
 
 def run_methods(args: Sequence[str]) -> None:

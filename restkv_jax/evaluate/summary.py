@@ -32,6 +32,12 @@ class Estimate(NamedTuple):
     count: int
 
 
+Estimates = dict[Place, dict[Entry, Estimate]]
+"""Means with intervals by task and length, and entry."""
+Ranking = dict[str, dict[str | None, Estimate]]
+"""Means over tasks and lengths by method and budget; over a method's budgets under None."""
+
+
 class Comparison(NamedTuple):
     """How much higher an entry scores than another on the same prompts, and the corrected p value of that."""
 
@@ -84,7 +90,7 @@ def estimate(*groups: Iterable[float], limits: tuple[float, float] = (0.0, 1.0))
     return Estimate(mean, bootstrap_interval(*samples, num_resamples=1000, limits=limits), sum(map(len, samples)))
 
 
-def estimate_all(scores: Mapping[Place, Mapping[Entry, ByPrompt]]) -> dict[Place, dict[Entry, Estimate]]:
+def estimate_all(scores: Mapping[Place, Mapping[Entry, ByPrompt]]) -> Estimates:
     """Means with intervals of every entry at every task and length."""
     return {
         place: {entry: estimate(values.values()) for entry, values in by_entry.items()}
@@ -142,12 +148,8 @@ def whole_places(scores: Mapping[Place, Mapping[Entry, ByPrompt]], columns: Iter
     ]
 
 
-def rank_overall(
-    scores: Mapping[Place, Mapping[Entry, ByPrompt]], columns: Sequence[Entry]
-) -> dict[str, dict[str | None, Estimate]]:
+def rank_overall(scores: Mapping[Place, Mapping[Entry, ByPrompt]], columns: Sequence[Entry]) -> Ranking:
     """Means over tasks and lengths by method and budget, the best method first; each task and length counts the same.
-
-    A method's mean over its budgets stands under None; so does the full cache's.
 
     Args:
       scores: from `collect`.
@@ -159,7 +161,7 @@ def rank_overall(
     places = whole_places(scores, columns)
     if not places:
         return {}
-    ranking: dict[str, dict[str | None, Estimate]] = {}
+    ranking: Ranking = {}
     for method in dict.fromkeys(entry.method for entry in columns):
         own = [entry for entry in columns if entry.method == method]
         groups = [[_mean_over(own, scores[place])] for place in places]

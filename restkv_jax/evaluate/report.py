@@ -1,0 +1,182 @@
+"""The report of a sweep: one HTML file, the same as Markdown, and pictures."""
+
+import base64
+import dataclasses
+import importlib.resources
+import pathlib
+import re
+import shlex
+from typing import Any, NamedTuple
+
+import jinja2
+from matplotlib.figure import Figure
+
+from restkv_jax.evaluate.descriptions import describe
+from restkv_jax.evaluate.grid import Grid
+from restkv_jax.evaluate.plots import plot_accuracy, plot_costs, plot_needle_map
+from restkv_jax.evaluate.results import Results, read_results
+from restkv_jax.evaluate.summary import (
+    SIGNIFICANT,
+    Estimates,
+    base_entries,
+    collect,
+    count_prompts,
+    depth_cells,
+    estimate_all,
+    rank_overall,
+    variant_entries,
+)
+from restkv_jax.evaluate.tables import (
+    FROM_BEST,
+    FROM_FULL,
+    cost_tables,
+    findings,
+    ranking_table,
+    rate_table,
+    score_tables,
+    variant_tables,
+)
+from restkv_jax.options import UsageError
+
+KEPT = "kept.png"
+DPI = 150
+
+
+class Picture(NamedTuple):
+    """A picture beside the report: the name of its file, and what it shows in words."""
+
+    file: str
+    caption: str
+
+
+def write_report(
+    directory: pathlib.Path, kept: Figure | None = None, title: str = "What evicting the KV cache costs in answers"
+) -> pathlib.Path:
+    """Writes report.html, which needs no other file, report.md and the pictures into the directory of a sweep.
+
+    Args:
+      directory: of the results, finished or not.
+      kept: the picture of what is kept of one prompt, as `restkv_jax.plot.plot_kept` draws it; kept.png if there is one
+        already, none otherwise.
+      title: of the report.
+
+    Returns:
+      the path of report.html.
+
+    Raises:
+      UsageError: no sweep in the directory, or none of its prompts measured yet.
+    """
+    results = read_results(directory)
+    if not results.cells:
+        raise UsageError(f"{str(directory)!r} has no results yet; run `restkv evaluate` first")
+    estimates = estimate_all(collect(results))
+    content = _content(results, estimates) | _draw(directory, results, estimates, kept)
+    content |= {"title": title, "command": rerun_command(results.grid, directory)}
+    templates = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (importlib.resources.files(__package__) / name).read_text("utf-8")),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["markdown"] = escape_markdown
+    templates.filters["data_uri"] = lambda file: data_uri(directory / file)
+    for name in ("report.md", "report.html"):
+        (directory / name).write_text(templates.get_template(f"{name}.jinja").render(content), encoding="utf-8")
+    return directory / "report.html"
+
+
+def rerun_command(grid: Grid, directory: pathlib.Path) -> str:
+    """The command line that measures the same grid."""
+    words = ["restkv", "evaluate"]
+    for field in dataclasses.fields(grid):
+        value = getattr(grid, field.name)
+        if value is not None and value != ():
+            words += ["--" + field.name, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join([*words, "--output", directory.resolve().name])
+
+
+def missing_prompts(results: Results) -> list[str]:
+    """What an unfinished sweep still lacks: the tasks and lengths with the prompts that they have."""
+    grid, counts = results.grid, count_prompts(results)
+    missing = []
+    for task in grid.tasks:
+        at_depths = any(place[0] == task and place[2] is not None for place in counts)
+        if task.endswith(".jsonl"):
+            if not any(place[0] == task for place in counts):
+                missing.append(f"{task}: no prompts yet")
+            continue
+        for length in grid.lengths:
+            expected = grid.prompts * (len(grid.depths) if at_depths else 1)
+            found = sum(count for place, count in counts.items() if place[:2] == (task, length))
+            if found < expected:
+                missing.append(f"{task} at {length:,} tokens: {found:,} of {expected:,} prompts")
+    return missing
+
+
+def data_uri(path: pathlib.Path) -> str:
+    """A PNG as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def escape_markdown(text: Any) -> str:
+    """Text that Markdown, also in a table, shows as it is."""
+    return re.sub(r"([\\|<>*`\[\]])", r"\\\1", str(text))
+
+
+def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
+    """What both templates fill in, apart from the pictures."""
+    grid = results.grid
+    scores, columns = collect(results), base_entries(grid)
+    rankings = {
+        "Share of the answers said": rank_overall(scores, columns),
+        "Prompts answered exactly: all answers and nothing else": rank_overall(collect(results, "exact"), columns),
+    }
+    return {
+        "grid": grid,
+        "tasks": {task: describe(task) for task in grid.tasks},
+        "missing": missing_prompts(results),
+        "has_full": any(entry.budget is None for by_entry in scores.values() for entry in by_entry),
+        "has_percentages": any(budget.endswith("%") for budget in grid.budgets),
+        "has_slots": any(not budget.endswith("%") for budget in grid.budgets),
+        "from_full": FROM_FULL,
+        "from_best": FROM_BEST,
+        "significant": f"{100 * SIGNIFICANT:g}",
+        "findings": findings(grid, next(iter(rankings.values()))),
+        "score_tables": score_tables(grid, scores, estimates),
+        "rankings": [ranking_table(grid, ranking, name) for name, ranking in rankings.items() if ranking],
+        "variant_tables": variant_tables(grid, scores) if variant_entries(grid) else [],
+        "cost_tables": cost_tables(grid, results.costs) if results.costs else [],
+        "rate_table": rate_table(results.costs) if results.costs else None,
+        "device": results.costs.device if results.costs else None,
+    }
+
+
+def _draw(directory: pathlib.Path, results: Results, estimates: Estimates, kept: Figure | None) -> dict[str, Any]:
+    """Writes the pictures; those that the results have nothing for are left out."""
+    accuracy = Picture("accuracy.png", "The share of the answers said by each method as its budget grows.")
+    plot_accuracy(results, estimates).savefig(directory / accuracy.file, dpi=DPI)
+    tasks = list(depth_cells(results))
+    maps = []
+    for task in tasks:
+        name = re.sub(r"\W+", "_", task)
+        file = "needle_map.png" if len(tasks) == 1 else f"needle_map_{name}.png"
+        maps.append(Picture(file, f"{task}: where in the prompt, and at which length, the needle is found."))
+        plot_needle_map(results, task).savefig(directory / file, dpi=DPI)
+    costs = None
+    if results.costs is not None and results.costs.costs:
+        costs = Picture("costs.png", "Bytes of the cache and time as the budget grows.")
+        plot_costs(results).savefig(directory / costs.file, dpi=DPI)
+    if kept is not None:
+        kept.savefig(directory / KEPT, dpi=DPI)
+    caption = (
+        "One prompt: each row is a layer, each column a position in the prompt; the darker, the more of the layer's "
+        "heads keep it. White is evicted."
+    )
+    has_kept = (directory / KEPT).is_file()
+    return {
+        "accuracy_picture": accuracy,
+        "map_pictures": maps,
+        "costs_picture": costs,
+        "kept_picture": Picture(KEPT, caption) if has_kept else None,
+    }

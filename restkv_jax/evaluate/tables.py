@@ -1,0 +1,202 @@
+"""The tables of a report, ready to be printed."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from restkv_jax.evaluate.grid import Entry, Grid, entries
+from restkv_jax.evaluate.results import Cost, Costs
+from restkv_jax.evaluate.summary import (
+    SIGNIFICANT,
+    ByPrompt,
+    Comparison,
+    Estimate,
+    Place,
+    Ranking,
+    Standing,
+    base_entries,
+    compare_variants,
+    rank_within,
+    variant_entries,
+)
+from restkv_jax.evaluate.units import BYTES, SECONDS, Unit, text_of
+
+FROM_FULL, FROM_BEST = "†", "‡"
+"""Marks of a score that differs from the full cache's, and from the best one of its budget."""
+
+
+class TableCell(NamedTuple):
+    """What a cell says: the number, what stands below it, marks behind it; `shade` from 0 to 1 colours it."""
+
+    text: str
+    detail: str = ""
+    marks: str = ""
+    is_strong: bool = False
+    shade: float | None = None
+
+
+class Row(NamedTuple):
+    """A line of a table; a single cell with `spans` holds for all columns."""
+
+    name: str
+    cells: list[TableCell]
+    spans: bool = False
+
+
+class Table(NamedTuple):
+    """A table: its title, the names of its columns and its rows."""
+
+    title: str
+    corner: str
+    columns: list[str]
+    rows: list[Row]
+
+
+MINUS = "\N{MINUS SIGN}"
+EMPTY = TableCell("-")
+
+
+def score_tables(
+    grid: Grid,
+    scores: Mapping[Place, Mapping[Entry, ByPrompt]],
+    estimates: Mapping[Place, Mapping[Entry, Estimate]],
+) -> dict[str, list[Table]]:
+    """By task, a table per length: methods × budgets, the full cache first."""
+    tables: dict[str, list[Table]] = {}
+    for place, by_entry in scores.items():
+        columns = base_entries(grid)
+        standings = rank_within(by_entry, estimates[place], columns)
+        rows = [
+            _row(method, own, {e: _standing_cell(standings[e]) for e in own if e in standings}, grid.budgets)
+            for method, own in _by_method(columns).items()
+        ]
+        title = f"{place.length:,} tokens, {_count_text([s.estimate.count for s in standings.values()])}"
+        tables.setdefault(place.task, []).append(Table(title, "method", [f"budget {b}" for b in grid.budgets], rows))
+    return tables
+
+
+def ranking_table(grid: Grid, ranking: Ranking, title: str) -> Table:
+    """Methods by their mean over tasks, lengths and budgets, the full cache first."""
+    sized = [row for row in ranking.values() if len(row) > 1]
+    best = {budget: max((row[budget].mean for row in sized), default=None) for budget in grid.budgets}
+    rows = []
+    for method, row in sorted(ranking.items(), key=lambda item: len(item[1]) > 1):
+        if len(row) == 1:
+            rows.append(Row(method, [_score_cell(row[None])], spans=True))
+            continue
+        cells = [_score_cell(row[b], is_strong=row[b].mean == best[b]) for b in grid.budgets]
+        rows.append(Row(method, [_score_cell(row[None]), *cells]))
+    return Table(title, "method", ["mean over budgets", *(f"budget {b}" for b in grid.budgets)], rows)
+
+
+def findings(grid: Grid, ranking: Ranking) -> list[str]:
+    """A sentence per budget: the method that says most over all tasks and lengths, and the full cache."""
+    full = next((row[None] for row in ranking.values() if len(row) == 1), None)
+    against = f" (full cache: {_percent(full.mean)} %)" if full is not None else ""
+    found = []
+    for budget in grid.budgets:
+        rows = {method: row[budget] for method, row in ranking.items() if budget in row}
+        if rows:
+            best = max(e.mean for e in rows.values())
+            names = " and ".join(method for method, e in rows.items() if e.mean == best)
+            found.append(f"Budget {budget}: {names}, with {_percent(best)} % of the answers{against}")
+    return found
+
+
+def variant_tables(grid: Grid, scores: Mapping[Place, Mapping[Entry, ByPrompt]]) -> list[Table]:
+    """Variants against their base: a table over all tasks and lengths, then one per task."""
+    variants = variant_entries(grid)
+    tasks = list(dict.fromkeys(place.task for place in scores))
+    groups = {"All tasks and lengths": list(scores)} if len(scores) > 1 else {}
+    groups |= {task: [place for place in scores if place.task == task] for task in tasks}
+    tables = []
+    for title, places in groups.items():
+        compared = compare_variants(scores, variants, places)
+        rows = [
+            _row(method, own, {e: _comparison_cell(compared[e]) for e in own if e in compared}, grid.budgets)
+            for method, own in _by_method(variants).items()
+        ]
+        if compared:
+            tables.append(Table(title, "variant", [f"budget {b}" for b in grid.budgets], rows))
+    return tables
+
+
+def cost_tables(grid: Grid, costs: Costs) -> list[Table]:
+    """A table per quantity and length that was measured: methods × budgets, with their share of the full cache's."""
+    quantities = {
+        "cache_bytes": ("Bytes of the cache of one prompt", BYTES),
+        "token_seconds": ("Time per generated token of a batch", SECONDS),
+        "prefill_seconds": ("Time to read the prompt", SECONDS),
+    }
+    lengths = dict.fromkeys(cost.length for cost in costs.costs)
+    return [
+        _cost_table(grid, [c for c in costs.costs if c.length == length], name, f"{title}, {length:,} tokens", units)
+        for name, (title, units) in quantities.items()
+        for length in lengths
+        if any(getattr(c, name) is not None for c in costs.costs if c.length == length)
+    ]
+
+
+def rate_table(costs: Costs) -> Table | None:
+    """How fast the sweep went in each way; None if that was not measured."""
+    rows = [Row(rate.how, [TableCell(f"{rate.prompts_per_second:.3g}")]) for rate in costs.rates]
+    return Table("The same prompts in different ways", "way", ["prompts per second"], rows) if rows else None
+
+
+def _cost_table(grid: Grid, costs: Sequence[Cost], name: str, title: str, units: tuple[Unit, ...]) -> Table:
+    values = {cost.label: getattr(cost, name) for cost in costs if getattr(cost, name) is not None}
+    columns = sorted(entries(grid), key=lambda e: e.budget is not None)
+    full = next((values.get(e.label) for e in columns if e.budget is None), None)
+    rows = []
+    for method, own in _by_method(columns).items():
+        cells = {}
+        for e in own:
+            if e.label in values:
+                share = f"{100 * values[e.label] / full:.0f} % of full" if full and e.budget is not None else ""
+                cells[e] = TableCell(text_of(values[e.label], units), share)
+        rows.append(_row(method, own, cells, grid.budgets))
+    return Table(title, "method", [f"budget {b}" for b in grid.budgets], rows)
+
+
+def _by_method(columns: Sequence[Entry] | Mapping[Entry, Entry]) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = {}
+    for entry in columns:
+        found.setdefault(entry.method, []).append(entry)
+    return found
+
+
+def _row(method: str, own: Sequence[Entry], cells: Mapping[Entry, TableCell], budgets: Sequence[str]) -> Row:
+    if own[0].budget is None:
+        return Row(method, [cells.get(own[0], EMPTY)], spans=True)
+    return Row(method, [cells.get(Entry(method, budget), EMPTY) for budget in budgets])
+
+
+def _score_cell(estimate: Estimate, marks: str = "", is_strong: bool = False) -> TableCell:
+    low, high = estimate.interval
+    return TableCell(
+        _percent(estimate.mean), f"{_percent(low)} to {_percent(high)}", marks, is_strong, round(estimate.mean, 3)
+    )
+
+
+def _standing_cell(standing: Standing) -> TableCell:
+    marks = FROM_FULL * standing.differs_from_full + FROM_BEST * standing.differs_from_best
+    return _score_cell(standing.estimate, marks, standing.is_best)
+
+
+def _comparison_cell(comparison: Comparison) -> TableCell:
+    (mean, (low, high), _), p = comparison
+    p_text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+    return TableCell(_points(mean), f"{_points(low)} to {_points(high)}; {p_text}", is_strong=p < SIGNIFICANT)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _points(difference: float) -> str:
+    text = f"{100 * difference:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", MINUS)
+
+
+def _count_text(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{high:,} prompts" if low == high else f"{low:,} to {high:,} prompts"
