@@ -40,6 +40,8 @@ GRID = Grid(
     depths=(0.0, 0.5, 1.0),
     prompts=12,
 )
+SMALL = Grid(tasks=("single",), methods=("restkv",), budgets=("64",), lengths=(256,), prompts=3)
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 CHANCES = {"full": 0.95, "restkv": 0.8, "snapkv": 0.3, "restkv(temporal=mean)": 0.7}
 
 
@@ -254,8 +256,7 @@ def test_unfinished_sweep_says_what_is_there(tmp_path, stop_after):
 
 
 def test_sweep_of_one_method_and_length_without_full_cache(tmp_path):
-    grid = Grid(tasks=("single",), methods=("restkv",), budgets=("64",), lengths=(256,), prompts=3)
-    directory = make_sweep(tmp_path / "sweep", grid)
+    directory = make_sweep(tmp_path / "sweep", SMALL)
     page = Page(write_report(directory).read_text(encoding="utf-8"))
     assert len(page.images) == 2 and not any("full cache" in text for text in page.texts)
     assert [row[0] for row in page.tables["single", "256 tokens, 3 prompts"]] == ["method", "restkv"]
@@ -327,12 +328,15 @@ def test_numbers_have_units(value, units, text):
     assert text_of(value, units) == text
 
 
-def test_command_writes_the_report_and_keeps_the_picture(directory, capsys):
-    kept = (directory / "kept.png").read_bytes()
-    assert main(["report", str(directory), "--title", "Again"]) == 0
-    assert capsys.readouterr().out == f"wrote {directory / 'report.html'}\n"
-    assert "<h1>Again</h1>" in (directory / "report.html").read_text(encoding="utf-8")
-    assert (directory / "kept.png").read_bytes() == kept
+def test_command_writes_the_report_and_keeps_the_picture(tmp_path, capsys):
+    make_sweep(tmp_path, SMALL, costs=False)
+    kept = base64.b64decode(PIXEL)
+    (tmp_path / "kept.png").write_bytes(kept)
+    assert main(["report", str(tmp_path), "--title", "Again"]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'report.html'}\n"
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h1>Again</h1>" in text and PIXEL in text
+    assert (tmp_path / "kept.png").read_bytes() == kept
 
 
 def test_directory_without_results_is_refused(tmp_path, capsys):

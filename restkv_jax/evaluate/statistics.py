@@ -124,7 +124,9 @@ def _exact_p(steps: np.ndarray) -> float:
     sizes = np.abs(steps)
     chances = np.ones(1)  # of the sum of the numbers that got a plus: 0, 1, ...
     for size in sizes:
-        chances = (np.pad(chances, (0, size)) + np.pad(chances, (size, 0))) / 2
+        without, chances = chances / 2, np.zeros(chances.size + size)
+        chances[: without.size] += without
+        chances[size:] += without
     sums = 2 * np.arange(chances.size) - sizes.sum()
     return float(min(1.0, chances[np.abs(sums) >= abs(steps.sum())].sum()))
 
