@@ -31,6 +31,7 @@ class Style(NamedTuple):
 
     color: str
     marker: str
+    line: str
 
 
 class Series(NamedTuple):
@@ -178,7 +179,9 @@ def plot_costs(
 def _styles(results: Results, methods: Sequence[str] | None) -> dict[str, Style]:
     if methods is None:
         methods = list(dict.fromkeys(e.method for e in base_entries(results.grid) if e.budget is not None))
-    return {m: Style(*look) for m, look in zip(methods, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False)}
+    lines = ["-"] * len(COLORS) + [":"] * len(COLORS)
+    looks = zip(cycle(COLORS), cycle(MARKERS), cycle(lines), strict=False)
+    return {method: Style(*look) for method, look in zip(methods, looks, strict=False)}
 
 
 def _full_entry(results: Results) -> Entry | None:
@@ -227,18 +230,22 @@ def _draw_lines(axis: Axes, series: Mapping[str, Series], styles: Mapping[str, S
         order = np.argsort(x)
         y = np.array(one.values)[order]
         look = {"color": styles[method].color, "linewidth": 1.3}
-        axis.plot(x[order], y, marker=styles[method].marker, markersize=4, label=method, **look)
+        axis.plot(x[order], y, styles[method].line, marker=styles[method].marker, markersize=4, label=method, **look)
         if one.lows is not None and one.highs is not None:
             axis.vlines(x[order], np.array(one.lows)[order], np.array(one.highs)[order], alpha=0.55, **look)
     axis.set_xticks(list(places.values()), labels=budgets)
     axis.set_xlim(low - 0.12 * width, high + 0.12 * width)
+    axis.set_axisbelow(True)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _add_legend(figure: Figure, styles: Mapping[str, Style], has_full: bool, note: str) -> None:
     handles = [Line2D([], [], color=FULL_COLOR, linestyle="--", linewidth=1.2, label="full cache")] if has_full else []
-    handles += [Line2D([], [], color=s.color, marker=s.marker, markersize=5, label=m) for m, s in styles.items()]
+    handles += [
+        Line2D([], [], color=s.color, linestyle=s.line, marker=s.marker, markersize=5, label=m)
+        for m, s in styles.items()
+    ]
     columns = max(2, int(figure.get_figwidth() / 1.6))
     figure.legend(
         handles=handles,

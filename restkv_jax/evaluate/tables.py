@@ -25,10 +25,10 @@ FROM_FULL, FROM_BEST = "†", "‡"
 
 
 class TableCell(NamedTuple):
-    """What a cell says: the number, what stands below it, marks behind it; `shade` from 0 to 1 colours it."""
+    """What a cell says: the number, the lines below it, marks behind it; `shade` from 0 to 1 colours it."""
 
     text: str
-    detail: str = ""
+    details: tuple[str, ...] = ()
     marks: str = ""
     is_strong: bool = False
     shade: float | None = None
@@ -151,8 +151,8 @@ def _cost_table(grid: Grid, costs: Sequence[Cost], name: str, title: str, units:
         cells = {}
         for e in own:
             if e.label in values:
-                share = f"{100 * values[e.label] / full:.0f} % of full" if full and e.budget is not None else ""
-                cells[e] = TableCell(text_of(values[e.label], units), share)
+                share = f"{100 * values[e.label] / full:.0f} % of full" if full and e.budget is not None else None
+                cells[e] = TableCell(text_of(values[e.label], units), (share,) if share else ())
         rows.append(_row(method, own, cells, grid.budgets))
     return Table(title, "method", [f"budget {b}" for b in grid.budgets], rows)
 
@@ -173,7 +173,7 @@ def _row(method: str, own: Sequence[Entry], cells: Mapping[Entry, TableCell], bu
 def _score_cell(estimate: Estimate, marks: str = "", is_strong: bool = False) -> TableCell:
     low, high = estimate.interval
     return TableCell(
-        _percent(estimate.mean), f"{_percent(low)} to {_percent(high)}", marks, is_strong, round(estimate.mean, 3)
+        _percent(estimate.mean), (f"{_percent(low)} to {_percent(high)}",), marks, is_strong, round(estimate.mean, 3)
     )
 
 
@@ -185,7 +185,7 @@ def _standing_cell(standing: Standing) -> TableCell:
 def _comparison_cell(comparison: Comparison) -> TableCell:
     (mean, (low, high), _), p = comparison
     p_text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
-    return TableCell(_points(mean), f"{_points(low)} to {_points(high)}; {p_text}", is_strong=p < SIGNIFICANT)
+    return TableCell(_points(mean), (f"{_points(low)} to {_points(high)}", p_text), is_strong=p < SIGNIFICANT)
 
 
 def _percent(share: float) -> str:
