@@ -1,4 +1,4 @@
-"""The command line: `restkv generate`, `restkv methods`, `restkv plot`, `restkv pod`."""
+"""The command line: `restkv generate`, `restkv methods`, `restkv plot`, `restkv evaluate`, `restkv pod`."""
 
 import dataclasses
 import importlib.metadata
@@ -46,6 +46,7 @@ commands:
   generate   generate from a prompt on a small cache and print the answer as it comes
   methods    list the methods, their references and their options
   plot       draw which positions of a prompt are kept and which are evicted
+  evaluate   measure tasks x methods x budgets x lengths in one sweep, with a report
   pod        share keys of distant tokens across layers: `restkv pod --help`
 
 `restkv COMMAND --help` lists a command's options."""
@@ -95,7 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _find_command(args: list[str]) -> Callable[[Sequence[str]], None]:
-    commands = {"generate": run_generate, "methods": run_methods, "plot": run_plot, "pod": run_pod}
+    commands = {
+        "generate": run_generate,
+        "methods": run_methods,
+        "plot": run_plot,
+        "evaluate": run_evaluate,
+        "pod": run_pod,
+    }
     if args and args[0] in ("--help", "-h"):
         return lambda rest: print(USAGE)
     if args and args[0] == "--version":
@@ -116,6 +123,17 @@ def run_generate(args: Sequence[str]) -> None:
     timing = _print_answer(loaded, policy, options.max_new_tokens, sampling)
     if not options.quiet:
         Console().print(_cost_table(loaded, options.method, policy, options.max_new_tokens, timing))
+
+
+def run_evaluate(args: Sequence[str]) -> None:
+    """`restkv evaluate`: the sweep of `restkv_jax.evaluate`, which needs the packages of the extra `eval`."""
+    try:
+        from restkv_jax.evaluate import cli
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"`restkv evaluate` needs the package {error.name!r}: pip install 'restkv-jax[eval]'"
+        ) from error
+    cli.run_evaluate(args)
 
 
 def run_pod(args: Sequence[str]) -> None:

@@ -116,6 +116,33 @@ def prefill(
     return scores, cache
 
 
+def prefill_each(
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array | None = None,
+    policies: tuple[EvictionPolicy, ...] = (),
+    max_new_tokens: int = 64,
+    chunk_size: int = CHUNK_SIZE,
+    sharing: Sharing | None = None,
+) -> tuple[Array, tuple[Cache, ...]]:
+    """Reads prompts once and keeps what each of several policies chooses; arguments as for `prefill`.
+
+    Policies that differ in their budgets alone share their scores. The caches of all policies exist together.
+
+    Returns:
+      the next token's logits, float32 [B, vocabulary], and a cache for every policy.
+
+    Raises:
+      ValueError, TypeError: arguments that make no sense, each named.
+    """
+    if not policies:
+        raise ValueError("policies is empty; pass at least one, such as restkv_jax.full()")
+    for policy in policies:
+        tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
+    return _prefill(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size, sharing)
+
+
 def decode_step(
     model: Decoder,
     params: Any,
@@ -230,12 +257,8 @@ def generate_each(
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    if not policies:
-        raise ValueError("policies is empty; pass at least one, such as restkv_jax.full()")
-    for policy in policies:
-        tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
-    sampling = _sampling(model, tokens.shape[0], None, None, None, None, eos_token_ids)
-    scores, caches = _prefill(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size, sharing)
+    scores, caches = prefill_each(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing)
+    sampling = _sampling(model, scores.shape[0], None, None, None, None, eos_token_ids)
     together = collections.defaultdict(list)
     for i, (policy, cache) in enumerate(zip(policies, caches, strict=True)):
         joins = isinstance(cache, KVCache) and cache.importance is None
