@@ -76,7 +76,7 @@ def generate_texts(
     """What the model says after each prompt with each policy, up to a little more than the longest answer."""
     encoded = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
     length = bucket_length(max(map(len, encoded)))
-    answers = (tokenizer(" " + ", ".join(prompt.answers))["input_ids"] for prompt in prompts)
+    answers = (tokenizer(" " + (prompt.reply or ", ".join(prompt.answers)))["input_ids"] for prompt in prompts)
     max_new_tokens = max(map(len, answers)) + 4
     texts: list[list[str]] = [[] for _ in policies]
     for start in show(range(0, len(prompts), batch_size)):
@@ -100,6 +100,12 @@ def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[jnp.ndarray, j
 def is_exact(text: str, answers: Sequence[str]) -> bool:
     """Whether the words and numbers of the text are the expected answers, in any order, and nothing else."""
     return sorted(re.findall(r"\w+", text)) == sorted(answers)
+
+
+def match_share(text: str, answers: Sequence[str]) -> float:
+    """Share of the answers that the text contains, upper or lower case alike (string_match_all of RULER)."""
+    text = text.lower()
+    return sum(answer.lower() in text for answer in answers) / len(answers)
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
