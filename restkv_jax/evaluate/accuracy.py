@@ -114,8 +114,3 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     middle = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def match_share(text: str, answers: Sequence[str]) -> float:
-    """Share of the answers that the text contains, capitals or not (RULER's `string_match_all`)."""
-    return sum(answer.lower() in text.lower() for answer in answers) / len(answers)

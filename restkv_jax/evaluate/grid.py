@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 from typing import Any, Literal, NamedTuple
 
 from restkv_jax.evaluate.tasks import TASKS
@@ -87,6 +88,16 @@ def check_grid(grid: Grid) -> None:
 def is_file(task: str) -> bool:
     """Whether a task is a file of own prompts."""
     return task.endswith(".jsonl")
+
+
+def grid_places(grid: Grid) -> list[tuple[str, int, float | None]]:
+    """Task, length and depth of the prompts that are made; tasks that ask for more than a needle have no depth."""
+    found = []
+    for task in grid.tasks:
+        if not is_file(task):
+            depths = grid.depths if getattr(TASKS[task], "asks_one", False) else ()
+            found += itertools.product([task], grid.lengths, depths or (None,))
+    return found
 
 
 def entries(grid: Grid) -> list[Entry]:

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import itertools
 import json
 import pathlib
 import warnings
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from restkv_jax.evaluate.accuracy import pad_left
-from restkv_jax.evaluate.grid import Entry, Grid, is_file, policies
+from restkv_jax.evaluate.grid import Entry, Grid, grid_places, is_file, policies
 from restkv_jax.evaluate.results import Item, Line, append_line, drop_broken_line, read_lines, results_path
 from restkv_jax.evaluate.tasks import Prompt, make_prompts
 from restkv_jax.generate import bucket_length, generate_each
@@ -123,8 +122,7 @@ def places(grid: Grid, tokenizer: Any) -> list[Place]:
 
     A file that cannot be read is left out, with a warning that names it.
     """
-    made = [task for task in grid.tasks if not is_file(task)]
-    found = [Place(*place, grid.prompts) for place in itertools.product(made, grid.lengths, grid.depths or (None,))]
+    found = [Place(*where, grid.prompts) for where in grid_places(grid)]
     for task in filter(is_file, grid.tasks):
         try:
             counts = collections.Counter(bucket_length(len(ids)) for ids in _encode_file(task, tokenizer))
