@@ -1,1 +1,2 @@
-def write_report(d): return d
+def write_report(d):
+    return d
