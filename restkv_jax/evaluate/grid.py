@@ -187,5 +187,7 @@ def from_mapping(values: Any, source: str) -> dict[str, Any]:
             raise UsageError(f"{source}: {name} must be a list, as in `{name}: [{value}]`")
         if name in ("budgets", "tasks", "methods"):
             value = map(str, value)
+        if name == "depths":
+            value = map(float, value)
         found[name] = tuple(value) if several else value
     return found
