@@ -19,6 +19,8 @@ from restkv_jax.evaluate import (
     FrequentWords,
     Needles,
     Prompt,
+    accuracy,
+    generate_texts,
     is_exact,
     make_prompts,
     match_share,
@@ -219,6 +221,14 @@ def test_the_share_of_answers_that_a_text_holds():
     assert match_share("1. Apple 2. pear", ("apple", "PEAR")) == 1
     assert match_share("apples and quinces", ("apple", "pear", "plum", "quince")) == 0.5
     assert match_share("", ("apple",)) == 0
+
+
+def test_an_answer_in_a_format_of_its_own_has_room(monkeypatch):
+    asked = []
+    monkeypatch.setattr(accuracy, "generate_each", lambda *args, **_: asked.append(args[5]) or ())
+    for reply in ("", "1. one 2. two"):
+        generate_texts(None, None, tiny.tokenizer(), [Prompt("a", ("one", "two"), reply)], [], batch_size=1)
+    assert asked == [len(" one, two") + 4, len(" 1. one 2. two") + 4]
 
 
 def test_wilson_interval():

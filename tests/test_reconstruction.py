@@ -126,15 +126,6 @@ def test_larger_budgets_reconstruct_better(embedded):
     assert 0 < means[-1] < 0.5 * means[0] < 1
 
 
-def test_runs_under_the_callers_jit():
-    model, params = build()
-    tokens, mask = texts()
-    policies = (rk.streaming_llm(budget=12, sinks=2),)
-    measure = jax.jit(lambda tokens, mask: reconstruction_errors(model, params, tokens, mask, policies, FOLLOWING))
-    expected = reconstruction_errors(model, params, tokens, mask, policies, FOLLOWING)
-    np.testing.assert_allclose(measure(tokens, mask), expected, rtol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -47,6 +47,7 @@ class CommonWords:
 
     As in RULER, common and other words appear 30 and 3 times from 4,096 tokens, 6 times and once below; a solved
     example goes before the list, here from 1,024 tokens where there is room for it. Its words are not in the list.
+    Where all `plain_words` are in the list, it stays shorter than asked: beyond some 100,000 tokens.
     """
 
     num_common: int = 10
@@ -56,7 +57,7 @@ class CommonWords:
         is_long = num_tokens >= LONG_TOKENS
         repeats = Repeats(30, 3) if is_long else Repeats(6, 1)
         example_others = self.num_common * (3 if is_long else 1)
-        most = num_tokens // repeats.other
+        most = num_tokens // (2 * repeats.other)  # a word and its number are two tokens at least
         total = min(self.num_common + example_others + self.num_common + most, len(plain_words()))
         words = rng.sample(plain_words(), total)
         example_words, words = words[: self.num_common + example_others], words[self.num_common + example_others :]
