@@ -111,7 +111,7 @@ def prefill(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
+    tokens, mask = _pad_to_bucket(*check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing))
     scores, (cache,) = _prefill(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
     return scores, cache
 
@@ -140,6 +140,7 @@ def prefill_each(
         raise ValueError("policies is empty; pass at least one, such as restkv_jax.full()")
     for policy in policies:
         tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
+    tokens, mask = _pad_to_bucket(tokens, mask)
     return _prefill(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size, sharing)
 
 
@@ -220,7 +221,7 @@ def generate(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
+    tokens, mask = _pad_to_bucket(*check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing))
     sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
     return _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing)
 
@@ -303,7 +304,7 @@ def stream(
     last of them.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
+    tokens, mask = _pad_to_bucket(*check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing))
     sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
 
     def steps():
@@ -318,11 +319,16 @@ def stream(
     return steps()
 
 
+def _pad_to_bucket(tokens: Array, mask: Array) -> tuple[Array, Array]:
+    """Padded on the left before anything is compiled for their length, so that lengths of one bucket share programs."""
+    missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
+    tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))
+    return tokens, mask
+
+
 @functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "chunk_size", "sharing"))
 def _prefill(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing=None):
     """The next token's logits, and a cache for every policy."""
-    missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
-    tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))
     length, dtype = tokens.shape[1], params["embedding"].dtype
     room = mask.sum(1, dtype=jnp.int32), length, max_new_tokens, dtype
     states = tuple(empty_state(model.config, policy, *room, sharing) for policy in policies)

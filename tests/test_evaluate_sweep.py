@@ -28,9 +28,8 @@ from restkv_jax.evaluate.sweep import Work, our_units, places
 from restkv_jax.options import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
-SMALL = shlex.split(
-    "--methods full snapkv laprox --budgets 25% --lengths 256 --prompts 5 --batch-size 2 --seed 3 --no-costs"
-)
+METHODS = "--methods full snapkv laprox --budgets 25%"
+SMALL = shlex.split(f"{METHODS} --lengths 256 --prompts 5 --batch-size 2 --seed 3 --no-costs --no-errors")
 
 
 def evaluate(output, *args):

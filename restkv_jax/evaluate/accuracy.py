@@ -76,7 +76,7 @@ def generate_texts(
     """What the model says after each prompt with each policy, up to a little more than the longest answer."""
     encoded = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
     length = bucket_length(max(map(len, encoded)))
-    answers = (tokenizer(" " + (prompt.reply or ", ".join(prompt.answers)))["input_ids"] for prompt in prompts)
+    answers = (tokenizer(prompt.continuation)["input_ids"] for prompt in prompts)
     max_new_tokens = max(map(len, answers)) + 4
     texts: list[list[str]] = [[] for _ in policies]
     for start in show(range(0, len(prompts), batch_size)):

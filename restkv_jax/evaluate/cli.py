@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +26,19 @@ from rich.table import Table
 
 from restkv_jax.checksum import checksum
 from restkv_jax.evaluate.costs import measure_costs
+from restkv_jax.evaluate.example import plot_example
 from restkv_jax.evaluate.grid import Grid, check_grid, from_mapping
+from restkv_jax.evaluate.layer_errors import measure_layer_errors
 from restkv_jax.evaluate.report import write_report
-from restkv_jax.evaluate.results import Results, open_sweep, read_results, write_costs
+from restkv_jax.evaluate.results import (
+    Results,
+    open_sweep,
+    read_costs,
+    read_errors,
+    read_results,
+    write_costs,
+    write_errors,
+)
 from restkv_jax.evaluate.sweep import Loaded, Work, run_sweep
 from restkv_jax.loading import load_checkpoint
 from restkv_jax.options import UsageError, as_usage_error, parse
@@ -57,6 +67,7 @@ class EvaluateOptions:
       batch_size: prompts generated at once.
       together: methods and budgets that share a prefill; their caches are in memory together, so lower it for large
         models.
+      errors: also measure how far every layer's attention moves, on a batch of each task and length.
       costs: also measure bytes and times.
       compilation_cache: directory in which JAX keeps compiled programs; "none" keeps none.
       distributed: join the other processes of a TPU slice, or those at --coordinator.
@@ -70,6 +81,7 @@ class EvaluateOptions:
     grid: pathlib.Path | None = None
     batch_size: int = 10
     together: int = 128
+    errors: bool = True
     costs: bool = True
     compilation_cache: str = "~/.cache/restkv-jax"
     distributed: bool = False
@@ -111,14 +123,24 @@ def run_evaluate(args: Sequence[str]) -> None:
     _wait_for_all(work, "the sweep is done")
     if work.process > 0:
         return
-    if options.costs:
-        wrap = iter if quiet else functools.partial(track, description="costs", console=Console(stderr=True))
-        write_costs(options.output, measure_costs(loaded, grid, work.batch_size, wrap))
-    report = write_report(options.output)
+    measure_once(options, loaded, grid)
+    report = write_report(options.output, plot_example(loaded, grid))
     if not options.quiet:
         for table in score_tables(read_results(options.output)):
             Console().print(table)
         print(f"wrote {report}")
+
+
+def measure_once(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> None:
+    """Measures the entries' reconstruction errors and costs, unless they are there or not wanted."""
+
+    def show(name: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+        return iter if options.quiet else functools.partial(track, description=name, console=Console(stderr=True))
+
+    if options.errors and not read_errors(options.output):
+        write_errors(options.output, measure_layer_errors(loaded, grid, options.batch_size, show("layer errors")))
+    if options.costs and read_costs(options.output) is None:
+        write_costs(options.output, measure_costs(loaded, grid, options.batch_size, show("costs")))
 
 
 def parse_evaluate(args: Sequence[str]) -> Command:

@@ -18,6 +18,11 @@ class Prompt:
     answers: tuple[str, ...]
     reply: str = ""
 
+    @property
+    def continuation(self) -> str:
+        """The right answer as it would follow the prompt."""
+        return " " + (self.reply or ", ".join(self.answers))
+
 
 class Draft(NamedTuple):
     """A prompt whose length is still open.

@@ -9,7 +9,7 @@ from jax import Array
 
 from restkv_jax.cache import kept_positions
 from restkv_jax.checks import check_tokens
-from restkv_jax.generate import CHUNK_SIZE, bucket_length, generate_each
+from restkv_jax.generate import CHUNK_SIZE, bucket_length, prefill_each
 from restkv_jax.kernels import largest_divisor
 from restkv_jax.models import Decoder, Layer, Memory, StateFunctions, positions_of
 from restkv_jax.policy import EvictionPolicy, check_integer
@@ -69,8 +69,8 @@ def reconstruction_errors(
                     f"were in the prompt; leave {name} out"
                 )
     prompt = tokens[:, :length], mask[:, :length]
-    outs = generate_each(model, params, *prompt, policies, max_new_tokens=1, chunk_size=chunk_size)
-    kept = tuple(kept_positions(out.cache) for out in outs)
+    _, caches = prefill_each(model, params, *prompt, policies, max_new_tokens=1, chunk_size=chunk_size)
+    kept = tuple(map(kept_positions, caches))
     return _errors(model, params, tokens, mask, kept, num_following, chunk_size)
 
 

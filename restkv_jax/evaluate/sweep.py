@@ -144,7 +144,7 @@ def prompts_of(grid: Grid, tokenizer: Any, place: Place) -> Prompts:
         made = make_prompts(place.task, tokenizer, place.length, place.num_prompts, grid.seed, place.depth)
         prompts = dict(enumerate(made))
         encoded = {i: tokenizer(prompt.text)["input_ids"] for i, prompt in prompts.items()}
-    longest = max(len(tokenizer(" " + ", ".join(prompt.answers))["input_ids"]) for prompt in prompts.values())
+    longest = max(len(tokenizer(prompt.continuation)["input_ids"]) for prompt in prompts.values())
     return Prompts(prompts, encoded, -(-(longest + 4) // ANSWER_STEP) * ANSWER_STEP)
 
 
