@@ -8,10 +8,14 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow lint format wheel clean
+.PHONY: demo report test test-slow lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
+
+report: $(VENV)/.demo
+	$(BIN)/restkv evaluate --grid docs/report/grid.yaml --output build/report
+	cp build/report/report.html build/report/report.md build/report/*.png docs/report/
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow"

@@ -3,7 +3,16 @@
 from restkv_jax import pod
 from restkv_jax.cache import KVCache, cache_bytes, kept_positions
 from restkv_jax.eviction import Eviction, evict_layer
-from restkv_jax.generate import Generation, bucket_length, decode_step, generate, generate_each, prefill, stream
+from restkv_jax.generate import (
+    Generation,
+    bucket_length,
+    decode_step,
+    generate,
+    generate_each,
+    prefill,
+    prefill_each,
+    stream,
+)
 from restkv_jax.methods import (
     METHODS,
     adakv,
@@ -48,6 +57,7 @@ __all__ = [
     "load_model",
     "pod",
     "prefill",
+    "prefill_each",
     "pyramidkv",
     "random",
     "restkv",

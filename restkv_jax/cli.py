@@ -1,4 +1,4 @@
-"""The command line: `restkv generate`, `restkv methods`, `restkv plot`, `restkv pod`, `restkv report`."""
+"""The command line: `restkv generate`, `methods`, `plot`, `evaluate`, `report`, `pod`."""
 
 import dataclasses
 import importlib.metadata
@@ -46,6 +46,7 @@ commands:
   generate   generate from a prompt on a small cache and print the answer as it comes
   methods    list the methods, their references and their options
   plot       draw which positions of a prompt are kept and which are evicted
+  evaluate   measure tasks x methods x budgets x lengths in one sweep, with a report
   report     write the report of a sweep as HTML, Markdown and pictures
   pod        share keys of distant tokens across layers: `restkv pod --help`
 
@@ -100,6 +101,7 @@ def _find_command(args: list[str]) -> Callable[[Sequence[str]], None]:
         "generate": run_generate,
         "methods": run_methods,
         "plot": run_plot,
+        "evaluate": run_evaluate,
         "report": run_report,
         "pod": run_pod,
     }
@@ -125,6 +127,25 @@ def run_generate(args: Sequence[str]) -> None:
         Console().print(_cost_table(loaded, options.method, policy, options.max_new_tokens, timing))
 
 
+def run_evaluate(args: Sequence[str]) -> None:
+    """`restkv evaluate`: the sweep of `restkv_jax.evaluate`."""
+    _evaluate_commands("evaluate").run_evaluate(args)
+
+
+def run_report(args: Sequence[str]) -> None:
+    """`restkv report`: the report of a sweep."""
+    _evaluate_commands("report").run_report(args)
+
+
+def _evaluate_commands(name: str) -> Any:
+    """The commands that need the packages of the extra `eval`."""
+    try:
+        from restkv_jax.evaluate import cli
+    except ModuleNotFoundError as error:
+        raise UsageError(f"`restkv {name}` needs the package {error.name!r}: pip install 'restkv-jax[eval]'") from error
+    return cli
+
+
 def run_pod(args: Sequence[str]) -> None:
     """`restkv pod`: the commands of `restkv_jax.pod`, which need the packages of the extra `train`."""
     try:
@@ -132,13 +153,6 @@ def run_pod(args: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise UsageError(f"`restkv pod` needs the package {error.name!r}: pip install 'restkv-jax[train]'") from error
     cli.run_pod(args)
-
-
-def run_report(args: Sequence[str]) -> None:
-    """`restkv report`: writes the report of a sweep."""
-    from restkv_jax.evaluate import cli
-
-    cli.run_report(args)
 
 
 def run_methods(args: Sequence[str]) -> None:

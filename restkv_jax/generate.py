@@ -111,9 +111,37 @@ def prefill(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
+    tokens, mask = _pad_to_bucket(*check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing))
     scores, (cache,) = _prefill(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
     return scores, cache
+
+
+def prefill_each(
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array | None = None,
+    policies: tuple[EvictionPolicy, ...] = (),
+    max_new_tokens: int = 64,
+    chunk_size: int = CHUNK_SIZE,
+    sharing: Sharing | None = None,
+) -> tuple[Array, tuple[Cache, ...]]:
+    """Reads prompts once and keeps what each of several policies chooses; arguments as for `prefill`.
+
+    Policies that differ in their budgets alone share their scores. The caches of all policies exist together.
+
+    Returns:
+      the next token's logits, float32 [B, vocabulary], and a cache for every policy.
+
+    Raises:
+      ValueError, TypeError: arguments that make no sense, each named.
+    """
+    if not policies:
+        raise ValueError("policies is empty; pass at least one, such as restkv_jax.full()")
+    for policy in policies:
+        tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
+    tokens, mask = _pad_to_bucket(tokens, mask)
+    return _prefill(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size, sharing)
 
 
 def decode_step(
@@ -193,7 +221,7 @@ def generate(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
+    tokens, mask = _pad_to_bucket(*check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing))
     sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
     return _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing)
 
@@ -230,12 +258,8 @@ def generate_each(
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    if not policies:
-        raise ValueError("policies is empty; pass at least one, such as restkv_jax.full()")
-    for policy in policies:
-        tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
-    sampling = _sampling(model, tokens.shape[0], None, None, None, None, eos_token_ids)
-    scores, caches = _prefill(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size, sharing)
+    scores, caches = prefill_each(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing)
+    sampling = _sampling(model, scores.shape[0], None, None, None, None, eos_token_ids)
     together = collections.defaultdict(list)
     for i, (policy, cache) in enumerate(zip(policies, caches, strict=True)):
         joins = isinstance(cache, KVCache) and cache.importance is None
@@ -280,7 +304,7 @@ def stream(
     last of them.
     """
     policy = full() if policy is None else policy
-    tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
+    tokens, mask = _pad_to_bucket(*check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing))
     sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
 
     def steps():
@@ -295,11 +319,16 @@ def stream(
     return steps()
 
 
+def _pad_to_bucket(tokens: Array, mask: Array) -> tuple[Array, Array]:
+    """Padded on the left before anything is compiled for their length, so that lengths of one bucket share programs."""
+    missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
+    tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))
+    return tokens, mask
+
+
 @functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "chunk_size", "sharing"))
 def _prefill(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing=None):
     """The next token's logits, and a cache for every policy."""
-    missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
-    tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))
     length, dtype = tokens.shape[1], params["embedding"].dtype
     room = mask.sum(1, dtype=jnp.int32), length, max_new_tokens, dtype
     states = tuple(empty_state(model.config, policy, *room, sharing) for policy in policies)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import restkv_jax as rk
-from restkv_jax.evaluate import TASKS, Accuracy, make_prompts, measure_accuracy
+from restkv_jax.evaluate import Accuracy, make_prompts, measure_accuracy
 
 METHODS = rk.METHODS | {
     "restkv-model": functools.partial(rk.restkv, allocation="model"),
@@ -28,7 +28,8 @@ class Options:
 
     model: str | None = None
     """a directory or hub id; the embedded model by default"""
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = ("single", "multikey", "haystack", "multivalue", "multiquery", "tracking")
+    """of `restkv_jax.evaluate.TASKS`"""
     lengths: tuple[int, ...] = (1024,)
     methods: tuple[str, ...] = (
         "full",

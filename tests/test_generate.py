@@ -176,6 +176,15 @@ def test_generate_works_under_the_callers_jit_and_compiles_once_per_bucket():
     assert jitted._cache_size() == 1
 
 
+def test_lengths_of_one_bucket_share_a_program():
+    model, params = tiny()
+    programs = set()
+    for length in (97, 100, 112, 113):
+        rk.prefill(model, params, np.full((1, length), 5), policy=rk.snapkv(BUDGET), max_new_tokens=3)
+        programs.add(_prefill._cache_size())
+    assert len(programs) == 2
+
+
 def test_rows_end_at_any_end_of_sequence_token_and_are_padded():
     model, params = tiny()
     tokens, mask = prompts()

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 import restkv_jax as rk
 from restkv_jax import eviction, kernels
-from restkv_jax.methods.restkv import Reconstruction, ema_weights
+from restkv_jax.methods.restkv import Reconstruction
 from restkv_jax.models.config import UNLIMITED
 from restkv_jax.observation import Observation
 from restkv_jax.policy import EvictionPolicy
 from restkv_jax.pooling import AdaptivePooling, AveragePooling, MaxPooling, NoPooling, window_mean
+from restkv_jax.temporal import ema_weights
 
 HEADS, KV_HEADS, LENGTH, DIM, MODEL_DIM = 4, 2, 48, 8, 20
 BUDGET, WINDOW = 20, 6
@@ -131,6 +132,20 @@ def test_gram_form_equals_projecting_the_values():
     x = np.random.default_rng(1).standard_normal((HEADS, 30, DIM)).astype(np.float32)
     squared = jnp.einsum("htd,hde,hte->ht", x, kernels.output_gram(projection), x)
     np.testing.assert_allclose(jnp.sqrt(squared), np.linalg.norm(x @ projection, axis=-1), rtol=1e-5)
+
+
+def test_without_reconstruction_the_attention_alone_is_smoothed():
+    queries, keys, values, projection = arrays_of(3)
+    preset = rk.restkv(BUDGET, WINDOW, criterion="attention", pooling="none", group_reduce="mean")
+    scores = evict(preset, queries, keys, values, projection).scores[0]
+    logits = np.einsum("kgtd,knd->kgtn", queries[0].reshape(KV_HEADS, -1, LENGTH, DIM)[:, :, -WINDOW:], keys[0])
+    seen = np.arange(LENGTH) <= np.arange(LENGTH - WINDOW, LENGTH)[:, None]
+    attention = np.exp(np.where(seen, logits / DIM**0.5, -np.inf))
+    attention /= attention.sum(-1, keepdims=True)
+    expected = np.einsum("t,kgtn->kgn", ema_weights(WINDOW, 0.3), attention).mean(1)
+    np.testing.assert_allclose(scores, expected[:, : LENGTH - WINDOW], rtol=1e-4)
+    with pytest.raises(ValueError, match="criterion='loss' is unknown"):
+        rk.restkv(criterion="loss")
 
 
 @given(alpha=st.floats(0.01, 1), length=st.integers(1, 40), seed=st.integers(0, 99))

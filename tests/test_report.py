@@ -19,6 +19,7 @@ from restkv_jax.evaluate.results import (
     Cost,
     Costs,
     Item,
+    LayerErrors,
     Line,
     Rate,
     append_line,
@@ -27,6 +28,7 @@ from restkv_jax.evaluate.results import (
     read_results,
     results_path,
     write_costs,
+    write_errors,
 )
 from restkv_jax.evaluate.summary import Place, collect, compare_variants, estimate, rank_within, variant_entries
 from restkv_jax.evaluate.units import BYTES, SECONDS, text_of
@@ -199,6 +201,13 @@ def test_variants_compare_the_prompts_that_both_have(results):
     }
     compared = compare_variants(fewer, variants, [place])
     assert [c.difference.count for c in compared.values()] == [36, 5]
+
+
+def test_errors_of_layers_are_in_their_tables(tmp_path):
+    directory = make_sweep(tmp_path / "sweep", SMALL, costs=False)
+    write_errors(directory, [LayerErrors("single", 256, "restkv 64", (0.1, 0.3))])
+    page = Page(write_report(directory).read_text(encoding="utf-8"))
+    assert page.tables["What the layers lose", "single, 256 tokens"] == [["method", "budget 64"], ["restkv", "20.0"]]
 
 
 def test_costs_are_in_their_tables(page):

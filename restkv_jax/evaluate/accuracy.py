@@ -76,7 +76,7 @@ def generate_texts(
     """What the model says after each prompt with each policy, up to a little more than the longest answer."""
     encoded = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
     length = bucket_length(max(map(len, encoded)))
-    answers = (tokenizer(" " + ", ".join(prompt.answers))["input_ids"] for prompt in prompts)
+    answers = (tokenizer(prompt.continuation)["input_ids"] for prompt in prompts)
     max_new_tokens = max(map(len, answers)) + 4
     texts: list[list[str]] = [[] for _ in policies]
     for start in show(range(0, len(prompts), batch_size)):
@@ -102,14 +102,15 @@ def is_exact(text: str, answers: Sequence[str]) -> bool:
     return sorted(re.findall(r"\w+", text)) == sorted(answers)
 
 
+def match_share(text: str, answers: Sequence[str]) -> float:
+    """Share of the answers that the text contains, upper or lower case alike (string_match_all of RULER)."""
+    text = text.lower()
+    return sum(answer.lower() in text for answer in answers) / len(answers)
+
+
 def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a share (Wilson 1927), 95 % by default."""
     share = correct / total
     middle = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def match_share(text: str, answers: Sequence[str]) -> float:
-    """Share of the answers that the text contains, capitals or not (RULER's `string_match_all`)."""
-    return sum(answer.lower() in text.lower() for answer in answers) / len(answers)

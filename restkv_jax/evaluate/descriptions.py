@@ -11,6 +11,7 @@ from restkv_jax.evaluate.tasks import (
     TRACKING_QUESTION,
     join_keys,
 )
+from restkv_jax.evaluate.words import COMMON_WORDS, FREQUENT_WORDS
 
 KEYS = ("quick-fox", "calm-river", "brave-lamp", "sour-violin")
 VALUES = ("4821937", "1302856", "7745190", "2968314")
@@ -73,8 +74,12 @@ DESCRIPTIONS = {
         _tracking(),
     ),
     "common_words": Description(
-        "A numbered list of words, a few of which come up more often than the others; these are asked for.", None
+        "A numbered list of words, ten of which come up more often than the others; these are asked for.",
+        COMMON_WORDS.format(words="1. lamp 2. river 3. lamp 4. window …", count=10),
     ),
-    "frequent_words": Description("A text of made-up words; the three most frequent ones are asked for.", None),
+    "frequent_words": Description(
+        "A text of made-up words; the three most frequent ones are asked for.",
+        FREQUENT_WORDS.format(words="qzwerk … tolmar … qzwerk …"),
+    ),
 }
 """By the name in `TASKS`."""

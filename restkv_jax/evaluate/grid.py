@@ -3,7 +3,8 @@
 import ast
 import dataclasses
 import inspect
-from typing import Any, NamedTuple
+import itertools
+from typing import Any, Literal, NamedTuple
 
 from restkv_jax.evaluate.tasks import TASKS
 from restkv_jax.options import UsageError, as_usage_error, find_method, parse_budget, suggest
@@ -14,7 +15,7 @@ from restkv_jax.policy import EvictionPolicy
 class Grid:
     """Everything that the results of a sweep depend on.
 
-    Attributes:
+    Args:
       tasks: names in `TASKS`, or files of own prompts: JSON lines with "prompt" and "answers".
       methods: names in `METHODS`, with options in parentheses: `restkv(temporal=mean)`. "full" has no budgets.
       budgets: slots per layer and KV head, such as "128" or "5%" of the length.
@@ -35,7 +36,7 @@ class Grid:
     prompts: int = 100
     seed: int = 0
     model: str | None = None
-    dtype: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
 
 
 class Method(NamedTuple):
@@ -68,7 +69,7 @@ def check_grid(grid: Grid) -> None:
         if not getattr(grid, name):
             raise UsageError(f"{name} is empty; give at least one")
     for task in grid.tasks:
-        if task not in TASKS and not task.endswith(".jsonl"):
+        if task not in TASKS and not is_file(task):
             raise UsageError(f"task {task!r} is unknown; {suggest(task, TASKS)}; or a file of prompts, *.jsonl")
     if grid.prompts < 1:
         raise UsageError(f"prompts={grid.prompts} must be at least 1")
@@ -82,6 +83,21 @@ def check_grid(grid: Grid) -> None:
             if budget.slots(length) > length:
                 raise UsageError(f"budget {budget} is above the context of {length} tokens; lower it, or leave it out")
         policies(grid, length)
+
+
+def is_file(task: str) -> bool:
+    """Whether a task is a file of own prompts."""
+    return task.endswith(".jsonl")
+
+
+def grid_places(grid: Grid) -> list[tuple[str, int, float | None]]:
+    """Task, length and depth of the prompts that are made; tasks that ask for more than a needle have no depth."""
+    found = []
+    for task in grid.tasks:
+        if not is_file(task):
+            depths = grid.depths if getattr(TASKS[task], "asks_one", False) else ()
+            found += itertools.product([task], grid.lengths, depths or (None,))
+    return found
 
 
 def entries(grid: Grid) -> list[Entry]:
@@ -171,5 +187,7 @@ def from_mapping(values: Any, source: str) -> dict[str, Any]:
             raise UsageError(f"{source}: {name} must be a list, as in `{name}: [{value}]`")
         if name in ("budgets", "tasks", "methods"):
             value = map(str, value)
+        if name == "depths":
+            value = map(float, value)
         found[name] = tuple(value) if several else value
     return found

@@ -12,7 +12,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from restkv_jax.evaluate.descriptions import describe
-from restkv_jax.evaluate.grid import Grid
+from restkv_jax.evaluate.grid import Grid, grid_places, is_file
 from restkv_jax.evaluate.plots import plot_accuracy, plot_costs, plot_needle_map
 from restkv_jax.evaluate.results import Results, read_results
 from restkv_jax.evaluate.summary import (
@@ -30,6 +30,7 @@ from restkv_jax.evaluate.tables import (
     FROM_BEST,
     FROM_FULL,
     cost_tables,
+    error_tables,
     findings,
     ranking_table,
     rate_table,
@@ -38,6 +39,7 @@ from restkv_jax.evaluate.tables import (
 )
 from restkv_jax.options import UsageError
 
+TITLE = "What evicting the KV cache costs in answers"
 KEPT = "kept.png"
 DPI = 150
 
@@ -49,9 +51,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-def write_report(
-    directory: pathlib.Path, kept: Figure | None = None, title: str = "What evicting the KV cache costs in answers"
-) -> pathlib.Path:
+def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str = TITLE) -> pathlib.Path:
     """Writes report.html, which needs no other file, report.md and the pictures into the directory of a sweep.
 
     Args:
@@ -98,20 +98,19 @@ def rerun_command(grid: Grid, directory: pathlib.Path) -> str:
 
 def missing_prompts(results: Results) -> list[str]:
     """What an unfinished sweep still lacks: the tasks and lengths with the prompts that they have."""
-    grid, counts = results.grid, count_prompts(results)
-    missing = []
-    for task in grid.tasks:
-        at_depths = any(place[0] == task and place[2] is not None for place in counts)
-        if task.endswith(".jsonl"):
-            if not any(place[0] == task for place in counts):
-                missing.append(f"{task}: no prompts yet")
-            continue
-        for length in grid.lengths:
-            expected = grid.prompts * (len(grid.depths) if at_depths else 1)
-            found = sum(count for place, count in counts.items() if place[:2] == (task, length))
-            if found < expected:
-                missing.append(f"{task} at {length:,} tokens: {found:,} of {expected:,} prompts")
-    return missing
+    counts = count_prompts(results)
+    expected: dict[tuple[str, int], int] = {}
+    found: dict[tuple[str, int], int] = {}
+    for place in grid_places(results.grid):
+        expected[place[:2]] = expected.get(place[:2], 0) + results.grid.prompts
+        found[place[:2]] = found.get(place[:2], 0) + counts.get(place, 0)
+    missing = [
+        f"{task} at {length:,} tokens: {found[task, length]:,} of {number:,} prompts"
+        for (task, length), number in expected.items()
+        if found[task, length] < number
+    ]
+    begun = {task for task, _, _ in counts}
+    return missing + [f"{task}: no prompts yet" for task in results.grid.tasks if is_file(task) and task not in begun]
 
 
 def data_uri(path: pathlib.Path) -> str:
@@ -146,6 +145,7 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
         "score_tables": score_tables(grid, scores, estimates),
         "rankings": [ranking_table(grid, ranking, name) for name, ranking in rankings.items() if ranking],
         "variant_tables": variant_tables(grid, scores) if variant_entries(grid) else [],
+        "error_tables": error_tables(grid, results.errors),
         "cost_tables": cost_tables(grid, results.costs) if results.costs else [],
         "rate_table": rate_table(results.costs) if results.costs else None,
         "device": results.costs.device if results.costs else None,

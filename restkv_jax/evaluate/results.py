@@ -15,6 +15,7 @@ from restkv_jax.options import UsageError
 
 SWEEP = "sweep.json"
 COSTS = "costs.json"
+ERRORS = "errors.json"
 
 
 class Item(NamedTuple):
@@ -82,12 +83,24 @@ class Costs(NamedTuple):
     rates: tuple[Rate, ...]
 
 
+class LayerErrors(NamedTuple):
+    """The mean relative error of every layer's attention output for the tokens of the answers; see
+    `reconstruction_errors`.
+    """
+
+    task: str
+    length: int
+    label: str
+    layers: tuple[float, ...]
+
+
 class Results(NamedTuple):
-    """A sweep as read from its directory; `costs` is None where none were measured."""
+    """A sweep as read from its directory; `costs` is None and `errors` empty where they were not measured."""
 
     grid: Grid
     cells: dict[Cell, Scores]
     costs: Costs | None
+    errors: tuple[LayerErrors, ...] = ()
 
 
 def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
@@ -180,7 +193,22 @@ def read_results(directory: pathlib.Path) -> Results:
     """
     values = _read_sweep(directory / SWEEP)["grid"]
     grid = Grid(**from_mapping(values, str(directory / SWEEP)))
-    return Results(grid, score_lines(grid, read_lines(directory).values()), read_costs(directory))
+    cells = score_lines(grid, read_lines(directory).values())
+    return Results(grid, cells, read_costs(directory), read_errors(directory))
+
+
+def write_errors(directory: pathlib.Path, errors: Iterable[LayerErrors]) -> None:
+    """Writes the reconstruction errors of a sweep's entries."""
+    lines = ",\n".join(json.dumps(each._asdict()) for each in errors)
+    (directory / ERRORS).write_text(f"[{lines}]\n")
+
+
+def read_errors(directory: pathlib.Path) -> tuple[LayerErrors, ...]:
+    """The reconstruction errors; none where they were not measured."""
+    if not (directory / ERRORS).is_file():
+        return ()
+    values = json.loads((directory / ERRORS).read_text())
+    return tuple(LayerErrors(**each)._replace(layers=tuple(each["layers"])) for each in values)
 
 
 def write_costs(directory: pathlib.Path, costs: Costs) -> None:

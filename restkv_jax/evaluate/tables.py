@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from restkv_jax.evaluate.grid import Entry, Grid, entries
-from restkv_jax.evaluate.results import Cost, Costs
+from restkv_jax.evaluate.results import Cost, Costs, LayerErrors
 from restkv_jax.evaluate.summary import (
     SIGNIFICANT,
     ByPrompt,
@@ -117,6 +119,18 @@ def variant_tables(grid: Grid, scores: Mapping[Place, Mapping[Entry, ByPrompt]])
         ]
         if compared:
             tables.append(Table(title, "variant", [f"budget {b}" for b in grid.budgets], rows))
+    return tables
+
+
+def error_tables(grid: Grid, errors: Sequence[LayerErrors]) -> list[Table]:
+    """A table per task and length: the error of the layers' attention, in the mean over layers, methods × budgets."""
+    tables = []
+    columns = [entry for entry in entries(grid) if entry.budget is not None]
+    for task, length in dict.fromkeys((error.task, error.length) for error in errors):
+        means = {e.label: float(np.mean(e.layers)) for e in errors if (e.task, e.length) == (task, length)}
+        cells = {e: TableCell(_percent(means[e.label])) for e in columns if e.label in means}
+        rows = [_row(method, own, cells, grid.budgets) for method, own in _by_method(columns).items()]
+        tables.append(Table(f"{task}, {length:,} tokens", "method", [f"budget {b}" for b in grid.budgets], rows))
     return tables
 
 

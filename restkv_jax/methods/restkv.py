@@ -4,14 +4,15 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from restkv_jax import kernels
 from restkv_jax.allocation import make_allocation
+from restkv_jax.methods.snapkv import WindowAttention
 from restkv_jax.observation import Observation
 from restkv_jax.policy import EvictionPolicy
 from restkv_jax.pooling import make_pooling
+from restkv_jax.temporal import check_temporal, query_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +31,13 @@ class Reconstruction:
     additive: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.temporal not in ("ema", "mean"):
-            raise ValueError(f"temporal={self.temporal!r} is unknown; choose 'ema' or 'mean'")
+        check_temporal(self.temporal, self.alpha)
         if self.order not in ("after", "before"):
             raise ValueError(f"order={self.order!r} is unknown; choose 'after' or 'before'")
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha} must be in (0, 1], the weight of the newest query")
 
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation
-        ema, mean = ema_weights(window, self.alpha), np.full(window, 1 / window, np.float32)
-        weights = jnp.asarray(ema if self.temporal == "ema" else mean)
+        weights = jnp.asarray(query_weights(self.temporal, window, self.alpha))
         arrays = o.queries, o.keys, o.values, o.query_positions, o.key_positions, o.sliding_window
         gram = self.gram(o.output_projection)
         if self.order == "after":
@@ -55,16 +52,10 @@ class Reconstruction:
         return kernels.output_gram(output_projection)
 
 
-def ema_weights(length: int, alpha: float) -> np.ndarray:
-    """Weights of `e_1 = x_1, e_i = alpha x_i + (1 - alpha) e_{i-1}` as a sum over `x`, oldest first; float32 [n]."""
-    weights = alpha * (1 - alpha) ** np.arange(length - 1, -1, -1, dtype=np.float64)
-    weights[0] /= alpha
-    return weights.astype(np.float32)
-
-
 def restkv(
     budget: int = 128,
     window: int = 32,
+    criterion: Literal["reconstruction", "attention"] = "reconstruction",
     temporal: Literal["ema", "mean"] = "ema",
     alpha: float = 0.3,
     order: Literal["after", "before"] = "after",
@@ -81,6 +72,8 @@ def restkv(
     Args:
       budget: slots kept per layer and KV head, the window included.
       window: last tokens of the prompt, whose queries judge the others.
+      criterion: what a key is judged by: the error of the layer's output without it, or, as an ablation, the attention
+        it receives.
       temporal: how the window's queries are averaged: exponential moving average or plain mean.
       alpha: weight of the newest query in the moving average.
       order: smooth the attention and then measure the error ("after"), or measure and then smooth ("before").
@@ -93,10 +86,13 @@ def restkv(
       allocation: how layers and KV heads share the budget: evenly, less and less from layer to layer, by one selection
         over the heads of a layer, or by one over the whole model.
     """
+    if criterion not in ("reconstruction", "attention"):
+        raise ValueError(f"criterion={criterion!r} is unknown; choose 'reconstruction' or 'attention'")
+    scorer = Reconstruction(temporal, alpha, order, use_output_projection)
     return EvictionPolicy(
         budget=budget,
         window=window,
-        scorer=Reconstruction(temporal, alpha, order, use_output_projection),
+        scorer=scorer if criterion == "reconstruction" else WindowAttention(temporal, alpha),
         pooling=make_pooling(pooling, kernel_size, scale),
         group_reduce=group_reduce,
         while_generating=while_generating,

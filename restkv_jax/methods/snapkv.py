@@ -10,20 +10,27 @@ from restkv_jax import kernels
 from restkv_jax.observation import Observation
 from restkv_jax.policy import EvictionPolicy
 from restkv_jax.pooling import make_pooling
+from restkv_jax.temporal import check_temporal, query_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowAttention:
-    """Attention received from the window's queries, `sum_t A[t, n]`."""
+    """Attention received from the window's queries, `sum_t A[t, n]`, or an average of it over them."""
 
+    temporal: Literal["sum", "ema", "mean"] = "sum"
+    alpha: float = 0.3
     all_queries: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
+    def __post_init__(self):
+        if self.temporal != "sum":
+            check_temporal(self.temporal, self.alpha)
+
     def __call__(self, observation: Observation, window: int) -> Array:
         o = observation
-        sums = kernels.column_sums(
-            o.queries, o.keys, o.query_positions, o.key_positions, o.sliding_window, jnp.ones(window, jnp.float32)
-        )
+        is_sum = self.temporal == "sum"
+        weights = jnp.ones(window) if is_sum else jnp.asarray(query_weights(self.temporal, window, self.alpha))
+        sums = kernels.column_sums(o.queries, o.keys, o.query_positions, o.key_positions, o.sliding_window, weights)
         return sums[..., : o.keys.shape[2] - window]
 
 

@@ -1,0 +1,155 @@
+"""What the entries of a sweep cost: bytes of the cache, time of the prefill and of a generated token."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from restkv_jax.cache import cache_bytes
+from restkv_jax.evaluate.accuracy import pad_left
+from restkv_jax.evaluate.grid import Entry, Grid, is_file, parse_method, policies
+from restkv_jax.evaluate.results import Cost, Costs, Rate
+from restkv_jax.evaluate.sweep import Loaded, Place, Prompts, Work, answer_batch, places, prompts_of
+from restkv_jax.generate import bucket_length, decode_step, generate, prefill, prefill_each
+from restkv_jax.methods import full
+from restkv_jax.policy import EvictionPolicy
+
+NEW_TOKENS = 16
+"""Room for new tokens in the caches that are measured, and tokens that are timed."""
+REPEATS = 3
+MOST_RATED = 5
+
+
+def measure_costs(
+    loaded: Loaded, grid: Grid, batch_size: int, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> Costs:
+    """Measures bytes and times on prompts of the grid's first task, at each of its lengths.
+
+    Bytes are of one prompt's cache with room for 16 tokens, from shapes alone. Times are medians after compilation, of
+    a batch: of the prefill for the smallest budget of each method without options, and of a generated token for every
+    budget; caches of one shape take one time. Rates are of one batch at the smallest length, with the first budget of
+    the first five methods.
+
+    Args:
+      loaded: what to measure.
+      grid: its lengths, methods and budgets count.
+      batch_size: prompts at once.
+      show: wraps the iteration over lengths, for progress.
+    """
+    made = [place for place in places(grid, loaded.tokenizer) if not is_file(place.task)]
+    by_length = {place.length: place for place in reversed(made)}
+    found: list[Cost] = []
+    for length in show(sorted(by_length)):
+        told = prompts_of(grid, loaded.tokenizer, by_length[length])
+        tokens, mask = _one_batch(told, batch_size)
+        found += _costs_at(loaded, policies(grid, length), length, tokens, mask)
+    rates = _rates(loaded, grid, by_length[min(by_length)], batch_size) if by_length else ()
+    return Costs(jax.devices()[0].device_kind, tuple(found), rates)
+
+
+def _one_batch(told: Prompts, batch_size: int) -> tuple[Array, Array]:
+    numbers = told.batches(batch_size)[0]
+    rows = [told.encoded[numbers[i % len(numbers)]] for i in range(batch_size)]
+    return pad_left(rows, bucket_length(max(map(len, rows))))
+
+
+def _costs_at(loaded: Loaded, entries: dict[Entry, EvictionPolicy], length: int, tokens, mask) -> list[Cost]:
+    """The costs of all entries for one batch."""
+    model, params, _ = loaded
+    shapes = {entry: _cache_shapes(loaded, policy, tokens, mask) for entry, policy in entries.items()}
+    everything = cache_bytes(_cache_shapes(loaded, full(), tokens, mask))
+    plain = {entry: policy for entry, policy in entries.items() if not parse_method(entry.method).options}
+    seconds = _token_seconds(loaded, plain, shapes, tokens, mask)
+    prefills = {}
+    for entry, policy in plain.items():
+        if entry.method not in {e.method for e in prefills}:
+            run = lambda policy=policy: prefill(model, params, tokens, mask, policy, NEW_TOKENS)  # noqa: E731
+            prefills[entry] = _median_seconds(run)
+    return [
+        Cost(
+            length,
+            entry.label,
+            cache_bytes(shapes[entry]) // len(tokens),
+            cache_bytes(shapes[entry]) / everything,
+            prefills.get(entry),
+            seconds.get(_structure(shapes[entry])) if entry in plain else None,
+        )
+        for entry in entries
+    ]
+
+
+def _cache_shapes(loaded: Loaded, policy: EvictionPolicy, tokens: Array, mask: Array) -> Any:
+    def shapes(params, tokens, mask):
+        return prefill(loaded.model, params, tokens, mask, policy, NEW_TOKENS)[1]
+
+    with warnings.catch_warnings(action="ignore"):
+        return jax.eval_shape(shapes, loaded.params, tokens, mask)
+
+
+def _structure(shapes: Any) -> tuple:
+    leaves, treedef = jax.tree.flatten(shapes)
+    return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+def _token_seconds(loaded: Loaded, entries, shapes, tokens, mask) -> dict[tuple, float]:
+    """Seconds of a generated token of a batch, by the structure of the cache."""
+    by_structure = {_structure(shapes[entry]): policy for entry, policy in entries.items()}
+    kept = tuple(by_structure.values())
+    scores, caches = prefill_each(loaded.model, loaded.params, tokens, mask, kept, NEW_TOKENS)
+    token = scores.argmax(-1).astype(np.int32)
+    found = {}
+    for structure, policy, cache in zip(by_structure, kept, caches, strict=True):
+        times = []
+        for _ in range(NEW_TOKENS):
+            start = time.perf_counter()
+            _, cache = jax.block_until_ready(decode_step(loaded.model, loaded.params, token, cache, policy))
+            times.append(time.perf_counter() - start)
+        found[structure] = float(np.median(times))
+    return found
+
+
+def _rates(loaded: Loaded, grid: Grid, place: Place, batch_size: int) -> tuple[Rate, ...]:
+    """Prompts per second in a batch, one at a time, and one at a time for each method."""
+    told = prompts_of(grid, loaded.tokenizer, place)
+    batch = told.batches(batch_size)[0]
+    first: dict[str, tuple[Entry, EvictionPolicy]] = {}
+    for entry, policy in policies(grid, place.length).items():
+        first.setdefault(entry.method, (entry, policy))
+    entries = dict(list(first.values())[:MOST_RATED])
+    lengths = {i: pad_left([told.encoded[i]], bucket_length(len(told.encoded[i]))) for i in batch}
+
+    def one_by_one():
+        for i in batch:
+            answer_batch(loaded, entries, told, [i], Work(1))
+
+    def one_by_one_for_each():
+        for policy in entries.values():
+            for tokens, mask in lengths.values():
+                generate(
+                    loaded.model, loaded.params, tokens, mask, policy, told.max_new_tokens
+                ).tokens.block_until_ready()
+
+    names = f"{len(entries)} methods"
+    ways = {
+        f"batches of {len(batch)}, {names} from one prefill": lambda: answer_batch(
+            loaded, entries, told, batch, Work(len(batch))
+        ),
+        f"one prompt at a time, {names} from one prefill": one_by_one,
+        f"one prompt and one method at a time, {names}": one_by_one_for_each,
+    }
+    return tuple(Rate(how, len(batch) / _median_seconds(run, repeats=1)) for how, run in ways.items())
+
+
+def _median_seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Median wall time after a first call, which compiles."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))

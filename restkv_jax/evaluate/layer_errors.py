@@ -1,0 +1,52 @@
+"""How far the layers' attention moves with each entry of a sweep: a measure that needs no answers."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from restkv_jax.evaluate.accuracy import pad_left
+from restkv_jax.evaluate.grid import Grid, is_file, policies
+from restkv_jax.evaluate.reconstruction import reconstruction_errors
+from restkv_jax.evaluate.results import LayerErrors
+from restkv_jax.evaluate.sweep import Loaded, Prompts, places, prompts_of
+from restkv_jax.generate import bucket_length
+
+
+def measure_layer_errors(
+    loaded: Loaded, grid: Grid, batch_size: int, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> tuple[LayerErrors, ...]:
+    """`reconstruction_errors` of all entries for one batch of prompts of every task and length, over their answers.
+
+    Entries that evict while they generate have none, since what they keep of the prompt changes.
+
+    Args:
+      loaded: what to measure.
+      grid: its tasks, lengths and entries count; of several depths the first.
+      batch_size: prompts of a batch.
+      show: wraps the iteration over tasks and lengths, for progress.
+    """
+    first: dict[tuple[str, int], Any] = {}
+    for place in places(grid, loaded.tokenizer):
+        if not is_file(place.task):
+            first.setdefault((place.task, place.length), place)
+    found = []
+    for task, length in show(list(first)):
+        told = prompts_of(grid, loaded.tokenizer, first[task, length])
+        rows, num_following = _texts(loaded.tokenizer, told, batch_size)
+        entries = {e.label: p for e, p in policies(grid, length).items() if not p.while_generating}
+        tokens, mask = pad_left(rows, bucket_length(max(map(len, rows)) - num_following) + num_following)
+        errors = reconstruction_errors(
+            loaded.model, loaded.params, tokens, mask, tuple(entries.values()), num_following
+        )
+        means = np.asarray(errors.mean(-1), np.float64).round(6).tolist()
+        found += [LayerErrors(task, length, label, tuple(row)) for label, row in zip(entries, means, strict=True)]
+    return tuple(found)
+
+
+def _texts(tokenizer: Any, told: Prompts, batch_size: int) -> tuple[list[list[int]], int]:
+    """Tokens of prompts with as many tokens of their answers as the shortest answer has, and that number."""
+    numbers = told.batches(batch_size)[0]
+    answers = [tokenizer(told.prompts[i].continuation, add_special_tokens=False)["input_ids"] for i in numbers]
+    shortest = min(map(len, answers))
+    return [told.encoded[i] + answer[:shortest] for i, answer in zip(numbers, answers, strict=True)], shortest
