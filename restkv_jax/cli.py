@@ -1,4 +1,4 @@
-"""The command line: `restkv generate`, `restkv methods`, `restkv plot`, `restkv pod`."""
+"""The command line: `restkv generate`, `restkv methods`, `restkv plot`, `restkv pod`, `restkv lm-eval`."""
 
 import dataclasses
 import importlib.metadata
@@ -47,6 +47,7 @@ commands:
   methods    list the methods, their references and their options
   plot       draw which positions of a prompt are kept and which are evicted
   pod        share keys of distant tokens across layers: `restkv pod --help`
+  lm-eval    run tasks of lm-evaluation-harness on a small cache, with its own options: `restkv lm-eval run --help`
 
 `restkv COMMAND --help` lists a command's options."""
 
@@ -95,7 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _find_command(args: list[str]) -> Callable[[Sequence[str]], None]:
-    commands = {"generate": run_generate, "methods": run_methods, "plot": run_plot, "pod": run_pod}
+    commands = {
+        "generate": run_generate,
+        "methods": run_methods,
+        "plot": run_plot,
+        "pod": run_pod,
+        "lm-eval": run_lm_eval,
+    }
     if args and args[0] in ("--help", "-h"):
         return lambda rest: print(USAGE)
     if args and args[0] == "--version":
@@ -125,6 +132,17 @@ def run_pod(args: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise UsageError(f"`restkv pod` needs the package {error.name!r}: pip install 'restkv-jax[train]'") from error
     cli.run_pod(args)
+
+
+def run_lm_eval(args: Sequence[str]) -> None:
+    """`restkv lm-eval`: the command of lm-evaluation-harness with `restkv` among its models."""
+    try:
+        from restkv_jax.evaluate import harness_command
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"`restkv lm-eval` needs the package {error.name!r}: pip install 'restkv-jax[harness]'"
+        ) from error
+    harness_command.run_lm_eval(args)
 
 
 def run_methods(args: Sequence[str]) -> None:
