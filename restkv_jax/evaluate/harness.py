@@ -63,7 +63,7 @@ class RestKV(TemplateLM):
 
     Contexts and prompts are read with the method's eviction; answers are generated, and continuations scored token by
     token, on what is left. Whole texts (`loglikelihood_rolling`) have no context to evict and are read with plain
-    attention. A budget in percent refers to each prompt's own tokens, rounded down by less than a sixteenth and at
+    attention. A budget in percent refers to each prompt's own tokens, rounded down by less than an eighth and at
     least the method's window and one slot more. Prompts of one `bucket_length` and budget go through one compiled
     program, longest first, in batches that give what each prompt gives alone. Prompts that leave no room for the
     answer within `max_length` are cut from the left.

@@ -10,8 +10,8 @@ import tyro
 from restkv_jax.options import Budget, UsageError, make_policy, options_of_method, parse
 from restkv_jax.policy import EvictionPolicy
 
-FINENESS = 4
-"""Bits of a percentage budget that count: slots are rounded down by less than 1 in 2 ** FINENESS."""
+FINENESS = 3
+"""Bits of a percentage budget that count after the first: slots are rounded down by less than 1 in 2 ** FINENESS."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _check_range(general: ModelArgs) -> None:
 def policy_for(parsed: Parsed, num_tokens: int) -> EvictionPolicy:
     """The policy for a prompt of this many tokens.
 
-    A percentage refers to the prompt's own tokens. It is rounded down by less than a sixteenth, so that prompts of
+    A percentage refers to the prompt's own tokens. It is rounded down by less than an eighth, so that prompts of
     about one length have one policy and share a compiled program; and it is at least `least_slots`.
 
     Raises:
