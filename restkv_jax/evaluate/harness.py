@@ -247,7 +247,7 @@ class RestKV(TemplateLM):
         """The text before the first stop string or end token, and whether there is one."""
         added = self.tokenizer.get_added_vocab()
         ends = {*self.model.config.eos_token_ids, self.eot_token_id, *(added[stop] for stop in until if stop in added)}
-        places = np.flatnonzero(np.isin(tokens, list(ends)))
+        places = np.flatnonzero(np.isin(tokens, [token for token in ends if token is not None]))
         text = self.tokenizer.decode(tokens[: places[0]] if places.size else tokens, skip_special_tokens=True)
         cut = postprocess_generated_text(text, until, None)
         return cut, bool(places.size) or cut != text
