@@ -1,6 +1,7 @@
-"""The command line: `restkv generate`, `methods`, `plot`, `evaluate`, `report`, `pod`."""
+"""The command line: `restkv generate` and the other commands, with those of the extras."""
 
 import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 import os
@@ -48,6 +49,7 @@ commands:
   plot       draw which positions of a prompt are kept and which are evicted
   evaluate   measure tasks x methods x budgets x lengths in one sweep, with a report
   report     write the report of a sweep as HTML, Markdown and pictures
+  lm-eval    run tasks of lm-evaluation-harness on a small cache, with its own options: `restkv lm-eval run --help`
   pod        share keys of distant tokens across layers: `restkv pod --help`
 
 `restkv COMMAND --help` lists a command's options."""
@@ -101,9 +103,10 @@ def _find_command(args: list[str]) -> Callable[[Sequence[str]], None]:
         "generate": run_generate,
         "methods": run_methods,
         "plot": run_plot,
-        "evaluate": run_evaluate,
-        "report": run_report,
-        "pod": run_pod,
+        "evaluate": _of_extra("evaluate", "evaluate.cli", "eval"),
+        "report": _of_extra("report", "evaluate.cli", "eval"),
+        "lm-eval": _of_extra("lm-eval", "evaluate.harness_command", "harness"),
+        "pod": _of_extra("pod", "pod.cli", "train"),
     }
     if args and args[0] in ("--help", "-h"):
         return lambda rest: print(USAGE)
@@ -127,32 +130,18 @@ def run_generate(args: Sequence[str]) -> None:
         Console().print(_cost_table(loaded, options.method, policy, options.max_new_tokens, timing))
 
 
-def run_evaluate(args: Sequence[str]) -> None:
-    """`restkv evaluate`: the sweep of `restkv_jax.evaluate`."""
-    _evaluate_commands("evaluate").run_evaluate(args)
+def _of_extra(command: str, module: str, extra: str) -> Callable[[Sequence[str]], None]:
+    """A command whose module needs the packages of an extra: they are imported when it runs."""
 
+    def run(args: Sequence[str]) -> None:
+        try:
+            found = importlib.import_module(f"restkv_jax.{module}")
+        except ModuleNotFoundError as error:
+            needed = f"`restkv {command}` needs the package {error.name!r}"
+            raise UsageError(f"{needed}: pip install 'restkv-jax[{extra}]'") from error
+        getattr(found, f"run_{command.replace('-', '_')}")(args)
 
-def run_report(args: Sequence[str]) -> None:
-    """`restkv report`: the report of a sweep."""
-    _evaluate_commands("report").run_report(args)
-
-
-def _evaluate_commands(name: str) -> Any:
-    """The commands that need the packages of the extra `eval`."""
-    try:
-        from restkv_jax.evaluate import cli
-    except ModuleNotFoundError as error:
-        raise UsageError(f"`restkv {name}` needs the package {error.name!r}: pip install 'restkv-jax[eval]'") from error
-    return cli
-
-
-def run_pod(args: Sequence[str]) -> None:
-    """`restkv pod`: the commands of `restkv_jax.pod`, which need the packages of the extra `train`."""
-    try:
-        from restkv_jax.pod import cli
-    except ModuleNotFoundError as error:
-        raise UsageError(f"`restkv pod` needs the package {error.name!r}: pip install 'restkv-jax[train]'") from error
-    cli.run_pod(args)
+    return run
 
 
 def run_methods(args: Sequence[str]) -> None:

@@ -9,8 +9,16 @@ from restkv_jax.models import Decoder, load_model
 from restkv_jax.options import UsageError
 
 
-def load_checkpoint(model: str | None, dtype: str) -> tuple[Decoder, Any, Any]:
-    """`load_model` for `--model` and `--dtype`; "auto" is bfloat16, but float32 on a CPU, slow with bfloat16.
+def load_checkpoint(
+    model: str | None, dtype: str, option: str = "--model", without_tokenizer: bool = False
+) -> tuple[Decoder, Any, Any]:
+    """`load_model` for an option and `--dtype`; "auto" is bfloat16, but float32 on a CPU, slow with bfloat16.
+
+    Args:
+      model: directory or id; None is the model that comes with the package.
+      dtype: name of a dtype, or "auto".
+      option: what names the model, for messages.
+      without_tokenizer: whether a model without a tokenizer will do.
 
     Raises:
       UsageError: a model that cannot be loaded, or one without a tokenizer.
@@ -22,7 +30,7 @@ def load_checkpoint(model: str | None, dtype: str) -> tuple[Decoder, Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         name = "" if model is None else f" {model!r}"
         reason = str(error).removeprefix(f"path_or_id={model!r} ")
-        raise UsageError(f"--model{name} cannot be loaded: {reason}") from error
-    if tokenizer is None:
-        raise UsageError(f"--model {model!r} has no tokenizer; add its tokenizer.json to the directory")
+        raise UsageError(f"{option}{name} cannot be loaded: {reason}") from error
+    if tokenizer is None and not without_tokenizer:
+        raise UsageError(f"{option} {model!r} has no tokenizer; add its tokenizer.json to the directory")
     return loaded, params, tokenizer

@@ -1,0 +1,320 @@
+"""Models with an evicted cache for lm-evaluation-harness: importing this file registers `restkv`."""
+
+import importlib.resources
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    Collator,
+    has_bos_prefix,
+    maybe_truncate,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from restkv_jax.checks import check_sampling
+from restkv_jax.evaluate.accuracy import pad_left
+from restkv_jax.evaluate.blocks import stream_blocks
+from restkv_jax.evaluate.likelihood import score_continuation, score_text
+from restkv_jax.evaluate.model_args import ModelArgs, parse_model_args, policy_for
+from restkv_jax.generate import bucket_length
+from restkv_jax.loading import load_checkpoint
+from restkv_jax.options import UsageError, as_usage_error
+from restkv_jax.policy import EvictionPolicy
+
+EMBEDDED = str(importlib.resources.files("restkv_jax") / "embedded")
+"""The directory of the model that comes with the package, for tasks that load a tokenizer by `pretrained`."""
+
+SAMPLING = ("temperature", "top_k", "top_p")
+GEN_KWARGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
+"""What tasks and `--gen_kwargs` may say about generation."""
+
+
+class Scored(NamedTuple):
+    """A continuation to score: its place among the requests, both texts, and token ids of context and continuation."""
+
+    index: int
+    texts: tuple[str, str] | None
+    context: list[int]
+    continuation: list[int]
+
+
+class Prompted(NamedTuple):
+    """A prompt to go on from: its place among the requests, its text and options, token ids, the most new tokens."""
+
+    index: int
+    arguments: tuple[str, dict]
+    tokens: list[int]
+    options: dict[str, Any]
+    max_new_tokens: int
+
+
+@register_model("restkv")
+class RestKV(TemplateLM):
+    """A Llama-family model whose cache keeps a budget of each prompt, for `lm_eval.simple_evaluate(model="restkv")`.
+
+    Contexts and prompts are read with the method's eviction; answers are generated, and continuations scored token by
+    token, on what is left. Whole texts (`loglikelihood_rolling`) have no context to evict and are read with plain
+    attention. A budget in percent refers to each prompt's own tokens, rounded down by less than an eighth and at
+    least the method's window and one slot more. Prompts of one `bucket_length` and budget go through one compiled
+    program, longest first, in batches that give what each prompt gives alone. Prompts that leave no room for the
+    answer within `max_length` are cut from the left.
+
+    Args:
+      device: not looked at, as the harness always gives one; JAX chooses, or the variable `JAX_PLATFORMS`.
+      max_batch_size: refused; batches have `batch_size` prompts.
+      trust_remote_code: for the tasks' data sets; a model's own code is never run.
+      model_args: the fields of `restkv_jax.evaluate.model_args.ModelArgs` and the method's options.
+
+    Raises:
+      UsageError: an unknown method or option, or a model that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        trust_remote_code: bool = False,
+        **model_args: Any,
+    ):
+        super().__init__()
+        if max_batch_size is not None:
+            raise UsageError(f"max_batch_size={max_batch_size} is not for this model; give batch_size")
+        self.parsed = parse_model_args(model_args)
+        args = self.parsed.general
+        self.model, self.params, self.tokenizer = load_model_of(args)
+        self.max_length = args.max_length or self.model.config.max_position_embeddings
+        self.batch_size = args.batch_size
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "RestKV":
+        """The model from `model_args`, which go before the harness's own settings, such as its batch size of 1."""
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**(given | arg_dict))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "RestKV":
+        """As `create_from_arg_obj`, from `name=value,name=value`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        ids = self.model.config.eos_token_ids
+        return ids[0] if self.tokenizer.eos_token_id is None and ids else self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the harness's cache of requests."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation in the tokenizer's own template."""
+        with as_usage_error("--apply_chat_template: "):
+            return self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Token ids; unless told, with the tokenizer's special tokens where the text does not begin with them."""
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.bos_token)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        items = [self._fit(Scored(i, *request)) for i, request in enumerate(requests)]
+        batches = self._batches(items, lambda item: (_power(len(item.continuation)),), lambda item: item.context)
+        results: list[Any] = [None] * len(items)
+        for policy, batch in self._progress(batches, len(items), disable_tqdm):
+            for item, result in zip(batch, self._score(batch, policy), strict=True):
+                results[item.index] = result
+                self.cache_hook.add_partial("loglikelihood", item.texts, result)
+        return results
+
+    def _fit(self, item: Scored) -> Scored:
+        """Cuts from the left what exceeds `max_length`; one token of context stays."""
+        continuation = item.continuation[-self.max_length :]
+        # the last token is not read
+        context, _ = maybe_truncate(item.context or [self.prefix_token_id], len(continuation) - 1, self.max_length)
+        return item._replace(context=context, continuation=continuation)
+
+    def _score(self, batch: Sequence[Scored], policy: EvictionPolicy) -> Iterable[tuple[float, bool]]:
+        length = bucket_length(max(len(item.context) for item in batch))
+        rows = _filled(batch, self.batch_size)
+        tokens, mask = pad_left([item.context for item in rows], length)
+        continuation = np.zeros((len(rows), _power(max(len(item.continuation) for item in rows))), np.int32)
+        for row, item in zip(continuation, rows, strict=True):
+            row[: len(item.continuation)] = item.continuation
+        found = score_continuation(self.model, self.params, tokens, mask, continuation, policy)
+        log_probabilities, is_greedy = (np.asarray(x) for x in found)
+        for b, item in enumerate(batch):
+            count = len(item.continuation)
+            yield float(log_probabilities[b, :count].sum(dtype=np.float64)), bool(is_greedy[b, :count].all())
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts in windows of `max_length` tokens, under plain attention."""
+        windows = [
+            Scored(i, None, *make_disjoint_window(window))
+            for i, request in enumerate(requests)
+            for window in get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+            )
+        ]
+        collator = Collator(
+            windows,
+            lambda item: -_window_length(item),
+            lambda item: (bucket_length(_window_length(item)),),
+            group_by="gen_kwargs",
+        )
+        totals = [0.0] * len(requests)
+        for batch in self._progress(collator.get_batched(self.batch_size), len(windows), disable_tqdm, count=len):
+            for item, total in zip(batch, self._score_windows(batch), strict=True):
+                totals[item.index] += total
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _score_windows(self, batch: Sequence[Scored]) -> list[float]:
+        length = bucket_length(max(map(_window_length, batch)))
+        rows = [item.context + item.continuation for item in _filled(batch, self.batch_size)]
+        tokens, mask = pad_left([row[:-1] for row in rows], length)
+        targets, _ = pad_left([row[1:] for row in rows], length)
+        log_probabilities = np.asarray(score_text(self.model, self.params, tokens, mask, targets).log_probabilities)
+        return [
+            float(log_probabilities[b, -len(item.continuation) :].sum(dtype=np.float64)) for b, item in enumerate(batch)
+        ]
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Texts that follow the prompts, up to a stop string, the end of the text or `max_gen_toks` tokens."""
+        items = [self._prompted(i, *request.args) for i, request in enumerate(requests)]
+        batches = self._batches(items, lambda item: (item.max_new_tokens, repr(item.options)), lambda item: item.tokens)
+        texts = [""] * len(items)
+        for policy, batch in self._progress(batches, len(items), disable_tqdm):
+            for item, text in zip(batch, self._generate(batch, policy), strict=True):
+                texts[item.index] = text
+                self.cache_hook.add_partial("generate_until", item.arguments, text)
+        return texts
+
+    def _prompted(self, index: int, text: str, given: dict) -> Prompted:
+        options = check_gen_kwargs(given, self.parsed.general.max_gen_toks)
+        wanted = options["max_gen_toks"]
+        if wanted >= self.max_length:
+            raise UsageError(
+                f"max_gen_toks={wanted} leaves no room for a prompt within max_length={self.max_length}; "
+                "lower it, or raise max_length in model_args"
+            )
+        # a text without tokens still needs one to go on from
+        tokens, _ = maybe_truncate(self.tok_encode(text) or [self.prefix_token_id], wanted, self.max_length)
+        return Prompted(index, (text, given), tokens, options, wanted)
+
+    def _generate(self, batch: Sequence[Prompted], policy: EvictionPolicy) -> list[str]:
+        length = bucket_length(max(len(item.tokens) for item in batch))
+        rows = _filled(batch, self.batch_size)
+        tokens, mask = pad_left([item.tokens for item in rows], length)
+        options = batch[0].options
+        keys = sampling = None
+        if options["do_sample"]:
+            key = jax.random.key(self.parsed.general.seed)
+            keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray([item.index for item in rows]))
+            sampling = {name: options.get(name) for name in SAMPLING}
+        so_far = np.zeros((len(rows), 0), np.int32)
+        for block in stream_blocks(
+            self.model, self.params, tokens, mask, policy, batch[0].max_new_tokens, keys, sampling
+        ):
+            so_far = np.concatenate([so_far, block], axis=1)
+            answers = [self._cut(row, options["until"]) for row in so_far[: len(batch)]]
+            if all(ended for _, ended in answers):
+                break
+        return [text for text, _ in answers]
+
+    def _cut(self, tokens: np.ndarray, until: list[str]) -> tuple[str, bool]:
+        """The text before the first stop string or end token, and whether there is one."""
+        added = self.tokenizer.get_added_vocab()
+        ends = {*self.model.config.eos_token_ids, self.eot_token_id, *(added[stop] for stop in until if stop in added)}
+        places = np.flatnonzero(np.isin(tokens, [token for token in ends if token is not None]))
+        text = self.tokenizer.decode(tokens[: places[0]] if places.size else tokens, skip_special_tokens=True)
+        cut = postprocess_generated_text(text, until, None)
+        return cut, bool(places.size) or cut != text
+
+    def _batches(self, items: Sequence[Any], also: Callable[[Any], tuple], tokens_of: Callable[[Any], list[int]]):
+        """Batches of one policy, one bucket and one `also`, each with its policy."""
+        policies = [policy_for(self.parsed, len(tokens_of(item))) for item in items]
+        collator = Collator(
+            items,
+            lambda item: (-len(tokens_of(item)), item.index),
+            lambda item: (bucket_length(len(tokens_of(item))), policies[item.index], *also(item)),
+            group_by="gen_kwargs",
+        )
+        return ((policies[batch[0].index], batch) for batch in collator.get_batched(self.batch_size))
+
+    def _progress(self, batches: Iterable[Any], total: int, disable: bool, count=lambda pair: len(pair[1])):
+        with tqdm(total=total, disable=disable or self.rank != 0, desc="Running requests") as bar:
+            for batch in batches:
+                yield batch
+                bar.update(count(batch))
+
+
+def load_model_of(args: ModelArgs) -> tuple[Any, Any, Any]:
+    """Model, parameters and tokenizer.
+
+    Raises:
+      UsageError: a model or tokenizer that cannot be loaded.
+    """
+    model, params, tokenizer = load_checkpoint(args.pretrained, args.dtype, "pretrained", args.tokenizer is not None)
+    if args.tokenizer is not None:
+        with as_usage_error(f"tokenizer={args.tokenizer!r} cannot be loaded: "):
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    return model, params, tokenizer
+
+
+def check_gen_kwargs(given: dict, max_gen_toks: int) -> dict[str, Any]:
+    """A task's options of generation, normalised by the harness and refused where they would have no effect.
+
+    Args:
+      given: as the task or `--gen_kwargs` gives them.
+      max_gen_toks: most tokens to generate, where they do not say.
+
+    Raises:
+      UsageError: an option that is not supported, or a value out of range.
+    """
+    options = normalize_gen_kwargs(given, max_gen_toks)
+    for name, value in options.items():
+        if name not in GEN_KWARGS and (name, value) != ("num_beams", 1):
+            raise UsageError(f"gen_kwargs: {name}={value!r} is not supported; known: {', '.join(GEN_KWARGS)}")
+    if options["max_gen_toks"] < 1:
+        raise UsageError(f"gen_kwargs: max_gen_toks={options['max_gen_toks']} must be at least 1")
+    if options["do_sample"]:
+        options.setdefault("temperature", 1.0)
+        with as_usage_error("gen_kwargs: "):
+            check_sampling(jax.random.key(0), *(options.get(name) for name in SAMPLING))
+    return options
+
+
+def _window_length(item: Scored) -> int:
+    return len(item.context) + len(item.continuation) - 1
+
+
+def _filled(batch: Sequence[Any], batch_size: int) -> list[Any]:
+    """Repeats the first row up to a power of two or the full batch, so that few batch sizes are compiled."""
+    return [*batch, *[batch[0]] * (min(_power(len(batch)), batch_size) - len(batch))]
+
+
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
