@@ -88,6 +88,12 @@ def test_results_of_another_grid_are_refused(sweep, capsys):
     assert (sweep / "results-0.jsonl").read_text() == before
 
 
+def test_a_length_too_small_for_a_task_is_refused_before_anything_is_measured(tmp_path, capsys):
+    assert evaluate(tmp_path / "out", "--tasks", "single", "common_words", "--lengths", "128") == 2
+    assert "num_tokens=128 cannot hold what task='common_words' asks" in capsys.readouterr().err
+    assert not read_lines(tmp_path / "out")
+
+
 def test_own_prompts_are_bucketed_and_what_cannot_be_read_is_named(tmp_path, capsys):
     own = tmp_path / "own.jsonl"
     values = [{"prompt": f"The answer is {i}. " * (5 + 40 * i), "answers": [str(i)]} for i in range(3)]

@@ -89,7 +89,12 @@ def run_sweep(
       directory: of the results; see `open_sweep`.
       work: how.
       show: called with the prompts done and all prompts of this process, as they grow.
+
+    Raises:
+      ValueError: a length that is too small for a task, before anything is measured.
     """
+    for task, length, depth in grid_places(grid):
+        make_prompts(task, loaded.tokenizer, length, 1, grid.seed, depth)  # refuses a length too small for its task
     path = results_path(directory, work.process)
     drop_broken_line(path)
     done = read_lines(directory)
