@@ -105,7 +105,7 @@ def _find_command(args: list[str]) -> Callable[[Sequence[str]], None]:
         "plot": run_plot,
         "evaluate": _of_extra("evaluate", "evaluate.cli", "eval"),
         "report": _of_extra("report", "evaluate.cli", "eval"),
-        "lm-eval": _of_extra("lm-eval", "evaluate.harness_command", "harness"),
+        "lm-eval": _of_extra("lm-eval", "evaluate.harness.command", "harness"),
         "pod": _of_extra("pod", "pod.cli", "train"),
     }
     if args and args[0] in ("--help", "-h"):

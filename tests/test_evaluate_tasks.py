@@ -27,9 +27,9 @@ from restkv_jax.evaluate import (
     measure_accuracy,
     wilson_interval,
 )
-from restkv_jax.evaluate.prompts import largest_fitting
 from restkv_jax.evaluate.tasks import NOISE
-from restkv_jax.evaluate.words import zeta
+from restkv_jax.evaluate.tasks.prompts import largest_fitting
+from restkv_jax.evaluate.tasks.words import zeta
 
 NEEDLE_TASKS = tuple(name for name, task in TASKS.items() if isinstance(task, Needles))
 ONE_ASKED = tuple(name for name in NEEDLE_TASKS if TASKS[name].asks_one)

@@ -16,9 +16,9 @@ from lm_eval.tasks import TaskManager
 
 import restkv_jax as rk
 from restkv_jax.cli import main
-from restkv_jax.evaluate import harness
 from restkv_jax.evaluate.harness import EMBEDDED, RestKV
-from restkv_jax.evaluate.model_args import parse_model_args, policy_for
+from restkv_jax.evaluate.harness import model as harness
+from restkv_jax.evaluate.harness.model_args import parse_model_args, policy_for
 from restkv_jax.models import hidden_states, logits
 from restkv_jax.options import UsageError
 

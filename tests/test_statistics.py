@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from restkv_jax.evaluate.accuracy import wilson_interval
-from restkv_jax.evaluate.statistics import bootstrap_interval, holm, paired_test
+from restkv_jax.evaluate.report.statistics import bootstrap_interval, holm, paired_test
 
 SCORES = st.lists(st.sampled_from([0, 0.25, 0.5, 0.75, 1]), min_size=1, max_size=12)
 PAIRS = st.lists(st.tuples(*[st.sampled_from([0, 0.2, 0.4, 0.5, 1])] * 2), min_size=1, max_size=9).map(np.array)

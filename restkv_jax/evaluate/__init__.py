@@ -8,11 +8,11 @@ from restkv_jax.evaluate.accuracy import (
     measure_accuracy,
     wilson_interval,
 )
-from restkv_jax.evaluate.needles import Chain, Needles
-from restkv_jax.evaluate.prompts import Prompt, Task
 from restkv_jax.evaluate.reconstruction import reconstruction_errors
 from restkv_jax.evaluate.tasks import TASKS, make_prompts
-from restkv_jax.evaluate.words import CommonWords, FrequentWords
+from restkv_jax.evaluate.tasks.needles import Chain, Needles
+from restkv_jax.evaluate.tasks.prompts import Prompt, Task
+from restkv_jax.evaluate.tasks.words import CommonWords, FrequentWords
 
 __all__ = [
     "TASKS",

@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import setup_logging
 
 from restkv_jax.evaluate.harness import EMBEDDED
-from restkv_jax.evaluate.model_args import parse_model_args
+from restkv_jax.evaluate.harness.model_args import parse_model_args
 from restkv_jax.options import UsageError
 
 

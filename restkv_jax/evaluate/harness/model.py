@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 
 from restkv_jax.checks import check_sampling
 from restkv_jax.evaluate.accuracy import pad_left
-from restkv_jax.evaluate.blocks import stream_blocks
-from restkv_jax.evaluate.likelihood import score_continuation, score_text
-from restkv_jax.evaluate.model_args import ModelArgs, parse_model_args, policy_for
+from restkv_jax.evaluate.harness.blocks import stream_blocks
+from restkv_jax.evaluate.harness.likelihood import score_continuation, score_text
+from restkv_jax.evaluate.harness.model_args import ModelArgs, parse_model_args, policy_for
 from restkv_jax.generate import bucket_length
 from restkv_jax.loading import load_checkpoint
 from restkv_jax.options import UsageError, as_usage_error
@@ -72,7 +72,7 @@ class RestKV(TemplateLM):
       device: not looked at, as the harness always gives one; JAX chooses, or the variable `JAX_PLATFORMS`.
       max_batch_size: refused; batches have `batch_size` prompts.
       trust_remote_code: for the tasks' data sets; a model's own code is never run.
-      model_args: the fields of `restkv_jax.evaluate.model_args.ModelArgs` and the method's options.
+      model_args: the fields of `restkv_jax.evaluate.harness.model_args.ModelArgs` and the method's options.
 
     Raises:
       UsageError: an unknown method or option, or a model that cannot be loaded.

@@ -6,8 +6,8 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from restkv_jax.evaluate.prompts import Draft
-from restkv_jax.evaluate.vocabulary import adjectives, nouns
+from restkv_jax.evaluate.tasks.prompts import Draft
+from restkv_jax.evaluate.tasks.vocabulary import adjectives, nouns
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic numbers for {key} is: {value}."

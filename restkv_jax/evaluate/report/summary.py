@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from restkv_jax.evaluate.grid import Entry, Grid, entries, parse_method
+from restkv_jax.evaluate.report.statistics import Interval, bootstrap_interval, holm, paired_test
 from restkv_jax.evaluate.results import Results
-from restkv_jax.evaluate.statistics import Interval, bootstrap_interval, holm, paired_test
 
 SIGNIFICANT = 0.05
 """Corrected p values below this are called differences."""

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from restkv_jax.evaluate.grid import Entry, Grid, entries
-from restkv_jax.evaluate.results import Cost, Costs, LayerErrors
-from restkv_jax.evaluate.summary import (
+from restkv_jax.evaluate.report.summary import (
     SIGNIFICANT,
     ByPrompt,
     Comparison,
@@ -20,7 +19,8 @@ from restkv_jax.evaluate.summary import (
     rank_within,
     variant_entries,
 )
-from restkv_jax.evaluate.units import BYTES, SECONDS, Unit, text_of
+from restkv_jax.evaluate.report.units import BYTES, SECONDS, Unit, text_of
+from restkv_jax.evaluate.results import Cost, Costs, LayerErrors
 
 FROM_FULL, FROM_BEST = "†", "‡"
 """Marks of a score that differs from the full cache's, and from the best one of its budget."""

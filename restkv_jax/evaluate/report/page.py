@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import jinja2
 from matplotlib.figure import Figure
 
-from restkv_jax.evaluate.descriptions import describe
 from restkv_jax.evaluate.grid import Grid, grid_places, is_file
-from restkv_jax.evaluate.plots import plot_accuracy, plot_costs, plot_needle_map
-from restkv_jax.evaluate.results import Results, read_results
-from restkv_jax.evaluate.summary import (
+from restkv_jax.evaluate.report.descriptions import describe
+from restkv_jax.evaluate.report.plots import plot_accuracy, plot_costs, plot_needle_map
+from restkv_jax.evaluate.report.summary import (
     SIGNIFICANT,
     Estimates,
     base_entries,
@@ -26,7 +25,7 @@ from restkv_jax.evaluate.summary import (
     rank_overall,
     variant_entries,
 )
-from restkv_jax.evaluate.tables import (
+from restkv_jax.evaluate.report.tables import (
     FROM_BEST,
     FROM_FULL,
     cost_tables,
@@ -37,6 +36,7 @@ from restkv_jax.evaluate.tables import (
     score_tables,
     variant_tables,
 )
+from restkv_jax.evaluate.results import Results, read_results
 from restkv_jax.options import UsageError
 
 TITLE = "What evicting the KV cache costs in answers"

@@ -11,7 +11,7 @@ from restkv_jax.evaluate.tasks import (
     TRACKING_QUESTION,
     join_keys,
 )
-from restkv_jax.evaluate.words import COMMON_WORDS, FREQUENT_WORDS
+from restkv_jax.evaluate.tasks.words import COMMON_WORDS, FREQUENT_WORDS
 
 KEYS = ("quick-fox", "calm-river", "brave-lamp", "sour-violin")
 VALUES = ("4821937", "1302856", "7745190", "2968314")

@@ -8,8 +8,8 @@ import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from restkv_jax.evaluate.prompts import Draft
-from restkv_jax.evaluate.vocabulary import plain_words
+from restkv_jax.evaluate.tasks.prompts import Draft
+from restkv_jax.evaluate.tasks.vocabulary import plain_words
 
 COMMON_WORDS = (
     "Below is a numbered list of words. In these words, some appear more often than others. "

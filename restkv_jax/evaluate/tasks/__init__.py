@@ -6,7 +6,7 @@ import functools
 import random
 from typing import Any
 
-from restkv_jax.evaluate.needles import (
+from restkv_jax.evaluate.tasks.needles import (
     ASSIGNMENT,
     MANY_HEADER,
     MANY_QUESTION,
@@ -21,9 +21,9 @@ from restkv_jax.evaluate.needles import (
     Needles,
     join_keys,
 )
-from restkv_jax.evaluate.prompts import Draft, Prompt, Task, largest_fitting
-from restkv_jax.evaluate.vocabulary import adjectives, nouns
-from restkv_jax.evaluate.words import CommonWords, FrequentWords
+from restkv_jax.evaluate.tasks.prompts import Draft, Prompt, Task, largest_fitting
+from restkv_jax.evaluate.tasks.vocabulary import adjectives, nouns
+from restkv_jax.evaluate.tasks.words import CommonWords, FrequentWords
 
 __all__ = [
     "ASSIGNMENT",
