@@ -137,6 +137,8 @@ def _of_extra(command: str, module: str, extra: str) -> Callable[[Sequence[str]]
         try:
             found = importlib.import_module(f"restkv_jax.{module}")
         except ModuleNotFoundError as error:
+            if error.name.startswith("restkv_jax"):
+                raise
             needed = f"`restkv {command}` needs the package {error.name!r}"
             raise UsageError(f"{needed}: pip install 'restkv-jax[{extra}]'") from error
         getattr(found, f"run_{command.replace('-', '_')}")(args)

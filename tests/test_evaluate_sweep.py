@@ -181,6 +181,10 @@ def test_a_file_that_is_no_grid_is_refused(tmp_path, text, message):
 def test_options_of_methods_are_names_or_python_values():
     assert parse_method("restkv(temporal=mean, alpha=0.5)") == ("restkv", {"temporal": "mean", "alpha": 0.5})
     assert parse_method("laprox") == ("laprox", {})
+    grid = Grid(methods=("restkv(refit=0.1, window=8)", "laprox(candidates=300, page_size=8)"), budgets=("64",))
+    refitted, laprox = policies(grid, 1024).values()
+    assert refitted == rk.restkv(64, window=8).replace(refit=rk.LeastSquares(0.1))
+    assert laprox == rk.laprox(64).replace(candidates=300, page_size=8)
 
 
 def test_the_commands_for_a_tpu_vm_are_those_that_there_are():

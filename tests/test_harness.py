@@ -284,4 +284,4 @@ def test_command_on_needles_with_the_embedded_model(capsys):
     assert main(["lm-eval", *args, "--metadata", '{"max_seq_lengths":[512]}', "--batch_size", "2"]) == 0
     out, _ = capsys.readouterr()
     assert EMBEDDED in out
-    assert "|niah_single_1|1|none|0|512||1|" in out.replace(" ", "")
+    assert "|none|0|512||1|" in out.replace(" ", "")

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from restkv_jax.cli import main
 from restkv_jax.evaluate.grid import Entry, Grid, entries
-from restkv_jax.evaluate.report import missing_prompts, rerun_command, write_report
+from restkv_jax.evaluate.report import write_report
+from restkv_jax.evaluate.report.page import missing_prompts, rerun_command
 from restkv_jax.evaluate.report.plots import FULL_COLOR, plot_accuracy, plot_costs, plot_needle_map
 from restkv_jax.evaluate.report.summary import Place, collect, compare_variants, estimate, rank_within, variant_entries
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, text_of

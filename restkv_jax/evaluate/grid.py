@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from restkv_jax.evaluate.tasks import TASKS
 from restkv_jax.options import UsageError, as_usage_error, find_method, parse_budget, suggest
 from restkv_jax.policy import EvictionPolicy
+from restkv_jax.refit import LeastSquares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Grid:
 
     Args:
       tasks: names in `TASKS`, or files of own prompts: JSON lines with "prompt" and "answers".
-      methods: names in `METHODS`, with options in parentheses: `restkv(temporal=mean)`. "full" has no budgets.
+      methods: names in `METHODS`, with options in parentheses: `restkv(temporal=mean)`; besides the method's own,
+        `refit=0.01` (the ridge of the least squares), `candidates` and `page_size`. "full" has no budgets.
       budgets: slots per layer and KV head, such as "128" or "5%" of the length.
       lengths: tokens of the prompts that tasks make.
       depths: where the needle stands, from 0 to 1; with any, tasks with one needle are measured at each, as for a map.
@@ -44,6 +46,10 @@ class Method(NamedTuple):
 
     name: str
     options: dict[str, Any]
+
+
+POLICY_OPTIONS = ("refit", "candidates", "page_size")
+"""Fields of a policy that any method takes as options here; `refit` by the ridge of its least squares."""
 
 
 class Entry(NamedTuple):
@@ -114,7 +120,7 @@ def entries(grid: Grid) -> list[Entry]:
 def policies(grid: Grid, length: int) -> dict[Entry, EvictionPolicy]:
     """The policies of a sweep for prompts of `length` tokens.
 
-    A window that the method has by default shrinks to half of a small budget, and so does a page.
+    A window that the method has by default shrinks to half of a small budget.
 
     Raises:
       UsageError: options or budgets that a method refuses.
@@ -128,16 +134,15 @@ def make_policy_of(entry: Entry, length: int) -> EvictionPolicy:
     preset, options = find_method(method.name), dict(method.options)
     parameters = inspect.signature(preset).parameters
     prefix = f"method {entry.label!r} at {length:,} tokens: "
+    changes = {name: options.pop(name) for name in POLICY_OPTIONS if name in options}
     if entry.budget is not None:
         options["budget"] = slots = parse_budget(entry.budget).slots(length)
         if "window" in parameters and "window" not in options:
             options["window"] = max(1, min(parameters["window"].default, slots // 2))
     try:
-        policy = preset(**options)
-        smaller = policy.page_size
-        while policy.budget is not None and smaller > policy.budget:
-            smaller //= 2
-        return policy if smaller == policy.page_size else policy.replace(page_size=smaller)
+        if "refit" in changes:
+            changes["refit"] = LeastSquares(changes["refit"])
+        return preset(**options).replace(**changes)
     except (TypeError, ValueError) as error:
         raise UsageError(prefix + str(error)) from error
 
@@ -160,8 +165,8 @@ def parse_method(text: str) -> Method:
     parameters = inspect.signature(find_method(name)).parameters
     options = {}
     for keyword in call.keywords:
-        if keyword.arg not in parameters or keyword.arg == "budget":
-            known = [p for p in parameters if p != "budget"]
+        known = [*(p for p in parameters if p != "budget"), *POLICY_OPTIONS]
+        if keyword.arg not in known:
             raise UsageError(f"method {text!r}: {keyword.arg!r} is no option of {name}; {suggest(keyword.arg, known)}")
         with as_usage_error(f"method {text!r}: "):
             is_name = isinstance(keyword.value, ast.Name)
