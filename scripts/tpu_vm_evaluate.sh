@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Shows the commands that run a sweep of restkv-jax on a TPU VM, or on all hosts of a slice. It creates and runs nothing.
+# Shows the commands that run a sweep of restkv-jax on one TPU VM and on a slice of several hosts. It runs none of them.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 usage: scripts/tpu_vm_evaluate.sh NAME ZONE MODEL [GRID] [BUCKET]
 
-  NAME    of the TPU VM or of the slice
-  ZONE    it is in, such as us-central1-a
+  NAME    of the TPU VM or slice to be
+  ZONE    it is to be in, such as us-central1-a
   MODEL   id of a model on the hub, or a directory that all hosts have
   GRID    YAML file with the grid of the sweep; docs/report/grid.yaml by default
-  BUCKET  gs://... of your own for the results; without it they stay on the hosts
+  BUCKET  gs://... of your own: results are brought from there, and put there every five minutes, so that a preempted
+          sweep goes on; without it they stay on the hosts until they are fetched
 TEXT
 }
 
@@ -19,47 +20,42 @@ if [[ $# -lt 3 || $1 == --help ]]; then
   [[ ${1:-} == --help ]] && exit 0
   exit 2
 fi
-name=$1 zone=$2 model=$3 grid=${4:-docs/report/grid.yaml} bucket=${5:-}
-at="--zone=$(printf %q "$zone")"
-name=$(printf %q "$name")
-sweep="restkv evaluate --grid grid.yaml --model $(printf %q "$model") --output sweep"
-
-cat <<TEXT
-# 1. A TPU VM: one host with 8 chips, or a slice of several hosts (v5litepod-16 has 4).
-gcloud compute tpus tpu-vm create $name $at --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite
-
-# 2. The package and the grid, on every host.
-gcloud compute tpus tpu-vm scp dist/restkv_jax-*.whl $name: $at --worker=all
-gcloud compute tpus tpu-vm scp $(printf %q "$grid") $name:grid.yaml $at --worker=all
-gcloud compute tpus tpu-vm ssh $name $at --worker=all \\
-  --command='python3 -m pip install "\$(ls restkv_jax-*.whl)[tpu,eval]"'
-
-# 3a. One host: its chips share the prompts of a batch, so give a multiple of them.
-gcloud compute tpus tpu-vm ssh $name $at --command="$sweep --batch-size 64"
-
-# 3b. Several hosts: the same command on each; batches are shared out by the number of the process.
-gcloud compute tpus tpu-vm ssh $name $at --worker=all --command="$sweep --batch-size 64 --distributed"
-
-# 4. The same command goes on where a preempted one stopped.
-
-TEXT
+name=$(printf %q "$1") at="--zone=$(printf %q "$2")" model=$(printf %q "$3")
+grid=$(printf %q "${4:-docs/report/grid.yaml}") bucket=${5:-}
+sweep="env/bin/restkv evaluate --grid grid.yaml --model $model --output sweep --batch-size 64"
 if [[ -n $bucket ]]; then
-  cat <<TEXT
-# 5. The results of all hosts in one place, and their report.
-gcloud compute tpus tpu-vm ssh $name $at --worker=all --command="gcloud storage cp sweep/* $bucket/sweep/"
-mkdir -p sweep && gcloud storage cp "$bucket/sweep/*" sweep/
-TEXT
+  keep="gcloud storage rsync sweep $(printf %q "$bucket")/sweep"
+  bring="mkdir -p sweep; gcloud storage rsync $(printf %q "$bucket")/sweep sweep; (while sleep 300; do $keep; done) & "
+  put="; kill \\\$!; $keep"
 else
-  cat <<TEXT
-# 5. The results of all hosts in one place (worker 0, 1, ...), and their report.
-mkdir -p sweep
-gcloud compute tpus tpu-vm scp "$name:sweep/*" sweep/ $at --worker=0
-gcloud compute tpus tpu-vm scp "$name:sweep/results-*.jsonl" sweep/ $at --worker=1
-TEXT
+  bring="" put=""
 fi
-cat <<TEXT
-restkv report sweep
 
-# 6. The end.
+# Commands for all hosts of a machine: $1 its accelerator type, $2 its number of hosts, $3 an option of the sweep.
+show() {
+  cat <<TEXT
+gcloud compute tpus tpu-vm create $name $at --accelerator-type=$1 --version=v2-alpha-tpuv5-lite
+gcloud compute tpus tpu-vm scp dist/restkv_jax-*.whl $name: $at --worker=all
+gcloud compute tpus tpu-vm scp $grid $name:grid.yaml $at --worker=all
+gcloud compute tpus tpu-vm ssh $name $at --worker=all \\
+  --command='python3 -m pip install uv && python3 -m uv venv --python 3.12 env && python3 -m uv pip install --python env "\$(ls restkv_jax-*.whl)[tpu,eval]"'
+gcloud compute tpus tpu-vm ssh $name $at --worker=all --command="$bring$sweep$3$put"
+mkdir -p sweep
+for worker in $(seq -s ' ' 0 $(($2 - 1))); do gcloud compute tpus tpu-vm scp "$name:sweep/*.json*" sweep/ $at --worker=\$worker; done
+restkv report sweep
 gcloud compute tpus tpu-vm delete $name $at
+TEXT
+}
+
+cat <<TEXT
+# The package as a wheel. Files of own prompts, if the grid names any, must be copied to every host as the grid is.
+make wheel
+
+# One VM with 8 chips, which share the prompts of a batch.
+$(show v5litepod-8 1 "")
+
+# A slice of 4 hosts with 4 chips each: batches are shared out by the number of the process.
+$(show v5litepod-16 4 " --distributed")
+
+# A sweep that was stopped goes on with the same command, where its results are still on the hosts or in the bucket.
 TEXT

@@ -24,7 +24,7 @@ from restkv_jax.evaluate import generate_texts, make_prompts
 from restkv_jax.evaluate.cli import parse_evaluate
 from restkv_jax.evaluate.grid import Grid, check_grid, entries, parse_method, policies
 from restkv_jax.evaluate.results import read_lines, read_results
-from restkv_jax.evaluate.sweep import Work, our_units, places
+from restkv_jax.evaluate.sweep import Work, our_units, place_seed, places, prompts_of
 from restkv_jax.options import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def test_every_prompt_is_answered_as_alone(sweep):
     model, params, tokenizer = rk.load_model(dtype=jnp.float32)
     lines = read_lines(sweep)
     assert len(lines) == 10
-    prompts = make_prompts("multikey", tokenizer, 256, 5, 3)
+    prompts = make_prompts("multikey", tokenizer, 256, 5, place_seed(3, "multikey", 256, None))
     alone = {"snapkv 25%": rk.snapkv(64), "laprox 25%": rk.laprox(64), "full": rk.full()}
     texts = generate_texts(model, params, tokenizer, prompts, list(alone.values()), batch_size=1)
     for label, told in zip(alone, texts, strict=True):
@@ -98,13 +98,19 @@ def test_own_prompts_are_bucketed_and_what_cannot_be_read_is_named(tmp_path, cap
     own = tmp_path / "own.jsonl"
     values = [{"prompt": f"The answer is {i}. " * (5 + 40 * i), "answers": [str(i)]} for i in range(3)]
     own.write_text("".join(json.dumps(value) + "\n" for value in values))
-    missing = str(tmp_path / "missing.jsonl")
-    assert evaluate(tmp_path / "out", "--tasks", missing, str(own), "--methods", "full") == 0
-    assert f"task {missing!r} is left out" in capsys.readouterr().err
+    missing, empty = str(tmp_path / "missing.jsonl"), tmp_path / "empty.jsonl"
+    empty.write_text('{"prompt": "Who?", "answers": "nobody"}\n')
+    assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own), "--methods", "full") == 0
+    errors = capsys.readouterr().err
+    assert f"task {missing!r} is left out" in errors
+    assert f"task {str(empty)!r} is left out" in errors and '"answers", a list' in errors
     lines = read_lines(tmp_path / "out")
     assert sorted(item.index for item in lines) == [0, 1, 2]
     for item, line in lines.items():
         assert line.prompt_tokens <= item.length == rk.bucket_length(line.prompt_tokens)
+    own.write_text(own.read_text() + '{"prompt": "More?", "answers": ["no"]}\n')
+    assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own), "--methods", "full") == 2
+    assert "the files" in capsys.readouterr().err
 
 
 def test_needle_depths_are_measured_where_a_task_has_one_needle(tmp_path):
@@ -112,6 +118,14 @@ def test_needle_depths_are_measured_where_a_task_has_one_needle(tmp_path):
     _, _, tokenizer = rk.load_model(dtype=jnp.float32)
     found = {(place.task, place.depth): place.num_prompts for place in places(grid, tokenizer)}
     assert found == {("single", 0.0): 7, ("single", 0.5): 7, ("single", 1.0): 7, ("multiquery", None): 7}
+
+
+def test_no_two_places_ask_for_the_same_needles():
+    grid = Grid(tasks=("single", "multikey"), lengths=(256, 512), depths=(0.0, 1.0), prompts=3)
+    _, _, tokenizer = rk.load_model(dtype=jnp.float32)
+    found = [prompts_of(grid, tokenizer, place).prompts for place in places(grid, tokenizer)]
+    answers = [prompt.answers for prompts in found for prompt in prompts.values()]
+    assert len(set(answers)) == len(answers) == 24
 
 
 def test_processes_share_the_batches_without_rest():
@@ -147,6 +161,9 @@ def test_a_grid_comes_from_a_file_and_the_command_line_goes_before(tmp_path):
         ({"methods": ("restkv(temporal=never)",)}, "temporal='never' is unknown"),
         ({"methods": ("restkv(",)}, "must be a name, or a name with options"),
         ({"methods": ("full", "full")}, "given twice"),
+        ({"tasks": ("single", "single")}, "tasks are given twice"),
+        ({"methods": ("restkv(use_output_projection=no)",)}, "use_output_projection must be true or false"),
+        ({"dtype": "bf16"}, "dtype 'bf16' is unknown; did you mean bfloat16"),
         ({"budgets": ("2000",)}, "budget 2000 is above the context of 1024 tokens"),
         ({"budgets": ("much",)}, "'much' is no budget"),
         ({"budgets": ("0.1%",)}, "at 1,024 tokens: budget=1"),
@@ -167,6 +184,8 @@ def test_what_cannot_be_measured_is_refused_by_name(changes, message):
         ("task: [single]\n", "'task' is no field of a grid; did you mean tasks"),
         ("tasks: single\n", "tasks must be a list"),
         ("- single\n", "must hold fields"),
+        ("prompts: many\n", "prompts: 'many' is not a whole number"),
+        ("depths: [deep]\n", "depths: ['deep'] is not a number"),
         ("tasks: [", "cannot be read"),
     ],
 )
@@ -181,6 +200,7 @@ def test_a_file_that_is_no_grid_is_refused(tmp_path, text, message):
 def test_options_of_methods_are_names_or_python_values():
     assert parse_method("restkv(temporal=mean, alpha=0.5)") == ("restkv", {"temporal": "mean", "alpha": 0.5})
     assert parse_method("laprox") == ("laprox", {})
+    assert parse_method("restkv(use_output_projection=false)").options == {"use_output_projection": False}
     grid = Grid(methods=("restkv(refit=0.1, window=8)", "laprox(candidates=300, page_size=8)"), budgets=("64",))
     refitted, laprox = policies(grid, 1024).values()
     assert refitted == rk.restkv(64, window=8).replace(refit=rk.LeastSquares(0.1))
@@ -193,9 +213,11 @@ def test_the_commands_for_a_tpu_vm_are_those_that_there_are():
         ["bash", script, "pod", "zone", "some/model"], capture_output=True, text=True, check=True
     ).stdout
     commands = [line.split('--command="')[1].rstrip('"') for line in out.splitlines() if "restkv evaluate" in line]
+    assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
     assert len(commands) == 2
     for command in commands:
-        arguments = shlex.split(command)[2:]
+        program, subcommand, *arguments = shlex.split(command)
+        assert (program, subcommand) == ("env/bin/restkv", "evaluate")
         arguments[arguments.index("--grid") + 1] = str(ROOT / "docs" / "report" / "grid.yaml")
         options, grid = parse_evaluate(arguments)
         assert grid.model == "some/model" and options.batch_size == 64
@@ -247,4 +269,5 @@ def test_two_processes_of_four_devices_share_a_sweep(sweep, tmp_path):
         assert process.returncode == 0, errors
     files = [tmp_path / "out" / f"results-{p}.jsonl" for p in range(2)]
     assert all(file.read_text().count("\n") >= 4 for file in files)
+    assert (tmp_path / "out" / "report.html").is_file()
     assert said(tmp_path / "out") == said(sweep)

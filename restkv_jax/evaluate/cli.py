@@ -125,20 +125,31 @@ def run_evaluate(args: Sequence[str]) -> None:
     work = _join(options)
     loaded = Loaded(*load_checkpoint(grid.model, grid.dtype))
     weights = checksum(loaded.params)
-    if work.process == 0:
-        open_sweep(options.output, grid, weights)
-    _wait_for_all(work, "the sweep is opened")
+    try:
+        if work.process == 0:
+            open_sweep(options.output, grid, weights)
+    finally:  # the others see for themselves what is wrong
+        _wait_for_all(work, "the sweep is opened")
     open_sweep(options.output, grid, weights)
     quiet = options.quiet or work.process > 0
-    with Progress(*COLUMNS, console=Console(stderr=True), disable=quiet) as bar, as_usage_error():
+    # a batch may take minutes, and the time left is estimated from several
+    bar = Progress(*COLUMNS, console=Console(stderr=True), disable=quiet, speed_estimate_period=3600)
+    with bar, as_usage_error():
         shown = bar.add_task("", total=None)
         run_sweep(
             loaded, grid, options.output, work, lambda done, total: bar.update(shown, completed=done, total=total)
         )
     _wait_for_all(work, "the sweep is done")
-    if work.process > 0:
-        return
-    measure_once(options, loaded, grid)
+    if work.process == 0:
+        _conclude(options, loaded, grid)
+    # who leaves first ends the others
+    _wait_for_all(work, "the report is written")
+
+
+def _conclude(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> None:
+    """Measures what is measured once, and shows the results."""
+    with as_usage_error():
+        measure_once(options, loaded, grid)
     report = write_report(options.output, plot_example(loaded, grid))
     if not options.quiet:
         for table in score_tables(read_results(options.output)):
@@ -164,10 +175,12 @@ def measure_once(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> None:
     def show(name: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         return iter if options.quiet else functools.partial(track, description=name, console=Console(stderr=True))
 
+    # on one device, and so on its share of a batch
+    work = Work(-(-options.batch_size // jax.local_device_count()), options.together)
     if options.errors and not read_errors(options.output):
-        write_errors(options.output, measure_layer_errors(loaded, grid, options.batch_size, show("layer errors")))
+        write_errors(options.output, measure_layer_errors(loaded, grid, work, show("layer errors")))
     if options.costs and read_costs(options.output) is None:
-        write_costs(options.output, measure_costs(loaded, grid, options.batch_size, show("costs")))
+        write_costs(options.output, measure_costs(loaded, grid, work, show("costs")))
 
 
 def parse_evaluate(args: Sequence[str]) -> Command:

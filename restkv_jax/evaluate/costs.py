@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from restkv_jax.cache import cache_bytes
 from restkv_jax.evaluate.accuracy import pad_left
@@ -25,19 +26,19 @@ MOST_RATED = 5
 
 
 def measure_costs(
-    loaded: Loaded, grid: Grid, batch_size: int, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    loaded: Loaded, grid: Grid, work: Work, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> Costs:
     """Measures bytes and times on prompts of the grid's first task, at each of its lengths.
 
     Bytes are of one prompt's cache with room for 16 tokens, from shapes alone. Times are medians after compilation, of
-    a batch: of the prefill for the smallest budget of each method without options, and of a generated token for every
+    a batch: of the prefill for the first budget of each method without options, and of a generated token for every
     budget; caches of one shape take one time. Rates are of one batch at the smallest length, with the first budget of
     the first five methods.
 
     Args:
       loaded: what to measure.
       grid: its lengths, methods and budgets count.
-      batch_size: prompts at once.
+      work: its batch size, and how many entries share a prefill.
       show: wraps the iteration over lengths, for progress.
     """
     made = [place for place in places(grid, loaded.tokenizer) if not is_file(place.task)]
@@ -45,9 +46,9 @@ def measure_costs(
     found: list[Cost] = []
     for length in show(sorted(by_length)):
         told = prompts_of(grid, loaded.tokenizer, by_length[length])
-        tokens, mask = _one_batch(told, batch_size)
-        found += _costs_at(loaded, policies(grid, length), length, tokens, mask)
-    rates = _rates(loaded, grid, by_length[min(by_length)], batch_size) if by_length else ()
+        tokens, mask = _one_batch(told, work.batch_size)
+        found += _costs_at(loaded, policies(grid, length), length, tokens, mask, work.together)
+    rates = _rates(loaded, grid, by_length[min(by_length)], work.batch_size) if by_length else ()
     return Costs(jax.devices()[0].device_kind, tuple(found), rates)
 
 
@@ -57,13 +58,15 @@ def _one_batch(told: Prompts, batch_size: int) -> tuple[Array, Array]:
     return pad_left(rows, bucket_length(max(map(len, rows))))
 
 
-def _costs_at(loaded: Loaded, entries: dict[Entry, EvictionPolicy], length: int, tokens, mask) -> list[Cost]:
+def _costs_at(loaded: Loaded, entries: dict[Entry, EvictionPolicy], length: int, tokens, mask, together) -> list[Cost]:
     """The costs of all entries for one batch."""
     model, params, _ = loaded
     shapes = {entry: _cache_shapes(loaded, policy, tokens, mask) for entry, policy in entries.items()}
     everything = cache_bytes(_cache_shapes(loaded, full(), tokens, mask))
     plain = {entry: policy for entry, policy in entries.items() if not parse_method(entry.method).options}
-    seconds = _token_seconds(loaded, plain, shapes, tokens, mask)
+    seconds = _token_seconds(
+        loaded, {_structure(shapes[e]): policy for e, policy in plain.items()}, tokens, mask, together
+    )
     prefills = {}
     for entry, policy in plain.items():
         if entry.method not in {e.method for e in prefills}:
@@ -95,21 +98,27 @@ def _structure(shapes: Any) -> tuple:
     return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def _token_seconds(loaded: Loaded, entries, shapes, tokens, mask) -> dict[tuple, float]:
-    """Seconds of a generated token of a batch, by the structure of the cache."""
-    by_structure = {_structure(shapes[entry]): policy for entry, policy in entries.items()}
-    kept = tuple(by_structure.values())
-    scores, caches = prefill_each(loaded.model, loaded.params, tokens, mask, kept, NEW_TOKENS)
-    token = scores.argmax(-1).astype(np.int32)
-    found = {}
-    for structure, policy, cache in zip(by_structure, kept, caches, strict=True):
-        times = []
-        for _ in range(NEW_TOKENS):
-            start = time.perf_counter()
-            _, cache = jax.block_until_ready(decode_step(loaded.model, loaded.params, token, cache, policy))
-            times.append(time.perf_counter() - start)
-        found[structure] = float(np.median(times))
+def _token_seconds(loaded: Loaded, by_structure: dict, tokens, mask, together: int) -> dict[tuple, float]:
+    """Seconds of a generated token of a batch, by the structure of the cache, of which the policies each make one."""
+    found, structures = {}, list(by_structure)
+    for start in range(0, len(structures), together):
+        group = structures[start : start + together]
+        kept = tuple(by_structure[structure] for structure in group)
+        scores, caches = prefill_each(loaded.model, loaded.params, tokens, mask, kept, NEW_TOKENS)
+        token = scores.argmax(-1).astype(np.int32)
+        for structure, policy, cache in zip(group, kept, caches, strict=True):
+            found[structure] = _step_seconds(loaded, token, cache, policy)
     return found
+
+
+def _step_seconds(loaded: Loaded, token: Array, cache: Any, policy: EvictionPolicy) -> float:
+    """Median seconds of a step; the first, which compiles, is one of 16."""
+    times = []
+    for _ in range(NEW_TOKENS):
+        start = time.perf_counter()
+        _, cache = jax.block_until_ready(decode_step(loaded.model, loaded.params, token, cache, policy))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
 
 
 def _rates(loaded: Loaded, grid: Grid, place: Place, batch_size: int) -> tuple[Rate, ...]:
@@ -120,11 +129,12 @@ def _rates(loaded: Loaded, grid: Grid, place: Place, batch_size: int) -> tuple[R
     for entry, policy in policies(grid, place.length).items():
         first.setdefault(entry.method, (entry, policy))
     entries = dict(list(first.values())[:MOST_RATED])
+    mesh = Mesh(np.array(jax.local_devices()[:1]), ("rows",))
     lengths = {i: pad_left([told.encoded[i]], bucket_length(len(told.encoded[i]))) for i in batch}
 
     def one_by_one():
         for i in batch:
-            answer_batch(loaded, entries, told, [i], Work(1))
+            answer_batch(loaded, entries, told, [i], Work(1), mesh)
 
     def one_by_one_for_each():
         for policy in entries.values():
@@ -136,7 +146,7 @@ def _rates(loaded: Loaded, grid: Grid, place: Place, batch_size: int) -> tuple[R
     names = f"{len(entries)} methods"
     ways = {
         f"batches of {len(batch)}, {names} from one prefill": lambda: answer_batch(
-            loaded, entries, told, batch, Work(len(batch))
+            loaded, entries, told, batch, Work(len(batch)), mesh
         ),
         f"one prompt at a time, {names} from one prefill": one_by_one,
         f"one prompt and one method at a time, {names}": one_by_one_for_each,

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import operator
 from typing import Any, Literal, NamedTuple
 
 from restkv_jax.evaluate.tasks import TASKS
@@ -48,8 +49,14 @@ class Method(NamedTuple):
     options: dict[str, Any]
 
 
+DTYPES = ("auto", "bfloat16", "float32", "float16")
 POLICY_OPTIONS = ("refit", "candidates", "page_size")
 """Fields of a policy that any method takes as options here; `refit` by the ridge of its least squares."""
+
+
+WHOLE = operator.index, "a whole number"
+FIELD_TYPES = {"lengths": WHOLE, "prompts": WHOLE, "seed": WHOLE, "depths": (float, "a number")}
+"""What makes a value read from a file one of a grid's, or refuses it, and its name; strings by default."""
 
 
 class Entry(NamedTuple):
@@ -79,13 +86,20 @@ def check_grid(grid: Grid) -> None:
             raise UsageError(f"task {task!r} is unknown; {suggest(task, TASKS)}; or a file of prompts, *.jsonl")
     if grid.prompts < 1:
         raise UsageError(f"prompts={grid.prompts} must be at least 1")
+    for name in ("tasks", "lengths", "depths"):
+        if len(set(getattr(grid, name))) < len(getattr(grid, name)):
+            raise UsageError(f"{name} are given twice; leave one out")
+    if grid.dtype not in DTYPES:
+        raise UsageError(f"dtype {grid.dtype!r} is unknown; {suggest(str(grid.dtype), DTYPES)}")
     for depth in grid.depths:
         if not 0 <= depth <= 1:
             raise UsageError(f"depth {depth} must be between 0, the beginning of the prompt, and 1, its end")
-    for length in grid.lengths:
+    budgets = [parse_budget(budget) for budget in grid.budgets]
+    entries(grid)
+    for length in grid.lengths if grid_places(grid) else ():
         if length < 1:
             raise UsageError(f"length {length} must be at least 1 token")
-        for budget in map(parse_budget, grid.budgets):
+        for budget in budgets:
             if budget.slots(length) > length:
                 raise UsageError(f"budget {budget} is above the context of {length} tokens; lower it, or leave it out")
         policies(grid, length)
@@ -169,9 +183,18 @@ def parse_method(text: str) -> Method:
         if keyword.arg not in known:
             raise UsageError(f"method {text!r}: {keyword.arg!r} is no option of {name}; {suggest(keyword.arg, known)}")
         with as_usage_error(f"method {text!r}: "):
-            is_name = isinstance(keyword.value, ast.Name)
-            options[keyword.arg] = keyword.value.id if is_name else ast.literal_eval(keyword.value)
+            options[keyword.arg] = _value(keyword.value)
+        default = parameters[keyword.arg].default if keyword.arg in parameters else None
+        if isinstance(default, bool) and not isinstance(options[keyword.arg], bool):
+            raise UsageError(f"method {text!r}: {keyword.arg} must be true or false")
     return Method(name, options)
+
+
+def _value(node: ast.expr) -> Any:
+    """A bare name is a string, but for true and false."""
+    if isinstance(node, ast.Name):
+        return {"true": True, "false": False}.get(node.id, node.id)
+    return ast.literal_eval(node)
 
 
 def from_mapping(values: Any, source: str) -> dict[str, Any]:
@@ -190,9 +213,10 @@ def from_mapping(values: Any, source: str) -> dict[str, Any]:
         several = isinstance(fields[name].default, tuple)
         if several and not isinstance(value, (list, tuple)):
             raise UsageError(f"{source}: {name} must be a list, as in `{name}: [{value}]`")
-        if name in ("budgets", "tasks", "methods"):
-            value = map(str, value)
-        if name == "depths":
-            value = map(float, value)
-        found[name] = tuple(value) if several else value
+        convert, kind = FIELD_TYPES.get(name, (str, "text"))
+        try:
+            values = [convert(one) for one in (value if several else [value])]
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{source}: {name}: {value!r} is not {kind}") from error
+        found[name] = tuple(values) if several else None if value is None else values[0]
     return found

@@ -9,21 +9,21 @@ from restkv_jax.evaluate.accuracy import pad_left
 from restkv_jax.evaluate.grid import Grid, is_file, policies
 from restkv_jax.evaluate.reconstruction import reconstruction_errors
 from restkv_jax.evaluate.results import LayerErrors
-from restkv_jax.evaluate.sweep import Loaded, Prompts, places, prompts_of
+from restkv_jax.evaluate.sweep import Loaded, Prompts, Work, places, prompts_of
 from restkv_jax.generate import bucket_length
 
 
 def measure_layer_errors(
-    loaded: Loaded, grid: Grid, batch_size: int, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    loaded: Loaded, grid: Grid, work: Work, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> tuple[LayerErrors, ...]:
     """`reconstruction_errors` of all entries for one batch of prompts of every task and length, over their answers.
 
-    Entries that evict while they generate have none, since what they keep of the prompt changes.
+    Entries that evict while they generate, or refit what they keep, have none: what they keep of the prompt changes.
 
     Args:
       loaded: what to measure.
       grid: its tasks, lengths and entries count; of several depths the first.
-      batch_size: prompts of a batch.
+      work: its batch size, and how many entries share a prefill.
       show: wraps the iteration over tasks and lengths, for progress.
     """
     first: dict[tuple[str, int], Any] = {}
@@ -33,14 +33,16 @@ def measure_layer_errors(
     found = []
     for task, length in show(list(first)):
         told = prompts_of(grid, loaded.tokenizer, first[task, length])
-        rows, num_following = _texts(loaded.tokenizer, told, batch_size)
-        entries = {e.label: p for e, p in policies(grid, length).items() if not p.while_generating}
+        rows, num_following = _texts(loaded.tokenizer, told, work.batch_size)
+        entries = {e.label: p for e, p in policies(grid, length).items() if not p.while_generating and p.refit is None}
         tokens, mask = pad_left(rows, bucket_length(max(map(len, rows)) - num_following) + num_following)
-        errors = reconstruction_errors(
-            loaded.model, loaded.params, tokens, mask, tuple(entries.values()), num_following
-        )
-        means = np.asarray(errors.mean(-1), np.float64).round(6).tolist()
-        found += [LayerErrors(task, length, label, tuple(row)) for label, row in zip(entries, means, strict=True)]
+        labels = list(entries)
+        for start in range(0, len(labels), work.together):
+            group = labels[start : start + work.together]
+            chosen = tuple(entries[label] for label in group)
+            errors = reconstruction_errors(loaded.model, loaded.params, tokens, mask, chosen, num_following)
+            means = np.asarray(errors.mean(-1), np.float64).round(6).tolist()
+            found += [LayerErrors(task, length, label, tuple(row)) for label, row in zip(group, means, strict=True)]
     return tuple(found)
 
 

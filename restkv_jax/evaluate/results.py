@@ -1,6 +1,7 @@
 """The results of a sweep on disk: one JSON line per prompt, a file per process, and the grid that they are of."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from restkv_jax.evaluate.accuracy import is_exact, match_share
-from restkv_jax.evaluate.grid import Entry, Grid, entries, from_mapping
+from restkv_jax.evaluate.grid import Entry, Grid, entries, from_mapping, grid_places, is_file
 from restkv_jax.options import UsageError
 
 SWEEP = "sweep.json"
@@ -115,15 +116,17 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
       UsageError: the directory holds a sweep of another grid or model; says what differs.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    ours = json.loads(json.dumps({"grid": dataclasses.asdict(grid), "weights": weights}))
+    files = {task: _digest(pathlib.Path(task)) for task in grid.tasks if is_file(task)}
+    ours = json.loads(json.dumps({"grid": dataclasses.asdict(grid), "weights": weights, "files": files}))
     path = directory / SWEEP
     if not path.is_file():
-        unfinished = path.with_name(f"{SWEEP}.{os.getpid()}")
-        unfinished.write_text(json.dumps(ours, indent=1) + "\n")
-        unfinished.replace(path)
+        _replace_text(path, json.dumps(ours, indent=1) + "\n")
         return
     theirs = _read_sweep(path)
-    ours, theirs = (values["grid"] | {"the model's weights": values["weights"]} for values in (ours, theirs))
+    ours, theirs = (
+        values["grid"] | {"the model's weights": values["weights"], "the files": values["files"]}
+        for values in (ours, theirs)
+    )
     different = [
         f"{name} {theirs.get(name)} there, {ours[name]} here" for name in ours if ours[name] != theirs.get(name)
     ]
@@ -137,16 +140,31 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
 def _read_sweep(path: pathlib.Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
-        return {"grid": dict(values["grid"]), "weights": values["weights"]}
+        return {"grid": dict(values["grid"]), "weights": values["weights"], "files": values.get("files", {})}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{str(path)!r} does not describe a sweep ({error!r}); give the directory of one") from error
+
+
+def _replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _digest(path: pathlib.Path) -> str | None:
+    """A hash of a file's bytes; None for one that cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
 
 
 def append_line(file: IO[str], line: Line) -> None:
     """Writes the result of one prompt so that it outlives the process."""
     values = line._asdict()
     values = values.pop("item")._asdict() | values
-    print(json.dumps(values, ensure_ascii=False), file=file, flush=True)
+    print(json.dumps(values), file=file, flush=True)
     os.fsync(file.fileno())
 
 
@@ -200,7 +218,7 @@ def read_results(directory: pathlib.Path) -> Results:
 def write_errors(directory: pathlib.Path, errors: Iterable[LayerErrors]) -> None:
     """Writes the reconstruction errors of a sweep's entries."""
     lines = ",\n".join(json.dumps(each._asdict()) for each in errors)
-    (directory / ERRORS).write_text(f"[{lines}]\n")
+    _replace_text(directory / ERRORS, f"[{lines}]\n")
 
 
 def read_errors(directory: pathlib.Path) -> tuple[LayerErrors, ...]:
@@ -215,7 +233,7 @@ def write_costs(directory: pathlib.Path, costs: Costs) -> None:
     """Writes what entries cost."""
     values = {"device": costs.device, "costs": [c._asdict() for c in costs.costs]}
     values["rates"] = [rate._asdict() for rate in costs.rates]
-    (directory / COSTS).write_text(json.dumps(values, indent=1) + "\n")
+    _replace_text(directory / COSTS, json.dumps(values, indent=1) + "\n")
 
 
 def read_costs(directory: pathlib.Path) -> Costs | None:
@@ -231,9 +249,7 @@ def score_lines(grid: Grid, lines: Iterable[Line]) -> dict[Cell, Scores]:
     by_place: dict[tuple, list[Line]] = {}
     for line in lines:
         by_place.setdefault(line.item[:3], []).append(line)
-    order = [
-        (task, length, depth) for task in grid.tasks for length in grid.lengths for depth in grid.depths or (None,)
-    ]
+    order = grid_places(grid)
     places = [place for place in order if place in by_place] + [place for place in by_place if place not in order]
     cells = {}
     for place in places:

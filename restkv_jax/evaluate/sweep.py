@@ -1,18 +1,22 @@
 """A sweep: every prompt of a grid, in batches, with all methods and budgets from one prefill."""
 
 import collections
+import contextlib
 import functools
 import json
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from restkv_jax.evaluate.accuracy import pad_left
@@ -91,26 +95,58 @@ def run_sweep(
       show: called with the prompts done and all prompts of this process, as they grow.
 
     Raises:
-      ValueError: a length that is too small for a task, before anything is measured.
+      ValueError: before anything is measured, what `check_places` refuses, or another process that writes the results.
     """
-    for task, length, depth in grid_places(grid):
-        make_prompts(task, loaded.tokenizer, length, 1, grid.seed, depth)  # refuses a length too small for its task
+    found = places(grid, loaded.tokenizer)
+    check_places(grid, loaded.tokenizer, found, work)
+    mesh = Mesh(np.array(jax.local_devices()), ("rows",))
+    loaded = loaded._replace(params=jax.device_put(loaded.params, NamedSharding(mesh, P())))
     path = results_path(directory, work.process)
-    drop_broken_line(path)
-    done = read_lines(directory)
-    units = our_units(places(grid, loaded.tokenizer), work)
+    units = our_units(found, work)
     total, shown = sum(size for _, _, size in units), 0
-    with path.open("a", encoding="utf-8") as file:
+    with _only_writer(path), path.open("a", encoding="utf-8") as file:
+        drop_broken_line(path)
+        done = read_lines(directory)
         for place, number, size in units:
             told = prompts_of(grid, loaded.tokenizer, place)
             items = {i: Item(*place[:3], i) for i in told.batches(work.batch_size)[number]}
             if not all(item in done for item in items.values()):
-                said = answer_batch(loaded, policies(grid, place.length), told, list(items), work)
+                said = answer_batch(loaded, policies(grid, place.length), told, list(items), work, mesh)
                 for i, item in items.items():
                     if item not in done:
                         append_line(file, Line(item, len(told.encoded[i]), told.prompts[i].answers, said[i]))
             shown += size
             show(shown, total)
+
+
+def check_places(grid: Grid, tokenizer: Any, found: Sequence[Place], work: Work) -> None:
+    """Refuses what could not be carried out to the end.
+
+    Raises:
+      ValueError: no prompts at all, a length too small for its task or budgets, or other prompts in other processes.
+    """
+    if not found:
+        raise ValueError("tasks: none is left")
+    for place in found:
+        policies(grid, place.length)
+        if not is_file(place.task):
+            make_prompts(place.task, tokenizer, place.length, 1, grid.seed, place.depth)
+    if work.num_processes > 1:
+        digest = np.uint32(zlib.crc32(repr(found).encode()))
+        try:
+            multihost_utils.assert_equal(digest, "places differ")
+        except AssertionError as error:
+            raise ValueError("tasks: the processes read other prompts; give all of them the same files") from error
+
+
+@contextlib.contextmanager
+def _only_writer(path: pathlib.Path) -> Iterator[None]:
+    """Keeps a second process from writing to the same file; a killed one does not."""
+    try:
+        with filelock.FileLock(path.with_suffix(".lock"), timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise ValueError(f"another process writes {str(path)!r}; wait for it, or give another directory") from error
 
 
 def our_units(found: Sequence[Place], work: Work) -> list[tuple[Place, int, int]]:
@@ -122,10 +158,12 @@ def our_units(found: Sequence[Place], work: Work) -> list[tuple[Place, int, int]
     return units[work.process :: work.num_processes]
 
 
+@functools.lru_cache(maxsize=1)
 def places(grid: Grid, tokenizer: Any) -> list[Place]:
     """The places of a sweep, shortest prompts first; files of prompts are divided by the bucket of their lengths.
 
-    A file that cannot be read is left out, with a warning that names it.
+    A file that cannot be read is left out, with a warning that names it. The length of its prompts is that of their
+    bucket: budgets in percent are of that.
     """
     found = [Place(*where, grid.prompts) for where in grid_places(grid)]
     for task in filter(is_file, grid.tasks):
@@ -146,20 +184,29 @@ def prompts_of(grid: Grid, tokenizer: Any, place: Place) -> Prompts:
         chosen = {i: pair for i, pair in numbered if bucket_length(len(pair[1])) == place.length}
         prompts, encoded = ({i: pair[k] for i, pair in chosen.items()} for k in (0, 1))
     else:
-        made = make_prompts(place.task, tokenizer, place.length, place.num_prompts, grid.seed, place.depth)
+        where = place.task, tokenizer, place.length, place.num_prompts
+        made = make_prompts(*where, place_seed(grid.seed, *place[:3]), place.depth)
         prompts = dict(enumerate(made))
         encoded = {i: tokenizer(prompt.text)["input_ids"] for i, prompt in prompts.items()}
     longest = max(len(tokenizer(prompt.continuation)["input_ids"]) for prompt in prompts.values())
     return Prompts(prompts, encoded, -(-(longest + 4) // ANSWER_STEP) * ANSWER_STEP)
 
 
+def place_seed(seed: int, task: str, length: int, depth: float | None) -> int:
+    """A seed of its own for every place, so that no two of them ask for the same needles."""
+    return zlib.crc32(f"{seed} {task} {length} {depth}".encode())
+
+
 def read_prompts(path: str) -> list[Prompt]:
     """Prompts from JSON lines with "prompt", a string, and "answers", strings."""
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
     values = [json.loads(line) for line in lines if line.strip()]
     if not values:
         raise ValueError("the file is empty")
-    return [Prompt(str(value["prompt"]), tuple(map(str, value["answers"]))) for value in values]
+    for number, value in enumerate(values, 1):
+        if not isinstance(value["prompt"], str) or not isinstance(value["answers"], list) or not value["answers"]:
+            raise ValueError(f'prompt {number} must have "prompt", a string, and "answers", a list that is not empty')
+    return [Prompt(value["prompt"], tuple(map(str, value["answers"]))) for value in values]
 
 
 @functools.lru_cache(maxsize=1)
@@ -168,17 +215,15 @@ def _encode_file(path: str, tokenizer: Any) -> list[list[int]]:
 
 
 def answer_batch(
-    loaded: Loaded, entries: dict[Entry, EvictionPolicy], told: Prompts, batch: Sequence[int], work: Work
+    loaded: Loaded, entries: dict[Entry, EvictionPolicy], told: Prompts, batch: Sequence[int], work: Work, mesh: Mesh
 ) -> dict[int, dict[str, str]]:
     """What is said after the prompts of a batch, by their number and by the label of every entry.
 
     A batch with fewer prompts than the others is filled up with its first, so that one program serves all.
     """
-    devices = np.array(jax.local_devices())
     rows = [told.encoded[i] for i in batch]
-    rows += rows[:1] * (-(-work.batch_size // len(devices)) * len(devices) - len(rows))
+    rows += rows[:1] * (-(-work.batch_size // mesh.size) * mesh.size - len(rows))
     tokens, mask = pad_left(rows, bucket_length(max(map(len, rows))))
-    mesh = Mesh(devices, ("rows",))
     said: dict[int, dict[str, str]] = {i: {} for i in batch}
     columns = [(entry.label, policy) for entry, policy in entries.items()]
     for start in range(0, len(columns), work.together):
