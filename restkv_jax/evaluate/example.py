@@ -33,7 +33,7 @@ def plot_example(loaded: Loaded, grid: Grid) -> Figure | None:
     where = prompt.text.find(prompt.answers[0])
     spans = {}
     if where >= 0:
-        spans["the answer"] = token_span(loaded.tokenizer, prompt.text, prompt.answers[0])
+        spans["answer"] = token_span(loaded.tokenizer, prompt.text, prompt.answers[0])
     title = f"What is kept of a prompt of the task {found[0].task}, {len(tokens):,} tokens"
     return plot_kept(dict(zip(shown, caches, strict=True)), spans=spans, title=title)
 
