@@ -3,9 +3,19 @@
 from restkv_jax.models.build import build_model, init_params
 from restkv_jax.models.checkpoint import load_model, save_model
 from restkv_jax.models.config import ModelConfig
-from restkv_jax.models.decoder import Decoder, Layer, Memory, StateFunctions, hidden_states, logits, positions_of
+from restkv_jax.models.decoder import (
+    STATELESS,
+    Decoder,
+    Layer,
+    Memory,
+    StateFunctions,
+    hidden_states,
+    logits,
+    positions_of,
+)
 
 __all__ = [
+    "STATELESS",
     "Decoder",
     "Layer",
     "Memory",

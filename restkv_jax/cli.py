@@ -18,9 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from restkv_jax.cache import KVCache, cache_bytes
+from restkv_jax.cache import cache_bytes
 from restkv_jax.checks import check_sampling
-from restkv_jax.generate import bucket_length, prefill, stream
+from restkv_jax.generate import bucket_length, cache_shapes, prefill, stream
 from restkv_jax.loading import load_checkpoint
 from restkv_jax.methods import METHODS, full
 from restkv_jax.models import Decoder
@@ -275,7 +275,8 @@ def _print_answer(loaded: Loaded, policy: EvictionPolicy, max_new_tokens: int, s
 def _cost_table(loaded: Loaded, method: str, policy: EvictionPolicy, max_new_tokens: int, timing: Timing) -> Table:
     """Slots and bytes as they are allocated, against the full cache's for the same prompt, and times."""
     length = loaded.tokens.shape[1]
-    cache, everything = (_cache_shapes(loaded, p, max_new_tokens) for p in (policy, full()))
+    model, params, tokens = loaded.model, loaded.params, loaded.tokens
+    cache, everything = (cache_shapes(model, params, tokens, None, p, max_new_tokens) for p in (policy, full()))
     bytes_, full_bytes = cache_bytes(cache), cache_bytes(everything)
     rest = timing.num_tokens - 1
     on_average = " (on average)" if isinstance(cache, PagedCache) else ""
@@ -295,16 +296,6 @@ def _cost_table(loaded: Loaded, method: str, policy: EvictionPolicy, max_new_tok
         f"the full cache holds the prompt padded to {bucket_length(length):,} tokens."
     )
     return table
-
-
-def _cache_shapes(loaded: Loaded, policy: EvictionPolicy, max_new_tokens: int) -> KVCache:
-    """The cache as shapes, nothing allocated."""
-
-    def shapes(params, tokens):
-        return prefill(loaded.model, params, tokens, policy=policy, max_new_tokens=max_new_tokens)[1]
-
-    with warnings.catch_warnings(action="ignore"):
-        return jax.eval_shape(shapes, loaded.params, loaded.tokens)
 
 
 def _complain(text: str) -> None:

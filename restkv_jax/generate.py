@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from restkv_jax.checks import check_eos, check_prompt, check_sampling, check_tok
 from restkv_jax.eviction import evict, judge
 from restkv_jax.importance import observe_prompt, observe_token
 from restkv_jax.methods import full
-from restkv_jax.models import Decoder, Layer, Memory, StateFunctions, logits, positions_of
+from restkv_jax.models import STATELESS, Decoder, Layer, Memory, StateFunctions, logits, positions_of
 from restkv_jax.observation import Observation
 from restkv_jax.paged import PagedCache
 from restkv_jax.pod.cache import SharedCache
@@ -142,6 +143,23 @@ def prefill_each(
         tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
     tokens, mask = _pad_to_bucket(tokens, mask)
     return _prefill(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size, sharing)
+
+
+def cache_shapes(
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array | None = None,
+    policy: EvictionPolicy | None = None,
+    max_new_tokens: int = 64,
+) -> Cache:
+    """The cache that `prefill` would return, as shapes and dtypes: nothing is computed or allocated."""
+
+    def shapes(params, tokens, mask):
+        return prefill(model, params, tokens, mask, policy, max_new_tokens)[1]
+
+    with warnings.catch_warnings(action="ignore"):
+        return jax.eval_shape(shapes, params, tokens, mask)
 
 
 def decode_step(
@@ -354,8 +372,7 @@ def _shared_functions(sharing: Sharing, policies: tuple[EvictionPolicy, ...], le
         return tuple(each.revise(layer, memory, state) for each, state in zip(functions, states, strict=True))
 
     most_queries = max(each.num_queries for each in functions)
-    remember = lambda index, memory, states: (memory, states)  # noqa: E731
-    return with_leaders(sharing, StateFunctions(remember, revise, most_queries))
+    return with_leaders(sharing, StateFunctions(STATELESS.remember, revise, most_queries))
 
 
 def empty_state(
@@ -409,9 +426,7 @@ def prefill_functions(policies: tuple[EvictionPolicy, ...], length: int) -> Stat
 
         return tuple(map(keep, policies, evicting, states))
 
-    return StateFunctions(
-        lambda index, memory, states: (memory, states), revise, max(p.num_queries(length) for p in evicting)
-    )
+    return StateFunctions(STATELESS.remember, revise, max(p.num_queries(length) for p in evicting))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="cache")

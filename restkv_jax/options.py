@@ -75,6 +75,10 @@ _BudgetArgument = Annotated[
 ]
 
 
+DType = Literal["auto", "bfloat16", "float32", "float16"]
+"""Of weights and cache; "auto" is bfloat16, on a CPU float32."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptOptions:
     """Prompt and model.
@@ -90,7 +94,7 @@ class PromptOptions:
     prompt: tyro.conf.Positional[str | None] = None
     file: pathlib.Path | None = None
     model: str | None = None
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    dtype: DType = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

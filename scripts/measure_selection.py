@@ -18,9 +18,9 @@ from jax import Array
 
 import restkv_jax as rk
 from restkv_jax.evaluate import is_exact, make_prompts
-from restkv_jax.evaluate.accuracy import pad_left
+from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.eviction import evict
-from restkv_jax.models import Layer, Memory, StateFunctions, positions_of
+from restkv_jax.models import STATELESS, Layer, Memory, StateFunctions, positions_of
 from restkv_jax.observation import Observation
 from restkv_jax.refit import window_outputs
 
@@ -116,7 +116,7 @@ def output_errors(model: Any, params: Any, tokens: Array, mask: Array, policies:
 
         return errors.at[layer.index].set(jnp.stack([error(policy) for policy in policies], axis=-1))
 
-    functions = StateFunctions(lambda index, memory, state: (memory, state), revise, num_queries)
+    functions = StateFunctions(STATELESS.remember, revise, num_queries)
     empty = jnp.zeros((model.config.num_hidden_layers, len(tokens), len(policies)))
     return model.apply({"params": params}, tokens, positions_of(mask), functions, empty)[1]
 

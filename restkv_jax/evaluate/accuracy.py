@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.tasks import Prompt
 from restkv_jax.generate import bucket_length, generate_each
 from restkv_jax.pod.sharing import Sharing
@@ -80,21 +80,11 @@ def generate_texts(
     max_new_tokens = max(map(len, answers)) + 4
     texts: list[list[str]] = [[] for _ in policies]
     for start in show(range(0, len(prompts), batch_size)):
-        rows = encoded[start : start + batch_size]
-        rows += rows[:1] * (batch_size - len(rows))
-        tokens, mask = pad_left(rows, length)
+        tokens, mask = pad_batch(encoded[start : start + batch_size], batch_size, length)
         outs = generate_each(model, params, tokens, mask, tuple(policies), max_new_tokens, sharing=sharing)
         for said, out in zip(texts, outs, strict=True):
             said += tokenizer.batch_decode(np.asarray(out.tokens), skip_special_tokens=True)
     return [said[: len(prompts)] for said in texts]
-
-
-def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[jnp.ndarray, jnp.ndarray]:
-    """Token ids int32 [B, length], zeros on the left, and their mask bool [B, length]."""
-    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
-    for b, row in enumerate(rows):
-        tokens[b, length - len(row) :], mask[b, length - len(row) :] = row, True
-    return jnp.asarray(tokens), jnp.asarray(mask)
 
 
 def is_exact(text: str, answers: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import tyro
 import yaml
 from jax.experimental import multihost_utils
@@ -27,9 +28,10 @@ from rich.table import Table
 from restkv_jax.checksum import checksum
 from restkv_jax.evaluate.costs import measure_costs
 from restkv_jax.evaluate.example import plot_example
-from restkv_jax.evaluate.grid import Grid, check_grid, from_mapping
+from restkv_jax.evaluate.grid import Entry, Grid, check_grid, from_mapping
 from restkv_jax.evaluate.layer_errors import measure_layer_errors
 from restkv_jax.evaluate.report import TITLE, write_report
+from restkv_jax.evaluate.report.summary import collect
 from restkv_jax.evaluate.results import (
     Results,
     open_sweep,
@@ -218,18 +220,16 @@ def read_grid(path: pathlib.Path) -> dict[str, Any]:
 
 def score_tables(results: Results) -> list[Table]:
     """A table for each task and length: a line per method, a column per budget, mean scores in per cent."""
-    budgets = [None, *results.grid.budgets]
-    found: dict[str, Table] = {}
-    rows: dict[tuple[str, str], dict[str | None, str]] = {}
-    for cell, scores in results.cells.items():
-        depth = "" if cell.depth is None else f", depth {cell.depth:g}"
-        title = f"{cell.task}, {cell.length:,} tokens{depth}, {len(scores.index)} prompts"
-        rows.setdefault((title, cell.entry.method), {})[cell.entry.budget] = f"{100 * scores.match.mean():.1f}"
-    for (title, method), values in rows.items():
-        if title not in found:
-            found[title] = Table("method", *("" if budget is None else budget for budget in budgets), title=title)
-        found[title].add_row(method, *(values.get(budget, "") for budget in budgets))
-    return list(found.values())
+    columns, tables = [None, *results.grid.budgets], []
+    for place, by_entry in collect(results).items():
+        count = max(map(len, by_entry.values()))
+        title = f"{place.task}, {place.length:,} tokens, {count} prompts"
+        table = Table("method", *(budget or "" for budget in columns), title=title)
+        means = {entry: f"{100 * np.mean(list(scores.values())):.1f}" for entry, scores in by_entry.items()}
+        for method in results.grid.methods:
+            table.add_row(method, *(means.get(Entry(method, budget), "") for budget in columns))
+        tables.append(table)
+    return tables
 
 
 def _keep_programs(directory: str) -> None:

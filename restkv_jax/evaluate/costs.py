@@ -1,7 +1,6 @@
 """What the entries of a sweep cost: bytes of the cache, time of the prefill and of a generated token."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,11 +10,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from restkv_jax.cache import cache_bytes
-from restkv_jax.evaluate.accuracy import pad_left
+from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.grid import Entry, Grid, is_file, parse_method, policies
 from restkv_jax.evaluate.results import Cost, Costs, Rate
-from restkv_jax.evaluate.sweep import Loaded, Place, Prompts, Work, answer_batch, places, prompts_of
-from restkv_jax.generate import bucket_length, decode_step, generate, prefill, prefill_each
+from restkv_jax.evaluate.sweep import Loaded, Place, Work, answer_batch, places, prompts_of
+from restkv_jax.generate import cache_shapes, decode_step, generate, prefill, prefill_each
 from restkv_jax.methods import full
 from restkv_jax.policy import EvictionPolicy
 
@@ -46,23 +45,18 @@ def measure_costs(
     found: list[Cost] = []
     for length in show(sorted(by_length)):
         told = prompts_of(grid, loaded.tokenizer, by_length[length])
-        tokens, mask = _one_batch(told, work.batch_size)
+        first = told.batches(work.batch_size)[0]
+        tokens, mask = pad_batch([told.encoded[i] for i in first], work.batch_size)
         found += _costs_at(loaded, policies(grid, length), length, tokens, mask, work.together)
     rates = _rates(loaded, grid, by_length[min(by_length)], work.batch_size) if by_length else ()
     return Costs(jax.devices()[0].device_kind, tuple(found), rates)
 
 
-def _one_batch(told: Prompts, batch_size: int) -> tuple[Array, Array]:
-    numbers = told.batches(batch_size)[0]
-    rows = [told.encoded[numbers[i % len(numbers)]] for i in range(batch_size)]
-    return pad_left(rows, bucket_length(max(map(len, rows))))
-
-
 def _costs_at(loaded: Loaded, entries: dict[Entry, EvictionPolicy], length: int, tokens, mask, together) -> list[Cost]:
     """The costs of all entries for one batch."""
     model, params, _ = loaded
-    shapes = {entry: _cache_shapes(loaded, policy, tokens, mask) for entry, policy in entries.items()}
-    everything = cache_bytes(_cache_shapes(loaded, full(), tokens, mask))
+    shapes = {e: cache_shapes(model, params, tokens, mask, policy, NEW_TOKENS) for e, policy in entries.items()}
+    everything = cache_bytes(cache_shapes(model, params, tokens, mask, full(), NEW_TOKENS))
     plain = {entry: policy for entry, policy in entries.items() if not parse_method(entry.method).options}
     seconds = _token_seconds(
         loaded, {_structure(shapes[e]): policy for e, policy in plain.items()}, tokens, mask, together
@@ -83,14 +77,6 @@ def _costs_at(loaded: Loaded, entries: dict[Entry, EvictionPolicy], length: int,
         )
         for entry in entries
     ]
-
-
-def _cache_shapes(loaded: Loaded, policy: EvictionPolicy, tokens: Array, mask: Array) -> Any:
-    def shapes(params, tokens, mask):
-        return prefill(loaded.model, params, tokens, mask, policy, NEW_TOKENS)[1]
-
-    with warnings.catch_warnings(action="ignore"):
-        return jax.eval_shape(shapes, loaded.params, tokens, mask)
 
 
 def _structure(shapes: Any) -> tuple:
@@ -130,7 +116,7 @@ def _rates(loaded: Loaded, grid: Grid, place: Place, batch_size: int) -> tuple[R
         first.setdefault(entry.method, (entry, policy))
     entries = dict(list(first.values())[:MOST_RATED])
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("rows",))
-    lengths = {i: pad_left([told.encoded[i]], bucket_length(len(told.encoded[i]))) for i in batch}
+    lengths = {i: pad_batch([told.encoded[i]], 1) for i in batch}
 
     def one_by_one():
         for i in batch:

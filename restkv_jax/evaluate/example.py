@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from restkv_jax.evaluate.accuracy import pad_left
+from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.grid import Grid, parse_method, policies
 from restkv_jax.evaluate.sweep import Loaded, places, prompts_of
 from restkv_jax.generate import prefill_each

@@ -5,10 +5,10 @@ import dataclasses
 import inspect
 import itertools
 import operator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from restkv_jax.evaluate.tasks import TASKS
-from restkv_jax.options import UsageError, as_usage_error, find_method, parse_budget, suggest
+from restkv_jax.options import DType, UsageError, as_usage_error, find_method, parse_budget, suggest
 from restkv_jax.policy import EvictionPolicy
 from restkv_jax.refit import LeastSquares
 
@@ -39,7 +39,7 @@ class Grid:
     prompts: int = 100
     seed: int = 0
     model: str | None = None
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    dtype: DType = "auto"
 
 
 class Method(NamedTuple):
@@ -49,7 +49,6 @@ class Method(NamedTuple):
     options: dict[str, Any]
 
 
-DTYPES = ("auto", "bfloat16", "float32", "float16")
 POLICY_OPTIONS = ("refit", "candidates", "page_size")
 """Fields of a policy that any method takes as options here; `refit` by the ridge of its least squares."""
 
@@ -89,8 +88,8 @@ def check_grid(grid: Grid) -> None:
     for name in ("tasks", "lengths", "depths"):
         if len(set(getattr(grid, name))) < len(getattr(grid, name)):
             raise UsageError(f"{name} are given twice; leave one out")
-    if grid.dtype not in DTYPES:
-        raise UsageError(f"dtype {grid.dtype!r} is unknown; {suggest(str(grid.dtype), DTYPES)}")
+    if grid.dtype not in get_args(DType):
+        raise UsageError(f"dtype {grid.dtype!r} is unknown; {suggest(str(grid.dtype), get_args(DType))}")
     for depth in grid.depths:
         if not 0 <= depth <= 1:
             raise UsageError(f"depth {depth} must be between 0, the beginning of the prompt, and 1, its end")

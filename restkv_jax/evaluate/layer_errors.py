@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from restkv_jax.evaluate.accuracy import pad_left
+from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.grid import Grid, is_file, policies
 from restkv_jax.evaluate.reconstruction import reconstruction_errors
 from restkv_jax.evaluate.results import LayerErrors

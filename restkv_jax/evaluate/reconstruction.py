@@ -11,7 +11,7 @@ from restkv_jax.cache import kept_positions
 from restkv_jax.checks import check_tokens
 from restkv_jax.generate import CHUNK_SIZE, bucket_length, prefill_each
 from restkv_jax.kernels import largest_divisor
-from restkv_jax.models import Decoder, Layer, Memory, StateFunctions, positions_of
+from restkv_jax.models import STATELESS, Decoder, Layer, Memory, StateFunctions, positions_of
 from restkv_jax.policy import EvictionPolicy, check_integer
 from restkv_jax.refit import window_outputs
 
@@ -98,7 +98,7 @@ def _errors(model, params, tokens, mask, kept, num_following, chunk_size) -> Arr
         of_layer = jax.lax.map(error, visible[:, layer.index]).mean(-1)
         return errors.at[:, layer.index].set(of_layer)
 
-    functions = StateFunctions(lambda index, memory, state: (memory, state), revise, num_following)
+    functions = StateFunctions(STATELESS.remember, revise, num_following)
     empty = jnp.zeros(visible.shape[:3], jnp.float32)
     chunk_size = largest_divisor(tokens.shape[1], chunk_size)
     return model.apply({"params": params}, tokens, positions, functions, empty, chunk_size)[1]

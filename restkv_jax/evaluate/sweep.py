@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from restkv_jax.evaluate.accuracy import pad_left
+from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.grid import Entry, Grid, grid_places, is_file, policies
 from restkv_jax.evaluate.results import Item, Line, append_line, drop_broken_line, read_lines, results_path
 from restkv_jax.evaluate.tasks import Prompt, make_prompts
@@ -221,9 +221,8 @@ def answer_batch(
 
     A batch with fewer prompts than the others is filled up with its first, so that one program serves all.
     """
-    rows = [told.encoded[i] for i in batch]
-    rows += rows[:1] * (-(-work.batch_size // mesh.size) * mesh.size - len(rows))
-    tokens, mask = pad_left(rows, bucket_length(max(map(len, rows))))
+    rows = -(-work.batch_size // mesh.size) * mesh.size
+    tokens, mask = pad_batch([told.encoded[i] for i in batch], rows)
     said: dict[int, dict[str, str]] = {i: {} for i in batch}
     columns = [(entry.label, policy) for entry, policy in entries.items()]
     for start in range(0, len(columns), work.together):

@@ -13,7 +13,7 @@ from jax import Array
 from restkv_jax.checks import check_tokens
 from restkv_jax.kernels import largest_divisor
 from restkv_jax.kernels.scores import probabilities
-from restkv_jax.models.decoder import Decoder, Layer, Memory, StateFunctions, positions_of
+from restkv_jax.models.decoder import STATELESS, Decoder, Layer, Memory, StateFunctions, positions_of
 from restkv_jax.pod.groups import LayerGroups
 from restkv_jax.policy import check_integer
 
@@ -117,7 +117,7 @@ def _last_queries_and_keys(model, params, tokens, positions, last_queries, chunk
         queries = einops.rearrange(layer.last(shown).queries, "b (k g) q d -> b k g q d", k=num_kv_heads)
         return tuple(whole.at[layer.index].set(part) for whole, part in zip(state, (queries, memory.keys), strict=True))
 
-    functions = StateFunctions(lambda index, memory, state: (memory, state), revise, shown)
+    functions = StateFunctions(STATELESS.remember, revise, shown)
     chunk_size = None if chunk_size is None else largest_divisor(length, chunk_size)
     return model.apply({"params": params}, tokens, positions, functions, empty, chunk_size)[1]
 

@@ -3,11 +3,11 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 
-from restkv_jax.options import Budget, UsageError, make_policy, options_of_method, parse
+from restkv_jax.options import Budget, DType, UsageError, make_policy, options_of_method, parse
 from restkv_jax.policy import EvictionPolicy
 
 FINENESS = 3
@@ -33,7 +33,7 @@ class ModelArgs:
     pretrained: str | None = None
     tokenizer: str | None = None
     method: str = "restkv"
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    dtype: DType = "auto"
     max_length: int | None = None
     max_gen_toks: int = 256
     batch_size: int = 1

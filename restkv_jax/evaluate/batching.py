@@ -1,0 +1,32 @@
+"""Prompts of different lengths as one batch."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from restkv_jax.generate import bucket_length
+
+
+def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[Array, Array]:
+    """Token ids int32 [B, length], zeros on the left, and their mask bool [B, length]."""
+    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for b, row in enumerate(rows):
+        tokens[b, length - len(row) :], mask[b, length - len(row) :] = row, True
+    return jnp.asarray(tokens), jnp.asarray(mask)
+
+
+def pad_batch(rows: Sequence[Sequence[int]], batch_size: int, length: int | None = None) -> tuple[Array, Array]:
+    """Rows filled up with the first one, so that one program serves all batches, and padded on the left.
+
+    Args:
+      rows: token ids of at most `batch_size` prompts.
+      batch_size: `B`.
+      length: `T`; the bucket of the longest row by default.
+
+    Returns:
+      token ids int32 [B, T] and their mask bool [B, T].
+    """
+    length = bucket_length(max(map(len, rows))) if length is None else length
+    return pad_left([*rows, *[rows[0]] * (batch_size - len(rows))], length)
