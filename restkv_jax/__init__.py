@@ -3,16 +3,7 @@
 from restkv_jax import pod
 from restkv_jax.cache import KVCache, cache_bytes, kept_positions
 from restkv_jax.eviction import Eviction, evict_layer
-from restkv_jax.generate import (
-    Generation,
-    bucket_length,
-    decode_step,
-    generate,
-    generate_each,
-    prefill,
-    prefill_each,
-    stream,
-)
+from restkv_jax.generate import Generation, decode_step, generate, generate_each, stream
 from restkv_jax.methods import (
     METHODS,
     adakv,
@@ -30,6 +21,7 @@ from restkv_jax.methods import (
 from restkv_jax.models import build_model, init_params, load_model, save_model
 from restkv_jax.paged import PagedCache
 from restkv_jax.policy import EvictionPolicy
+from restkv_jax.prefill import bucket_length, prefill, prefill_each
 from restkv_jax.refit import LeastSquares
 
 __all__ = [

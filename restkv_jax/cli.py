@@ -20,7 +20,7 @@ from rich.table import Table
 
 from restkv_jax.cache import cache_bytes
 from restkv_jax.checks import check_sampling
-from restkv_jax.generate import bucket_length, cache_shapes, prefill, stream
+from restkv_jax.generate import stream
 from restkv_jax.loading import load_checkpoint
 from restkv_jax.methods import METHODS, full
 from restkv_jax.models import Decoder
@@ -37,6 +37,7 @@ from restkv_jax.options import (
 )
 from restkv_jax.paged import PagedCache
 from restkv_jax.policy import EvictionPolicy
+from restkv_jax.prefill import bucket_length, cache_shapes, prefill
 from restkv_jax.timing import CompilationClock
 
 USAGE = """usage: restkv COMMAND [OPTIONS]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 import restkv_jax as rk
 from restkv_jax.cache import empty_cache
-from restkv_jax.generate import _decode_step, _prefill
+from restkv_jax.generate import _decode_step
 from restkv_jax.importance import observe_prompt
 from restkv_jax.models import Layer, Memory, hidden_states, logits
+from restkv_jax.prefill import prefill_padded
 from restkv_jax.sampling import sample
 
 CONFIG = dict(
@@ -181,7 +182,7 @@ def test_lengths_of_one_bucket_share_a_program():
     programs = set()
     for length in (97, 100, 112, 113):
         rk.prefill(model, params, np.full((1, length), 5), policy=rk.snapkv(BUDGET), max_new_tokens=3)
-        programs.add(_prefill._cache_size())
+        programs.add(prefill_padded._cache_size())
     assert len(programs) == 2
 
 
@@ -312,7 +313,7 @@ def lowered_prefill(policy, num_layers, length=2048):
     model = rk.build_model(CONFIG | {"num_hidden_layers": num_layers})
     params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length), bool)
-    return model, params, _prefill.lower(model, params, tokens, mask, (policy,), 8, 256)
+    return model, params, prefill_padded.lower(model, params, tokens, mask, (policy,), 8, 256)
 
 
 def decode_memory(policy, num_layers, length):

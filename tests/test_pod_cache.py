@@ -10,9 +10,10 @@ import pytest
 from tiny_pod import CONFIG, GROUPS, NEW, SHARING, prompts, tiny
 
 import restkv_jax as rk
-from restkv_jax.generate import _decode_step, _prefill
+from restkv_jax.generate import _decode_step
 from restkv_jax.models.config import UNLIMITED
 from restkv_jax.pod import LayerGroups, Sharing
+from restkv_jax.prefill import prefill_padded
 
 
 def test_rows_that_have_ended_hand_nothing_over():
@@ -48,7 +49,7 @@ def lowered_step(sharing, length=2048):
     model = rk.build_model(CONFIG | {"num_hidden_layers": 10})
     params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length), bool)
-    cache = _prefill.lower(model, params, tokens, mask, (rk.full(),), 8, 256, sharing).out_info[1][0]
+    cache = prefill_padded.lower(model, params, tokens, mask, (rk.full(),), 8, 256, sharing).out_info[1][0]
     token, active = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), bool)
     return cache, _decode_step.lower(model, params, token, cache, active, rk.full()).compile().memory_analysis()
 

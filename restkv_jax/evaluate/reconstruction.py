@@ -9,10 +9,10 @@ from jax import Array
 
 from restkv_jax.cache import kept_positions
 from restkv_jax.checks import check_tokens
-from restkv_jax.generate import CHUNK_SIZE, bucket_length, prefill_each
 from restkv_jax.kernels import largest_divisor
 from restkv_jax.models import STATELESS, Decoder, Layer, Memory, StateFunctions, positions_of
 from restkv_jax.policy import EvictionPolicy, check_integer
+from restkv_jax.prefill import CHUNK_SIZE, bucket_length, prefill_each
 from restkv_jax.refit import window_outputs
 
 

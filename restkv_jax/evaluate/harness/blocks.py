@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from restkv_jax.generate import decode_step, prefill
+from restkv_jax.generate import decode_step
 from restkv_jax.models import Decoder
 from restkv_jax.policy import EvictionPolicy
+from restkv_jax.prefill import prefill
 from restkv_jax.sampling import sample
 
 BLOCK_SIZE = 16
