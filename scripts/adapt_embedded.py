@@ -58,7 +58,7 @@ class Variant(NamedTuple):
     policy: rk.EvictionPolicy = rk.full()
 
 
-STAGE = next(step.data for step in CURRICULUM if step.data.name == "text-1040")
+STAGE = next(step.data for step in CURRICULUM if step.data.name == "text-1104")
 
 
 def sequences(tokenizer: Any, count: int, seed: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Asks the embedded model for numbers hidden in long texts, with the full cache and with ReST-KV's small one."""
+"""Asks the embedded model for what is hidden in long texts, with the full cache and with ReST-KV's small one."""
 
 import os
 import time
@@ -27,11 +27,18 @@ class Run(NamedTuple):
 
 
 def main(
-    num_tokens: int = 1100, percent: float = 10.0, num_prompts: int = 8, seed: int = 0, model: str | None = None
+    task: str = "multikey",
+    num_tokens: int = 1100,
+    percent: float = 10.0,
+    num_prompts: int = 8,
+    seed: int = 0,
+    model: str | None = None,
 ) -> None:
     """Prints the answers of both caches side by side.
 
     Args:
+      task: what is asked: "single", one hidden number; "multikey", one of eight; "haystack", one of a text of nothing
+        else; "multivalue" and "multiquery", four at once; "tracking", the names on a chain of assignments.
       num_tokens: size of each prompt.
       percent: budget of ReST-KV, in percent of the prompt.
       num_prompts: how many fresh prompts to ask.
@@ -40,7 +47,7 @@ def main(
     """
     console = Console(highlight=False)
     decoder, params, tokenizer = rk.load_model(model, dtype=jnp.float32)
-    prompts = make_prompts("single", tokenizer, num_tokens, num_prompts, seed)
+    prompts = make_prompts(task, tokenizer, num_tokens, num_prompts, seed)
     show_prompt(console, prompts[0])
     policies = {"full": rk.full(), "restkv": rk.restkv(budget=round(num_tokens * percent / 100))}
     runs = {name: answer(decoder, params, tokenizer, prompts, policy) for name, policy in policies.items()}
@@ -49,7 +56,7 @@ def main(
 
 
 def show_prompt(console: Console, prompt: Prompt) -> None:
-    """Prints the ends of a prompt and the sentence that holds the answer."""
+    """Prints the ends of a prompt and the sentence that holds the first answer."""
     lines = prompt.text.splitlines()
     needle = next(i for i, line in enumerate(lines) if prompt.answers[0] in line)
     shown = [*lines[:2], f"[{needle - 2} lines]", f"[bold]{lines[needle]}[/bold]"]
@@ -63,7 +70,7 @@ def answer(decoder: Any, params: Any, tokenizer: Any, prompts: list[Prompt], pol
     with CompilationClock() as clock:
         start = time.perf_counter()
         out = rk.generate(
-            decoder, params, batch["input_ids"], batch["attention_mask"], policy=policy, max_new_tokens=16
+            decoder, params, batch["input_ids"], batch["attention_mask"], policy=policy, max_new_tokens=32
         )
         jax.block_until_ready(out)
         seconds = time.perf_counter() - start
@@ -73,16 +80,16 @@ def answer(decoder: Any, params: Any, tokenizer: Any, prompts: list[Prompt], pol
 
 
 def answer_table(prompts: list[Prompt], runs: dict[str, Run]) -> Table:
-    """One row per prompt: the number that is hidden and what each cache led to."""
-    table = Table("hidden number", *runs, title="Answers")
+    """One row per prompt: what is hidden and asked, and what each cache led to."""
+    table = Table("hidden", *runs, title="Answers")
     right = dict.fromkeys(runs, 0)
     for i, prompt in enumerate(prompts):
         cells = []
         for name, run in runs.items():
-            exact = prompt.answers[0] in run.answers[i]
+            exact = all(answer in run.answers[i] for answer in prompt.answers)
             right[name] += exact
             cells.append(f"{run.answers[i]} {'✓' if exact else '✗'}")
-        table.add_row(prompt.answers[0], *cells)
+        table.add_row(", ".join(prompt.answers), *cells)
     table.add_section()
     table.add_row("right", *(f"{count} of {len(prompts)}" for count in right.values()))
     return table

@@ -17,8 +17,10 @@ from restkv_jax.models.config import ModelConfig
 CHUNK = 128
 
 
-def hidden_states(config: ModelConfig, params: Any, tokens: Array, positions: Array, log_copies: Array) -> Array:
-    """Final hidden states.
+def hidden_states(
+    config: ModelConfig, params: Any, tokens: Array, positions: Array, log_copies: Array
+) -> tuple[Array, Array, Array]:
+    """Final hidden states, and every layer's queries and keys.
 
     Args:
       config: a Llama configuration with default RoPE.
@@ -28,7 +30,7 @@ def hidden_states(config: ModelConfig, params: Any, tokens: Array, positions: Ar
       log_copies: float32 [B, T], logarithm of how many equal tokens each key stands for.
 
     Returns:
-      [B, T, M].
+      hidden states [B, T, M], scaled queries [L, B, H, T, D] and keys [L, B, K, T, D], both rotated.
     """
     theta = dict(config.rope_parameters)["rope_theta"]
     frequencies = theta ** (-jnp.arange(0, config.head_dim, 2) / config.head_dim)
@@ -45,15 +47,16 @@ def hidden_states(config: ModelConfig, params: Any, tokens: Array, positions: Ar
         heads = config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads
         queries, keys, values = jnp.split(joined, heads, axis=1)
         queries = _rotate(queries, rotation) / math.sqrt(config.head_dim)
-        context = _causal_attention(queries, _rotate(keys, rotation), values, log_copies)
+        keys = _rotate(keys, rotation)
+        context = _causal_attention(queries, keys, values, log_copies)
         projection = layer["output_projection"]
         hidden += einops.rearrange(context, "b h t d -> (b t) (h d)") @ projection.reshape(-1, projection.shape[-1])
         x = _rms_norm(hidden, layer["post_attention_norm"], config.rms_norm_eps)
         gate, up = jnp.split(x @ jnp.concatenate([layer["gate_projection"], layer["up_projection"]], axis=1), 2, axis=1)
-        return hidden + (jax.nn.silu(gate) * up) @ layer["down_projection"], None
+        return hidden + (jax.nn.silu(gate) * up) @ layer["down_projection"], (queries, keys)
 
-    hidden, _ = jax.lax.scan(layer_step, params["embedding"][tokens.reshape(-1)], params["layers"])
-    return _rms_norm(hidden, params["final_norm"], config.rms_norm_eps).reshape(batch, length, -1)
+    hidden, (queries, keys) = jax.lax.scan(layer_step, params["embedding"][tokens.reshape(-1)], params["layers"])
+    return _rms_norm(hidden, params["final_norm"], config.rms_norm_eps).reshape(batch, length, -1), queries, keys
 
 
 def _rms_norm(x: Array, weight: Array, eps: float) -> Array:

@@ -15,7 +15,7 @@ PATTERN = "|".join(
     (
         r" ?VAR(?!\p{L})",
         r"[ -]?\p{Lu}?\p{Ll}+",  # a word; " quick-fox" is " quick" and "-fox"
-        r" \p{Lu}(?!\p{Ll})|\p{Lu}{1,2}(?!\p{Ll})",  # names of capitals, two letters at a time
+        r" ?\p{Lu}{1,2}(?!\p{Ll})",  # names of capitals, two letters at a time
         r" ?\p{L}+",
         r" ?\p{N}{1,3}",
         r" ?[^\s\p{L}\p{N}]+",
@@ -39,7 +39,7 @@ def answer_tokens() -> list[str]:
     """The pieces that answers are made of: digit groups and pairs of capitals, with and without a leading space."""
     groups = ["".join(digits) for n in (1, 2, 3) for digits in itertools.product(string.digits, repeat=n)]
     pairs = ["".join(pair) for pair in itertools.product(string.ascii_uppercase, repeat=2)]
-    return [*groups, *(" " + group for group in groups), *pairs, *(" " + letter for letter in string.ascii_uppercase)]
+    return [space + piece for piece in (*groups, *pairs) for space in ("", " ")]
 
 
 def word_tokens() -> list[str]:

@@ -1,7 +1,7 @@
 """Trains the embedded model from a seed: `python scripts/train_embedded.py --run build/embedded`.
 
-The curriculum goes from periodic repeats to needle texts; a stage is done when its answers are exact. Earlier stages
-keep a share of the steps. A killed run resumes from its last checkpoint.
+The curriculum goes from short texts to long ones; earlier stages keep a share of the steps. Besides what answers cost,
+heads are shown where to look (`embedded_circuit`). A killed run resumes from its last checkpoint.
 """
 
 import concurrent.futures
@@ -22,17 +22,15 @@ import optax
 import orbax.checkpoint as ocp
 import rich.progress
 import tyro
-from embedded_curriculum import CURRICULUM, choose_stage, stage_index
+from embedded_circuit import initial_params, look_losses
+from embedded_curriculum import CURRICULUM, choose_stage
 
 import restkv_jax as rk
 from restkv_jax.models.config import ModelConfig
 
-SMALL_VOCABULARY, ANSWER_VOCABULARY = 432, 3200
+LOOK_WEIGHT = 0.5
 AVERAGE_RATE = 0.01
-CONSTANT_COMPONENTS = 8
-EMBEDDING_SCALE = 0.05
-CONSTANT_SCALE = 0.15
-POSITION_WEIGHTS = (60.0, 40.0, 30.0, 20.0)
+WHOLE_VOCABULARY_EVERY = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +38,18 @@ class Options:
     """How to train. `steps` counts optimiser steps of all stages; the last `decay` share lowers the learning rate."""
 
     run: pathlib.Path
-    start: pathlib.Path | None = None
-    """a model directory to start from, at the first step `start_step`, which belongs to the stage `start_stage`"""
-    start_step: int = 3300
-    start_stage: str = "text-2064"
     seed: int = 0
-    steps: int = 3450
-    hidden_size: int = 192
+    steps: int = 1300
+    hidden_size: int = 256
     intermediate_size: int = 256
     num_layers: int = 6
-    num_heads: int = 6
-    rope_theta: float = 1e6
+    num_heads: int = 4
+    head_dim: int = 64
+    rope_theta: float = 1e8
     muon_rate: float = 0.02
     adam_rate: float = 0.003
     warmup: int = 30
-    decay: float = 0.31
+    decay: float = 0.6
     checkpoint_every: int = 100
 
 
@@ -77,7 +72,7 @@ def model_config(options: Options, tokenizer: Any) -> dict[str, Any]:
         "num_hidden_layers": options.num_layers,
         "num_attention_heads": options.num_heads,
         "num_key_value_heads": 2,
-        "head_dim": 32,
+        "head_dim": options.head_dim,
         "max_position_embeddings": 8192,
         "rope_theta": options.rope_theta,
         "rms_norm_eps": 1e-5,
@@ -89,57 +84,6 @@ def model_config(options: Options, tokenizer: Any) -> dict[str, Any]:
         "pad_token_id": tokenizer.pad_token_id,
         "dtype": "bfloat16",
     }
-
-
-def initial_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Normal weights of variance 1 / fan-in, small where they write to the residual stream.
-
-    Some embedding components are equal for all tokens; from these, head h of the first layer starts out attending to
-    the token h + 1 places before, which induction heads build on.
-    """
-    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    kv_heads, dim, inner = config.num_key_value_heads, config.head_dim, config.intermediate_size
-    keys = jax.random.split(key, 8)
-    small = (2 * layers) ** -0.5
-
-    def normal(i, *shape, std):
-        return std * jax.random.normal(keys[i], shape)
-
-    weights = {
-        "input_norm": jnp.ones((layers, hidden)),
-        "query_projection": normal(1, layers, hidden, heads, dim, std=hidden**-0.5),
-        "key_projection": normal(2, layers, hidden, kv_heads, dim, std=hidden**-0.5),
-        "value_projection": normal(3, layers, hidden, kv_heads, dim, std=hidden**-0.5),
-        "output_projection": normal(4, layers, heads, dim, hidden, std=small * (heads * dim) ** -0.5),
-        "post_attention_norm": jnp.ones((layers, hidden)),
-        "gate_projection": normal(5, layers, hidden, inner, std=hidden**-0.5),
-        "up_projection": normal(6, layers, hidden, inner, std=hidden**-0.5),
-        "down_projection": normal(7, layers, inner, hidden, std=small * inner**-0.5),
-    }
-    query, key_vectors = position_vectors(config, jnp.arange(heads) + 1)
-    constant = slice(0, CONSTANT_COMPONENTS)
-    weights["query_projection"] = weights["query_projection"].at[0].multiply(0.1).at[0, constant].add(query)
-    weights["key_projection"] = weights["key_projection"].at[0].multiply(0.1).at[0, constant].add(key_vectors)
-    weights["output_projection"] = weights["output_projection"].at[0].divide(small)
-    embedding = normal(0, config.vocab_size, hidden, std=EMBEDDING_SCALE).at[:, constant].set(CONSTANT_SCALE)
-    return {"embedding": embedding, "final_norm": jnp.ones(hidden), "layers": weights}
-
-
-def position_vectors(config: ModelConfig, offsets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What each constant component adds to queries [H, D] and keys [D] so that heads look `offsets` [H] places back.
-
-    Under RoPE the score is then a sum of `POSITION_WEIGHTS` times cosines over the fastest rotations.
-    """
-    pairs = config.head_dim // 2
-    frequencies = dict(config.rope_parameters)["rope_theta"] ** (-jnp.arange(pairs) / pairs)
-    amplitude = jnp.zeros(pairs).at[: len(POSITION_WEIGHTS)].set(jnp.sqrt(jnp.array(POSITION_WEIGHTS)))
-    mean_square = (
-        CONSTANT_COMPONENTS * CONSTANT_SCALE**2 + (config.hidden_size - CONSTANT_COMPONENTS) * EMBEDDING_SCALE**2
-    ) / config.hidden_size
-    share = mean_square**0.5 / (CONSTANT_COMPONENTS * CONSTANT_SCALE)
-    angles = -frequencies * offsets[:, None]
-    query = jnp.concatenate([amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)], axis=1)
-    return share * query, share * jnp.concatenate([amplitude, jnp.zeros(pairs)])
 
 
 def make_optimizer(options: Options) -> optax.GradientTransformation:
@@ -177,38 +121,40 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
 def rate_scale(options: Options, step: int, rate: float) -> float:
     """Warm-up, constant, then linear to zero, times `rate`."""
     left = (options.steps - step) / max(1, options.decay * options.steps)
-    done = step - (options.start_step if options.start else 0)
-    return rate * min(1.0, (done + 1) / options.warmup, max(left, 0.0))
+    return rate * min(1.0, (step + 1) / options.warmup, max(left, 0.0))
 
 
-def answer_loss(config: ModelConfig, params: Any, batch: data.Batch, vocabulary_size: int):
+def answer_loss(params: Any, hidden: jax.Array, batch: data.Batch, vocabulary_size: int):
     """Mean cross entropy of the supervised tokens, and which of them are predicted right, bool [B, N].
 
-    Where several tokens are right, their probabilities add up. Tokens beyond the vocabulary's size are left out.
+    Tokens beyond the vocabulary's size are left out.
     """
-    hidden = embedded_forward.hidden_states(config, params, batch.tokens, batch.positions, batch.log_copies)
     hidden = jnp.take_along_axis(hidden, batch.index[..., None], axis=1)
-    scores = hidden.reshape(-1, hidden.shape[-1]) @ params["embedding"][:vocabulary_size].T
-    scores = scores.reshape(*batch.index.shape, -1)
-    wanted = jnp.take_along_axis(scores, jnp.clip(batch.target, 0, vocabulary_size - 1), axis=-1)
-    wanted = jnp.where(batch.target >= 0, wanted, -1e9)
-    weight = (batch.answer >= 0) & (batch.target[..., 0] < vocabulary_size)
-    losses = jax.nn.logsumexp(scores, axis=-1) - jax.nn.logsumexp(wanted, axis=-1)
-    right = wanted.max(axis=-1) >= scores.max(axis=-1)
+    scores = hidden @ params["embedding"][:vocabulary_size].T
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch.target)
+    weight = (batch.answer >= 0) & (batch.target < vocabulary_size)
+    right = scores.argmax(axis=-1) == batch.target
     return jnp.where(weight, losses, 0.0).sum() / weight.sum(), right | ~weight
 
 
 def make_step(config: ModelConfig, optimizer: optax.GradientTransformation, vocabulary_size: int):
-    """The jitted step: (state, batch, scale) to (state, loss, right)."""
+    """The jitted step: (state, batch, scale) to (state, loss, loss of the looks by role, right)."""
+
+    def total(params, batch):
+        hidden, queries, keys = embedded_forward.hidden_states(
+            config, params, batch.tokens, batch.positions, batch.log_copies
+        )
+        loss, right = answer_loss(params, hidden, batch, vocabulary_size)
+        looks = look_losses(queries, keys, batch)
+        return loss + LOOK_WEIGHT * looks.sum(), (loss, looks, right)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: State, batch: data.Batch, scale):
-        loss = functools.partial(answer_loss, config, batch=batch, vocabulary_size=vocabulary_size)
-        (value, right), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+        gradient, (loss, looks, right) = jax.grad(total, has_aux=True)(state.params, batch)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p + scale * u, state.params, updates)
         average = jax.tree.map(lambda a, p: a + AVERAGE_RATE * (p - a), state.average, params)
-        return State(params, optimizer_state, average), value, right
+        return State(params, optimizer_state, average), loss, looks, right
 
     return step
 
@@ -240,13 +186,6 @@ class Progress(NamedTuple):
         if done and self.stage + 1 < len(CURRICULUM):
             return Progress(self.step + 1, self.stage + 1, 0, shares)
         return Progress(self.step + 1, self.stage, self.since + 1, shares)
-
-
-def scored_vocabulary(stage: data.Stage, step: int, full: int) -> int:
-    """How many tokens compete in the loss: those that answers are made of, and every third step in texts all."""
-    if stage.kind != "text":
-        return SMALL_VOCABULARY if stage.pool == 128 else ANSWER_VOCABULARY
-    return full if step % 3 == 0 else ANSWER_VOCABULARY
 
 
 def draw(options: Options, vocabulary: data.Vocabulary, step: int, stage: int) -> tuple[int, data.Batch]:
@@ -290,14 +229,11 @@ def main(options: Options) -> None:
     model = rk.build_model(model_config(options, tokenizer))
     optimizer = make_optimizer(options)
     params, progress = initial_params(model.config, jax.random.key(options.seed)), Progress()
-    if options.start:
-        params = jax.tree.map(jnp.array, rk.load_model(options.start, dtype=jnp.float32)[1])
-        progress = Progress(options.start_step, stage_index(options.start_stage))
     checkpoints = Checkpoints(options.run, model, tokenizer)
     state = State(params, optimizer.init(params), jax.tree.map(jnp.copy, params))
     state, progress = checkpoints.restore(state, progress)
-    sizes = SMALL_VOCABULARY, ANSWER_VOCABULARY, len(tokenizer)
-    steps = {size: make_step(model.config, optimizer, size) for size in sizes}
+    answers = 1 + max(tokenizer(embedded_tokenizer.answer_tokens(), add_special_tokens=False)["input_ids"])[0]
+    steps = {size: make_step(model.config, optimizer, size) for size in (answers, len(tokenizer))}
 
     columns = *rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[status]}")
     with (
@@ -311,8 +247,8 @@ def main(options: Options) -> None:
             started, (chosen, batch) = time.monotonic(), upcoming.result()
             upcoming = pool.submit(draw, options, vocabulary, progress.step + 1, progress.stage)
             stage = CURRICULUM[chosen].data
-            size = scored_vocabulary(stage, progress.step, len(tokenizer))
-            state, loss, right = steps[size](
+            size = answers if progress.step % WHOLE_VOCABULARY_EVERY else len(tokenizer)
+            state, loss, looks, right = steps[size](
                 state, batch, rate_scale(options, progress.step, CURRICULUM[progress.stage].rate)
             )
             shares, seconds = exact_shares(stage, batch, right), time.monotonic() - started
@@ -323,6 +259,7 @@ def main(options: Options) -> None:
                 "loss": round(float(loss), 4),
                 "exact": exact,
                 "by_format": shares,
+                "looks": {role: round(float(x), 3) for role, x in zip(data.ROLES, looks, strict=True)},
             }
             record |= {"tokens_per_second": round(batch.tokens.size / seconds), "time": round(time.time())}
             print(json.dumps(record), file=log, flush=True)
