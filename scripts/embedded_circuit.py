@@ -129,7 +129,11 @@ def wiring(config: ModelConfig, weights: dict[str, Any], key: jax.Array) -> dict
 
 
 def look_losses(queries: jax.Array, keys: jax.Array, batch: data.Batch) -> jax.Array:
-    """Of each role, the mean negative logarithm of the attention that its head gives to where it should look [R]."""
+    """Of each role, the mean negative logarithm of the attention that its head gives to where it should look [R].
+
+    Looks at the beginning of the text, which mean that there is nothing to find, count as much as all the others
+    together; they outnumber them by far, and a head would learn to find nothing.
+    """
     groups = queries.shape[2] // keys.shape[2]
     layers, heads = (jnp.array([HEADS[role][i] for role in data.ROLES]) for i in (0, 1))
     start = jnp.maximum(batch.look_from, 0)
@@ -139,5 +143,8 @@ def look_losses(queries: jax.Array, keys: jax.Array, batch: data.Batch) -> jax.A
     wanted = jnp.take_along_axis(scores, jnp.maximum(batch.look_to, 0), axis=-1)
     wanted = jnp.where(batch.look_to >= 0, wanted, -1e9)
     losses = jax.nn.logsumexp(scores, axis=-1) - jax.nn.logsumexp(wanted, axis=-1)
-    weight = batch.look_from >= 0
-    return jnp.where(weight, losses, 0.0).sum(axis=(1, 2)) / jnp.maximum(weight.sum(axis=(1, 2)), 1)
+    asked, nothing = batch.look_from >= 0, batch.look_to[..., 0] == 0
+    kinds = jnp.stack([asked & nothing, asked & ~nothing])
+    counts = kinds.sum(axis=(2, 3))
+    means = jnp.where(kinds, losses, 0.0).sum(axis=(2, 3)) / jnp.maximum(counts, 1)
+    return means.sum(axis=0) / jnp.maximum((counts > 0).sum(axis=0), 1)

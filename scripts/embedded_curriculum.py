@@ -7,13 +7,13 @@ import numpy as np
 
 SHORT = (("one-short", 0.4), ("values-short", 0.2), ("queries-short", 0.2), ("tracking-short", 0.2))
 TEXTS = (
-    ("one-short", 0.15),
-    ("one", 0.25),
-    ("values-short", 0.1),
-    ("values", 0.1),
+    ("one-short", 0.1),
+    ("one", 0.15),
+    ("values-short", 0.125),
+    ("values", 0.2),
     ("queries-short", 0.1),
-    ("queries", 0.1),
-    ("tracking-short", 0.1),
+    ("queries", 0.15),
+    ("tracking-short", 0.075),
     ("tracking", 0.1),
 )
 SPAN = 4400
@@ -38,8 +38,8 @@ class Step:
 CURRICULUM = (
     Step(data.Stage("text-176", 24, 176, 64, 5, SHORT, span=SPAN), 250),
     Step(data.Stage("text-288", 16, 288, 80, 12, TEXTS, noise=0.6, span=SPAN), 350, rate=0.5),
-    Step(data.Stage("text-528", 8, 528, 128, 30, TEXTS, noise=0.6, span=SPAN), 250, rate=0.4),
-    Step(data.Stage("text-1104", 4, 1104, 200, 72, TEXTS, noise=0.7, span=SPAN), 300, 0.99, rate=0.4),
+    Step(data.Stage("text-528", 8, 528, 128, 30, TEXTS, noise=0.6, span=SPAN), 350, rate=0.4),
+    Step(data.Stage("text-1104", 4, 1104, 200, 72, TEXTS, noise=0.7, span=SPAN), 600, 0.99, rate=0.4),
     Step(data.Stage("text-2064", 2, 2064, 240, 72, TEXTS, noise=0.8, span=SPAN), 1000, 0.99, share=0.4, rate=0.4),
 )
 

@@ -39,7 +39,7 @@ class Options:
 
     run: pathlib.Path
     seed: int = 0
-    steps: int = 1300
+    steps: int = 1800
     hidden_size: int = 256
     intermediate_size: int = 256
     num_layers: int = 6

@@ -119,13 +119,15 @@ def test_look_losses_are_the_attention_that_is_missing(scripts, vocabulary, embe
     groups = queries.shape[2] // keys.shape[2]
     for r, role in enumerate(data.ROLES):
         layer, head = circuit.HEADS[role]
-        losses = []
+        at_beginning, elsewhere = [], []
         for row in range(len(batch.tokens)):
             for at, targets in looks_of(data, batch, row)[role].items():
                 scores = np.float64(keys[layer, row, head // groups, : at + 1] @ queries[layer, row, head, at])
                 weights = np.exp(scores + batch.log_copies[row, : at + 1])
+                losses = at_beginning if targets == [0] else elsewhere
                 losses.append(-np.log(weights[targets].sum() / weights.sum()))
-        np.testing.assert_allclose(got[r], np.mean(losses), rtol=1e-3, atol=1e-4)
+        wanted = np.mean([np.mean(losses) for losses in (at_beginning, elsewhere) if losses])
+        np.testing.assert_allclose(got[r], wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_the_forward_pass_is_the_models(scripts, vocabulary, embedded):
