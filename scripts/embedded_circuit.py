@@ -129,10 +129,18 @@ def wiring(config: ModelConfig, weights: dict[str, Any], key: jax.Array) -> dict
 
 
 def look_losses(queries: jax.Array, keys: jax.Array, batch: data.Batch) -> jax.Array:
-    """Of each role, the mean negative logarithm of the attention that its head gives to where it should look [R].
+    """Of each role, the mean negative logarithm of the attention that its head gives to where it should look.
 
-    Looks at the beginning of the text, which mean that there is nothing to find, count as much as all the others
-    together; they outnumber them by far, and a head would learn to find nothing.
+    Looks at the beginning of the text mean that there is nothing to find. They are averaged apart from the others, and
+    both means count alike: most looks of `previous` are such, and it would learn to find nothing.
+
+    Args:
+      queries: float32 [L, B, H, T, D] of all layers, scaled and rotated.
+      keys: float32 [L, B, K, T, D] of all layers, rotated.
+      batch: whose tokens they are of, with the looks of R roles.
+
+    Returns:
+      float32 [R], 0 for a role without looks.
     """
     groups = queries.shape[2] // keys.shape[2]
     layers, heads = (jnp.array([HEADS[role][i] for role in data.ROLES]) for i in (0, 1))

@@ -112,7 +112,8 @@ def test_lists_say_what_comes_after_the_item_said_last(scripts, vocabulary):
 
 def test_look_losses_are_the_attention_that_is_missing(scripts, vocabulary, embedded):
     _, data, circuit, forward = scripts
-    model, params, _ = embedded
+    model = embedded[0]
+    params = circuit.initial_params(model.config, jax.random.key(0))  # a trained model misses next to nothing
     _, batch = draw(data, vocabulary, "queries")
     _, queries, keys = forward.hidden_states(model.config, params, batch.tokens, batch.positions, batch.log_copies)
     got = circuit.look_losses(queries, keys, batch)
