@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 
 report: $(VENV)/.demo
 	$(BIN)/restkv evaluate --grid docs/report/grid.yaml --output build/report
-	cp build/report/report.html build/report/report.md build/report/*.png docs/report/
+	cp build/report/report.md build/report/*.png docs/report/
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow"
