@@ -3,9 +3,9 @@
 from restkv_jax.kernels import distant, gather, paged, scores, solve
 from restkv_jax.kernels.attention import attention, largest_divisor, shared_key_attention
 from restkv_jax.kernels.dispatch import by_platform
-from restkv_jax.kernels.online_softmax import add_keys, empty_softmax
 from restkv_jax.kernels.paged import check_page_size
 from restkv_jax.kernels.scores import output_gram
+from restkv_jax.kernels.softmax import add_keys, empty_softmax
 
 attention_centres = by_platform(scores.attention_centres)
 averaged_attention_removal_error = by_platform(scores.averaged_attention_removal_error)

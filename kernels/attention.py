@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.online_softmax import Softmax, add_keys, empty_softmax, logits_of, wide_einsum
+from restkv_jax.kernels.softmax import Softmax, add_keys, empty_softmax, logits_of, wide_einsum
 
 BLOCK = 512
 """Queries, and keys, whose probabilities exist at one time."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.online_softmax import Softmax, add_keys
+from restkv_jax.kernels.softmax import Softmax, add_keys
 
 SLOTS_AT_ONCE = 4096
 """Slots of one row and KV head that are read at one time."""

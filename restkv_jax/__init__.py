@@ -1,10 +1,10 @@
 """Long prompts on a small KV cache: ReST-KV and its relatives for Llama-family models in JAX."""
 
 from restkv_jax import pod
-from restkv_jax.cache import KVCache, cache_bytes, kept_positions
-from restkv_jax.eviction import Eviction, evict_layer
-from restkv_jax.generate import Generation, decode_step, generate, generate_each, stream
-from restkv_jax.methods import (
+from restkv_jax.caches.dense import KVCache, cache_bytes, kept_positions
+from restkv_jax.caches.paged import PagedCache
+from restkv_jax.eviction.layer import Eviction, evict_layer
+from restkv_jax.eviction.methods import (
     METHODS,
     adakv,
     full,
@@ -18,11 +18,11 @@ from restkv_jax.methods import (
     streaming_llm,
     tova,
 )
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.refit import LeastSquares
+from restkv_jax.generation.generating import Generation, decode_step, generate, generate_each, stream
+from restkv_jax.generation.reading import bucket_length, prefill, prefill_each
 from restkv_jax.models import build_model, init_params, load_model, save_model
-from restkv_jax.paged import PagedCache
-from restkv_jax.policy import EvictionPolicy
-from restkv_jax.prefill import bucket_length, prefill, prefill_each
-from restkv_jax.refit import LeastSquares
 
 __all__ = [
     "METHODS",

@@ -22,7 +22,7 @@ import restkv_jax as rk
 from restkv_jax.evaluate import make_prompts, measure_accuracy
 from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.models import hidden_states
-from restkv_jax.pod.loss import next_token_loss
+from restkv_jax.pod.adaptation.loss import next_token_loss
 from restkv_jax.pod.plot import plot_groups
 
 

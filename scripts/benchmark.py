@@ -17,10 +17,10 @@ import tyro
 from rich.progress import track
 
 import restkv_jax as rk
-from restkv_jax.allocation import ALLOCATIONS, ModelWide
-from restkv_jax.models.sharding import make_mesh
-from restkv_jax.paged import fill_pages, pool_shape
-from restkv_jax.pod.program import make_program
+from restkv_jax.caches.paged import fill_pages, pool_shape
+from restkv_jax.eviction.allocation import ALLOCATIONS, ModelWide
+from restkv_jax.models.mesh import make_mesh
+from restkv_jax.pod.adaptation.program import make_program
 
 MIB = 2**20
 

@@ -19,10 +19,10 @@ from jax import Array
 import restkv_jax as rk
 from restkv_jax.evaluate import is_exact, make_prompts
 from restkv_jax.evaluate.batching import pad_left
-from restkv_jax.eviction import evict
+from restkv_jax.eviction.layer import evict
+from restkv_jax.eviction.observation import Observation
+from restkv_jax.eviction.refit import window_outputs
 from restkv_jax.models import STATELESS, Layer, Memory, StateFunctions, positions_of
-from restkv_jax.observation import Observation
-from restkv_jax.refit import window_outputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 
 from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.tasks import Prompt
-from restkv_jax.generate import generate_each
-from restkv_jax.pod.sharing import Sharing
-from restkv_jax.policy import EvictionPolicy
-from restkv_jax.prefill import bucket_length
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.generation.generating import generate_each
+from restkv_jax.generation.reading import bucket_length
+from restkv_jax.models.shared_attention import Sharing
 
 
 class Accuracy(NamedTuple):

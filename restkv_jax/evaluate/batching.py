@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from restkv_jax.prefill import bucket_length
+from restkv_jax.generation.reading import bucket_length
 
 
 def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[Array, Array]:

@@ -7,10 +7,10 @@ import itertools
 import operator
 from typing import Any, NamedTuple, get_args
 
+from restkv_jax.commands.options import DType, UsageError, as_usage_error, find_method, parse_budget, suggest
 from restkv_jax.evaluate.tasks import TASKS
-from restkv_jax.options import DType, UsageError, as_usage_error, find_method, parse_budget, suggest
-from restkv_jax.policy import EvictionPolicy
-from restkv_jax.refit import LeastSquares
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.refit import LeastSquares
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from restkv_jax.evaluate.grid import Grid, is_file, policies
 from restkv_jax.evaluate.reconstruction import reconstruction_errors
 from restkv_jax.evaluate.results import LayerErrors
 from restkv_jax.evaluate.sweep import Loaded, Prompts, Work, places, prompts_of
-from restkv_jax.prefill import bucket_length
+from restkv_jax.generation.reading import bucket_length
 
 
 def measure_layer_errors(

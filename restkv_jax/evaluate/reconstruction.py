@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.cache import kept_positions
-from restkv_jax.checks import check_tokens
+from restkv_jax.caches.dense import kept_positions
+from restkv_jax.eviction.policy import EvictionPolicy, check_integer
+from restkv_jax.eviction.refit import window_outputs
+from restkv_jax.generation.checks import check_tokens
+from restkv_jax.generation.reading import CHUNK_SIZE, bucket_length, prefill_each
 from restkv_jax.kernels import largest_divisor
 from restkv_jax.models import STATELESS, Decoder, Layer, Memory, StateFunctions, positions_of
-from restkv_jax.policy import EvictionPolicy, check_integer
-from restkv_jax.prefill import CHUNK_SIZE, bucket_length, prefill_each
-from restkv_jax.refit import window_outputs
 
 
 def reconstruction_errors(

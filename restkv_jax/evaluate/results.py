@@ -10,9 +10,9 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from restkv_jax.commands.options import UsageError
 from restkv_jax.evaluate.accuracy import is_exact, match_share
 from restkv_jax.evaluate.grid import Entry, Grid, entries, from_mapping, grid_places, is_file
-from restkv_jax.options import UsageError
 
 SWEEP = "sweep.json"
 COSTS = "costs.json"

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from restkv_jax.pod.cache import SharedCache
-from restkv_jax.pod.groups import LayerGroups
-from restkv_jax.pod.recipe import Adaptation
-from restkv_jax.pod.sharing import Sharing, hidden_states
+from restkv_jax.caches.shared import SharedCache
+from restkv_jax.models.key_groups import LayerGroups
+from restkv_jax.models.shared_attention import Sharing, hidden_states
+from restkv_jax.pod.adaptation.recipe import Adaptation
 from restkv_jax.pod.similarity import attention_similarity, group_layers
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Training's packages, which take seconds to import and are an extra, are imported when asked for."""
     if name == "adapt":
-        from restkv_jax.pod.adaptation import adapt
+        from restkv_jax.pod.adaptation.runs import adapt
 
         return adapt
     if name == "merge_layers":

@@ -10,9 +10,9 @@ import numpy as np
 from jax import Array
 
 from restkv_jax.models.decoder import Decoder, StateFunctions, positions_of
-from restkv_jax.pod.groups import LayerGroups
-from restkv_jax.pod.loss import next_token_loss
-from restkv_jax.pod.sharing import Sharing, lead, no_leader_keys
+from restkv_jax.models.key_groups import LayerGroups
+from restkv_jax.models.shared_attention import Sharing, lead, no_leader_keys
+from restkv_jax.pod.adaptation.loss import next_token_loss
 
 
 class Merged(NamedTuple):

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from restkv_jax.pod.groups import LayerGroups
+from restkv_jax.models.key_groups import LayerGroups
 
 BLOCK_COLOR = "#D55E00"
 """Of Okabe and Ito's colours for all kinds of colour vision, one that stands out from blue."""

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from restkv_jax.checks import check_tokens
+from restkv_jax.eviction.policy import check_integer
+from restkv_jax.generation.checks import check_tokens
 from restkv_jax.kernels import largest_divisor
 from restkv_jax.kernels.scores import probabilities
 from restkv_jax.models.decoder import STATELESS, Decoder, Layer, Memory, StateFunctions, positions_of
-from restkv_jax.pod.groups import LayerGroups
-from restkv_jax.policy import check_integer
+from restkv_jax.models.key_groups import LayerGroups
 
 
 def attention_similarity(

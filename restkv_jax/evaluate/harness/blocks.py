@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from restkv_jax.generate import decode_step
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.generation.generating import decode_step
+from restkv_jax.generation.reading import prefill
+from restkv_jax.generation.sampling import sample
 from restkv_jax.models import Decoder
-from restkv_jax.policy import EvictionPolicy
-from restkv_jax.prefill import prefill
-from restkv_jax.sampling import sample
 
 BLOCK_SIZE = 16
 """Tokens decoded by one compiled program, between two looks at the text."""
@@ -40,7 +40,7 @@ def stream_blocks(
       policy: what to keep of the prompts.
       max_new_tokens: upper bound on the tokens of a row.
       keys: JAX random keys [B], one per row; None decodes greedily.
-      sampling: `temperature`, `top_k` and `top_p` for `restkv_jax.sampling.sample`.
+      sampling: `temperature`, `top_k` and `top_p` for `restkv_jax.generation.sampling.sample`.
       block_size: tokens of a block; the last block may be shorter.
 
     Returns:

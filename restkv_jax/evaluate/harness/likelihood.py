@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax import kernels
-from restkv_jax.generate import decode_step
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.generation.generating import decode_step
+from restkv_jax.generation.reading import CHUNK_SIZE, prefill
 from restkv_jax.models import Decoder, logits, positions_of
-from restkv_jax.policy import EvictionPolicy
-from restkv_jax.prefill import CHUNK_SIZE, prefill
 
 SCORED_AT_ONCE = 128
 """Positions whose scores over the whole vocabulary exist at one time."""

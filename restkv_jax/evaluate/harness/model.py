@@ -20,15 +20,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from restkv_jax.checks import check_sampling
+from restkv_jax.commands.loading import load_checkpoint
+from restkv_jax.commands.options import UsageError, as_usage_error
 from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.harness.blocks import stream_blocks
 from restkv_jax.evaluate.harness.likelihood import score_continuation, score_text
 from restkv_jax.evaluate.harness.model_args import ModelArgs, parse_model_args, policy_for
-from restkv_jax.loading import load_checkpoint
-from restkv_jax.options import UsageError, as_usage_error
-from restkv_jax.policy import EvictionPolicy
-from restkv_jax.prefill import bucket_length
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.generation.checks import check_sampling
+from restkv_jax.generation.reading import bucket_length
 
 EMBEDDED = str(importlib.resources.files("restkv_jax") / "embedded")
 """The directory of the model that comes with the package, for tasks that load a tokenizer by `pretrained`."""

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from restkv_jax.options import Budget, DType, UsageError, make_policy, options_of_method, parse
-from restkv_jax.policy import EvictionPolicy
+from restkv_jax.commands.options import Budget, DType, UsageError, make_policy, options_of_method, parse
+from restkv_jax.eviction.policy import EvictionPolicy
 
 FINENESS = 3
 """Bits of a percentage budget that count after the first: slots are rounded down by less than 1 in 2 ** FINENESS."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jinja2
 from matplotlib.figure import Figure
 
+from restkv_jax.commands.options import UsageError
 from restkv_jax.evaluate.grid import Grid, grid_places, is_file
 from restkv_jax.evaluate.report.descriptions import describe
 from restkv_jax.evaluate.report.plots import plot_accuracy, plot_costs, plot_needle_map
@@ -37,7 +38,6 @@ from restkv_jax.evaluate.report.tables import (
     variant_tables,
 )
 from restkv_jax.evaluate.results import Results, read_results
-from restkv_jax.options import UsageError
 
 TITLE = "What evicting the KV cache costs in answers"
 KEPT = "kept.png"

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
+from restkv_jax.commands.options import parse_budget
 from restkv_jax.evaluate.grid import Entry, entries
 from restkv_jax.evaluate.report.summary import Estimate, Place, base_entries, collect, depth_cells, estimate_all
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, unit_for
 from restkv_jax.evaluate.results import Results
-from restkv_jax.options import parse_budget
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 """Okabe and Ito's colours for all kinds of colour vision; black is the full cache's, and yellow too faint on white."""

@@ -1,0 +1,187 @@
+"""Which layers share the keys of distant tokens: blocks of neighbouring layers, per KV head."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from restkv_jax.eviction.policy import check_integer
+from restkv_jax.models.config import ModelConfig
+from restkv_jax.models.decoder import Decoder
+
+FILE = "layer_groups.json"
+"""The name under which groups stand beside a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGroups:
+    """For every layer and KV head the layer whose keys it uses for distant tokens, its leader (PoD).
+
+    Layers of one head that follow one another and have the same leader, their lowest layer, are a block. Hashable, so
+    static under `jax.jit`.
+
+    Attributes:
+      leader: [L][K] nested tuples of integers; arrays and lists are taken too.
+    """
+
+    leader: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self):
+        leader = _as_integers(self.leader)
+        object.__setattr__(self, "leader", tuple(tuple(row) for row in leader.tolist()))
+        layers = np.arange(len(leader))[:, None]
+        _refuse(leader > layers, leader, "is above its layer; a leader is the lowest layer of its block")
+        _refuse(leader < 0, leader, "is negative")
+        before = np.vstack([leader[:1], leader[:-1]])
+        _refuse(
+            (leader != layers) & (leader != before), leader,
+            "is neither its own layer nor the leader of the layer below: blocks must be contiguous",
+        )  # fmt: skip
+
+    @classmethod
+    def dense(cls, num_layers: int, num_kv_heads: int) -> "LayerGroups":
+        """One block per layer: every layer uses its own keys."""
+        return cls(np.repeat(np.arange(num_layers)[:, None], num_kv_heads, axis=1))
+
+    @property
+    def num_layers(self) -> int:
+        """`L`."""
+        return len(self.leader)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """`K`."""
+        return len(self.leader[0])
+
+    @property
+    def num_blocks(self) -> int:
+        """`R`, the blocks of all KV heads together."""
+        return int(self.is_leader.sum())
+
+    @property
+    def longest_block(self) -> int:
+        """Layers of the longest block."""
+        return int((np.arange(self.num_layers)[:, None] - np.array(self.leader)).max()) + 1
+
+    @property
+    def is_leader(self) -> np.ndarray:
+        """bool [L, K]."""
+        return np.array(self.leader) == np.arange(self.num_layers)[:, None]
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """int32 [L, K], the number of each layer and head's block, from 0 to `R - 1`; leaders' ascend."""
+        numbers = np.cumsum(self.is_leader).reshape(self.is_leader.shape) - 1
+        return np.take_along_axis(numbers, np.array(self.leader), axis=0).astype(np.int32)
+
+    def cache_fraction(self, tokens: int, sink: int = 16, recent: int = 4080) -> float:
+        """What the cache of a sequence holds, as a fraction of the full one's.
+
+        Values and the keys of `sink + recent` tokens per layer, further keys per block:
+        `(L K T + L K min(T, P) + R max(T - P, 0)) / (2 L K T)` with `P = sink + recent`.
+
+        Args:
+          tokens: `T`, of the sequence.
+          sink: tokens at the beginning whose keys each layer keeps.
+          recent: tokens at the end whose keys each layer keeps.
+        """
+        check_integer("tokens", tokens, 1, "of the sequence")
+        heads = self.num_layers * self.num_kv_heads
+        proximal = min(tokens, sink + recent)
+        return (heads * (tokens + proximal) + self.num_blocks * (tokens - proximal)) / (2 * heads * tokens)
+
+    def check_model(self, config: ModelConfig) -> None:
+        """Refuses a model that these groups cannot be of.
+
+        Raises:
+          ValueError: another number of layers or KV heads.
+        """
+        ours, theirs = (self.num_layers, self.num_kv_heads), (config.num_hidden_layers, config.num_key_value_heads)
+        if ours != theirs:
+            raise ValueError(
+                f"groups are of a model with {ours[0]} layers and {ours[1]} KV heads, but this one has {theirs[0]} and "
+                f"{theirs[1]}; find its own with restkv_jax.pod.attention_similarity and group_layers"
+            )
+
+    def save(self, path: str | os.PathLike, model: Decoder, name: str | None = None) -> None:
+        """Writes the groups as JSON, with what tells their model from others; the file appears whole or not at all.
+
+        Args:
+          path: a file, or a checkpoint's directory, which gets a `layer_groups.json`.
+          model: whose layers these are.
+          name: of the model, such as its id on the hub; `load` compares it.
+
+        Raises:
+          ValueError: groups that cannot be of this model.
+        """
+        self.check_model(model.config)
+        path = _file(path)
+        fields = {"name": name, **_description(model.config), "leader": self.leader}
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            unfinished.write_text(json.dumps(fields, indent=1) + "\n")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: Decoder | None = None, name: str | None = None) -> "LayerGroups":
+        """Reads groups that `save` wrote.
+
+        Args:
+          path: the file, or the checkpoint's directory.
+          model: the one to use them with; None does not compare.
+          name: of the model; None does not compare.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: a damaged file, or groups made for another model.
+        """
+        path = _file(path)
+        try:
+            fields = json.loads(path.read_text())
+            groups = cls(fields["leader"])
+        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} holds no layer groups ({error}); write them with LayerGroups.save") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        expected = ({} if model is None else _description(model.config)) | ({} if name is None else {"name": name})
+        for field, value in expected.items():
+            if fields.get(field) != value:
+                raise ValueError(
+                    f"{path}: these groups were made for another model: {field} is {fields.get(field)!r} there, "
+                    f"{value!r} here"
+                )
+        return groups
+
+
+def _description(config: ModelConfig) -> dict[str, Any]:
+    """What must agree between a model and the one whose groups are loaded."""
+    names = "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"
+    return {name: getattr(config, name) for name in names}
+
+
+def _file(path: str | os.PathLike) -> pathlib.Path:
+    path = pathlib.Path(path)
+    return path / FILE if path.is_dir() else path
+
+
+def _as_integers(leader: Any) -> np.ndarray:
+    try:
+        array = np.asarray(leader)
+    except ValueError as error:
+        raise ValueError("leader must be [layers][KV heads]; its rows differ in length") from error
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"leader has shape {array.shape}, but must be [layers, KV heads]")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"leader has dtype {array.dtype}, but must hold integers")
+    return array
+
+
+def _refuse(wrong: np.ndarray, leader: np.ndarray, reason: str) -> None:
+    if wrong.any():
+        layer, head = (int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(f"leader[{layer}][{head}]={leader[layer, head]} {reason}")

@@ -1,0 +1,131 @@
+"""The commands `restkv pod ...`."""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import tyro
+
+from restkv_jax.commands.loading import load_checkpoint
+from restkv_jax.commands.options import UsageError, as_usage_error, parse
+from restkv_jax.models.key_groups import LayerGroups
+from restkv_jax.models.mesh import make_mesh
+from restkv_jax.models.shared_attention import Sharing
+from restkv_jax.pod.adaptation.recipe import Adaptation
+from restkv_jax.pod.adaptation.runs import MODEL, adapt
+
+USAGE = """usage: restkv pod COMMAND [OPTIONS]
+
+Distant tokens share keys across layers (PoD).
+
+commands:
+  adapt   train a model further with shared keys, or without them to compare
+
+`restkv pod COMMAND --help` lists a command's options."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptOptions:
+    """Trains a model further on next tokens, with the keys of distant tokens shared across layers.
+
+    The same command goes on where one that was killed stopped.
+
+    Args:
+      data: text files in UTF-8, one document each (.jsonl: one per line, in "text"); or one array of token ids, .npy
+        of [N] or [N, T], or .npz with "tokens" and "weights", how much the prediction of each token counts.
+      output: directory of the run: model/ with the result, metrics.jsonl, checkpoints/.
+      model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes
+        with the package if left out.
+      groups: the layers that share keys, the file or its directory, as `LayerGroups.save` writes them.
+      dense: train the ordinary model instead, to compare.
+      sink: first tokens whose keys are not shared.
+      recent: last tokens whose keys are not shared.
+      model_parallel: devices among which the weights are divided; the others are data-parallel.
+      save_dtype: of the weights in model/.
+      checkpoint_every: steps between checkpoints.
+      quiet: print nothing.
+    """
+
+    data: tuple[pathlib.Path, ...]
+    output: pathlib.Path
+    model: str | None = None
+    groups: pathlib.Path | None = None
+    dense: bool = False
+    sink: int = 16
+    recent: int = 4080
+    model_parallel: int = 1
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    checkpoint_every: int = 100
+    quiet: bool = False
+
+
+class Command(NamedTuple):
+    """A parsed `restkv pod adapt`."""
+
+    options: AdaptOptions
+    adaptation: Adaptation
+
+
+def run_pod(args: Sequence[str]) -> None:
+    """`restkv pod`: runs one of its commands.
+
+    Raises:
+      UsageError: an unknown command, or input that the command cannot work with.
+    """
+    commands = {"adapt": run_adapt}
+    if args and args[0] in ("--help", "-h"):
+        print(USAGE)
+        return
+    if not args or args[0] not in commands:
+        given = f"command 'pod {args[0]}' is unknown" if args else "no command after 'pod'"
+        raise UsageError(f"{given}; known: {', '.join(commands)}; see `restkv pod --help`")
+    commands[args[0]](args[1:])
+
+
+def run_adapt(args: Sequence[str]) -> None:
+    """`restkv pod adapt`: trains, and says where the result is."""
+    options, adaptation = parse_adapt(args)
+    if options.dense == (options.groups is not None):
+        raise UsageError("give either --groups FILE, to share keys, or --dense, to train the ordinary model")
+    with as_usage_error():
+        mesh = make_mesh(options.model_parallel)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with its stack what it raises anyway
+    model, params, tokenizer = load_checkpoint(options.model, "float32")
+    with as_usage_error():
+        sharing = None
+        if options.groups is not None:
+            sharing = Sharing(LayerGroups.load(options.groups, model), options.sink, options.recent)
+        adapt(
+            model,
+            params,
+            options.data,
+            sharing,
+            adaptation=adaptation,
+            output=options.output,
+            tokenizer=tokenizer,
+            mesh=mesh,
+            save_dtype=options.save_dtype,
+            checkpoint_every=options.checkpoint_every,
+            quiet=options.quiet,
+        )
+    if not options.quiet:
+        print(f"wrote {options.output / MODEL}")
+
+
+def parse_adapt(args: Sequence[str]) -> Command:
+    """Options of `restkv pod adapt`.
+
+    Raises:
+      UsageError: an unknown option, or a value of the wrong kind or out of range.
+    """
+
+    def command(
+        options: tyro.conf.OmitArgPrefixes[AdaptOptions], adaptation: tyro.conf.OmitArgPrefixes[Adaptation]
+    ) -> Command:
+        return Command(options, adaptation)
+
+    command.__doc__ = AdaptOptions.__doc__
+    with as_usage_error():
+        return parse(command, args, "restkv pod adapt", (AdaptOptions, Adaptation))

@@ -1,0 +1,62 @@
+"""H2O: keep what the whole prompt attends to."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax import kernels
+from restkv_jax.eviction.observation import Observation
+from restkv_jax.eviction.policy import EvictionPolicy
+
+CHUNK = 128
+"""Queries whose attention exists at one time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulatedAttention:
+    """Causal attention received from all queries of the prompt, `sum_t A[t, n]`."""
+
+    all_queries: ClassVar[bool] = True
+    additive: ClassVar[bool] = True
+
+    def __call__(self, observation: Observation, window: int) -> Array:
+        o = observation
+        missing = -o.queries.shape[2] % CHUNK
+        queries = jnp.pad(o.queries, ((0, 0), (0, 0), (0, missing), (0, 0)))
+        positions = jnp.pad(o.query_positions, ((0, 0), (0, missing)), constant_values=-1)
+
+        def add_chunk(total, start):
+            chunk = jax.lax.dynamic_slice_in_dim(queries, start, CHUNK, axis=2)
+            chunk_positions = jax.lax.dynamic_slice_in_dim(positions, start, CHUNK, axis=1)
+            sums = kernels.column_sums(
+                chunk, o.keys, chunk_positions, o.key_positions, o.sliding_window, jnp.ones(CHUNK, jnp.float32)
+            )
+            return total + sums, None
+
+        batch, num_heads, length, _ = queries.shape
+        zeros = jnp.zeros((batch, num_heads, o.keys.shape[2]), jnp.float32)
+        total, _ = jax.lax.scan(add_chunk, zeros, jnp.arange(0, length, CHUNK))
+        return total[..., : o.keys.shape[2] - window]
+
+
+def h2o(
+    budget: int = 128,
+    window: int = 32,
+    group_reduce: Literal["mean", "max"] = "mean",
+) -> EvictionPolicy:
+    """H2O: attention accumulated over all queries of the prompt (arXiv 2306.14048).
+
+    Args:
+      budget: slots kept per layer and KV head, the window included.
+      window: last tokens of the prompt, always kept.
+      group_reduce: how the query heads of a KV head agree on one score.
+    """
+    return EvictionPolicy(
+        budget=budget,
+        window=window,
+        scorer=AccumulatedAttention(),
+        group_reduce=group_reduce,
+    )

@@ -1,0 +1,100 @@
+"""ReST-KV: evict what changes the layer's output least, smoothed over time and space."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax import kernels
+from restkv_jax.eviction.allocation import make_allocation
+from restkv_jax.eviction.methods.snapkv import WindowAttention
+from restkv_jax.eviction.observation import Observation
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.pooling import make_pooling
+from restkv_jax.eviction.temporal import check_temporal, query_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """Error of the layer's output when one key is deleted, smoothed over the window's queries.
+
+    `I[t, n] = A[t, n] / (1 - A[t, n]) * ||(o[t] - v[n]) W_h||_2`; `order="before"` smooths `I` over `t`, as the
+    paper's formula; `order="after"` smooths `A` first, as the authors' code does by default.
+    """
+
+    temporal: Literal["ema", "mean"] = "ema"
+    alpha: float = 0.3
+    order: Literal["after", "before"] = "after"
+    use_output_projection: bool = True
+    all_queries: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_temporal(self.temporal, self.alpha)
+        if self.order not in ("after", "before"):
+            raise ValueError(f"order={self.order!r} is unknown; choose 'after' or 'before'")
+
+    def __call__(self, observation: Observation, window: int) -> Array:
+        o = observation
+        weights = jnp.asarray(query_weights(self.temporal, window, self.alpha))
+        arrays = o.queries, o.keys, o.values, o.query_positions, o.key_positions, o.sliding_window
+        gram = self.gram(o.output_projection)
+        if self.order == "after":
+            return kernels.averaged_attention_removal_error(*arrays, gram, weights)
+        return kernels.averaged_removal_error(*arrays, gram, weights)[..., : o.keys.shape[2] - window]
+
+    def gram(self, output_projection: Array) -> Array:
+        """The quadratic form in which errors are measured: [H, D, M] to float32 [H, D, D]."""
+        num_heads, dim, _ = output_projection.shape
+        if not self.use_output_projection:
+            return jnp.broadcast_to(jnp.eye(dim, dtype=jnp.float32), (num_heads, dim, dim))
+        return kernels.output_gram(output_projection)
+
+
+def restkv(
+    budget: int = 128,
+    window: int = 32,
+    criterion: Literal["reconstruction", "attention"] = "reconstruction",
+    temporal: Literal["ema", "mean"] = "ema",
+    alpha: float = 0.3,
+    order: Literal["after", "before"] = "after",
+    pooling: Literal["adaptive", "avg", "max", "none"] = "adaptive",
+    kernel_size: int = 5,
+    scale: int = 2000,
+    use_output_projection: bool = True,
+    group_reduce: Literal["mean", "max"] = "mean",
+    while_generating: bool = False,
+    allocation: Literal["uniform", "pyramid", "adaptive_heads", "model"] = "uniform",
+) -> EvictionPolicy:
+    """ReST-KV: layer-wise output reconstruction, smoothed over time and space (arXiv 2605.08840).
+
+    Args:
+      budget: slots kept per layer and KV head, the window included.
+      window: last tokens of the prompt, whose queries judge the others.
+      criterion: what a key is judged by: the error of the layer's output without it, or, as an ablation, the attention
+        it receives.
+      temporal: how the window's queries are averaged: exponential moving average or plain mean.
+      alpha: weight of the newest query in the moving average.
+      order: smooth the attention and then measure the error ("after"), or measure and then smooth ("before").
+      pooling: smoothing over neighbouring keys.
+      kernel_size: least width of that smoothing, in tokens; odd.
+      scale: drift of the attention, in tokens, that widens the adaptive window by two.
+      use_output_projection: measure errors after the output projection, not in value space.
+      group_reduce: how the query heads of a KV head agree on one score.
+      while_generating: hold the cache at `budget` slots while tokens are generated.
+      allocation: how layers and KV heads share the budget: evenly, less and less from layer to layer, by one selection
+        over the heads of a layer, or by one over the whole model.
+    """
+    if criterion not in ("reconstruction", "attention"):
+        raise ValueError(f"criterion={criterion!r} is unknown; choose 'reconstruction' or 'attention'")
+    scorer = Reconstruction(temporal, alpha, order, use_output_projection)
+    return EvictionPolicy(
+        budget=budget,
+        window=window,
+        scorer=scorer if criterion == "reconstruction" else WindowAttention(temporal, alpha),
+        pooling=make_pooling(pooling, kernel_size, scale),
+        group_reduce=group_reduce,
+        while_generating=while_generating,
+        allocation=make_allocation(allocation),
+    )

@@ -1,0 +1,59 @@
+"""SnapKV: keep what the window attends to."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax import kernels
+from restkv_jax.eviction.observation import Observation
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.pooling import make_pooling
+from restkv_jax.eviction.temporal import check_temporal, query_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowAttention:
+    """Attention received from the window's queries, `sum_t A[t, n]`, or an average of it over them."""
+
+    temporal: Literal["sum", "ema", "mean"] = "sum"
+    alpha: float = 0.3
+    all_queries: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.temporal != "sum":
+            check_temporal(self.temporal, self.alpha)
+
+    def __call__(self, observation: Observation, window: int) -> Array:
+        o = observation
+        is_sum = self.temporal == "sum"
+        weights = jnp.ones(window) if is_sum else jnp.asarray(query_weights(self.temporal, window, self.alpha))
+        sums = kernels.column_sums(o.queries, o.keys, o.query_positions, o.key_positions, o.sliding_window, weights)
+        return sums[..., : o.keys.shape[2] - window]
+
+
+def snapkv(
+    budget: int = 128,
+    window: int = 32,
+    pooling: Literal["avg", "max", "none"] = "avg",
+    kernel_size: int = 5,
+    group_reduce: Literal["mean", "max"] = "mean",
+) -> EvictionPolicy:
+    """SnapKV: attention received from the last queries, pooled over neighbours (arXiv 2404.14469).
+
+    Args:
+      budget: slots kept per layer and KV head, the window included.
+      window: last tokens of the prompt, whose queries judge the others.
+      pooling: smoothing over neighbouring keys.
+      kernel_size: width of that smoothing, in tokens; odd.
+      group_reduce: how the query heads of a KV head agree on one score.
+    """
+    return EvictionPolicy(
+        budget=budget,
+        window=window,
+        scorer=WindowAttention(),
+        pooling=make_pooling(pooling, kernel_size),
+        group_reduce=group_reduce,
+    )

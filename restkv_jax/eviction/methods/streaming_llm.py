@@ -1,0 +1,40 @@
+"""StreamingLLM: keep the first tokens and the most recent ones."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.eviction.observation import Observation
+from restkv_jax.eviction.policy import EvictionPolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class SinksAndRecency:
+    """The later the token the better, and the first `sinks` tokens before all."""
+
+    sinks: int = 4
+    all_queries: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks} must not be negative")
+
+    def __call__(self, observation: Observation, window: int) -> Array:
+        o = observation
+        positions = o.positions[:, : o.positions.shape[1] - window].astype(jnp.float32)
+        scores = jnp.where(positions < self.sinks, 2.0**31 - positions, positions)
+        return jnp.broadcast_to(scores[:, None], (*o.queries.shape[:2], scores.shape[1]))
+
+
+def streaming_llm(budget: int = 128, sinks: int = 4) -> EvictionPolicy:
+    """StreamingLLM: attention sinks and the most recent tokens (arXiv 2309.17453).
+
+    Args:
+      budget: slots kept per layer and KV head.
+      sinks: first tokens of the prompt that are kept; the rest of the budget goes to the last ones.
+    """
+    if budget <= sinks:
+        raise ValueError(f"budget={budget} must exceed sinks={sinks}; raise the budget or keep fewer sinks")
+    return EvictionPolicy(budget=budget, window=1, scorer=SinksAndRecency(sinks))

@@ -1,8 +1,0 @@
-"""The full cache: nothing is evicted."""
-
-from restkv_jax.policy import EvictionPolicy
-
-
-def full() -> EvictionPolicy:
-    """Keeps every key and value of the prompt."""
-    return EvictionPolicy(budget=None)

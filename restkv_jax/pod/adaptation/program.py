@@ -1,0 +1,121 @@
+"""The training step on a mesh: one program for one device and for many."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from restkv_jax.models import Decoder
+from restkv_jax.models.mesh import automatic, parameter_shardings
+from restkv_jax.models.shared_attention import Sharing, hidden_states
+from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
+from restkv_jax.pod.adaptation.recipe import Adaptation
+from restkv_jax.pod.adaptation.training import Batch, Metrics, TrainState, make_optimizer, split_params, train_step
+
+
+class Program(NamedTuple):
+    """A jitted step `(state, frozen, batch) -> (state, metrics)` and what it takes, as shapes with shardings.
+
+    `step.lower(state, frozen, batch).compile()` allocates nothing; its `memory_analysis()` says what a step needs.
+    """
+
+    step: Callable[[TrainState, dict[str, Array], Batch], tuple[TrainState, Metrics]]
+    state: TrainState
+    frozen: dict[str, Any]
+    batch: Batch
+
+
+def make_program(model: Decoder, sharing: Sharing | None, adaptation: Adaptation, mesh: Mesh) -> Program:
+    """The program of an adaptation whose `steps`, `sequence_length` and `compute_dtype` are given.
+
+    Raises:
+      ValueError: a batch or a model that the mesh does not divide, a pattern that matches no parameter.
+    """
+    _check_mesh(adaptation, mesh)
+    mesh = automatic(mesh)
+    state, frozen = _state_shapes(model, adaptation, mesh)
+    step = functools.partial(
+        train_step,
+        forward=functools.partial(hidden_states, model, sharing=sharing),
+        model=model,
+        optimizer=make_optimizer(adaptation),
+        compute_dtype=jnp.dtype(adaptation.compute_dtype),
+        loss_chunk=adaptation.loss_chunk,
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    out = jax.tree.map(lambda leaf: leaf.sharding, state), Metrics(replicated, replicated)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
+    return Program(jitted, state, frozen, _batch_shapes(adaptation, mesh))
+
+
+def _state_shapes(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+    """Trained parameters in float32 with the optimizer's state, where they are; frozen ones as they compute."""
+    shardings, dtype = flatten(parameter_shardings(model, mesh)), jnp.dtype(adaptation.compute_dtype)
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
+        for name, shape in parameter_shapes(model).items()
+    }
+    trained, frozen = split_params(unflatten(shapes), adaptation.train)
+    trained = {name: leaf.update(dtype=jnp.float32) for name, leaf in trained.items()}
+    optimizer = make_optimizer(adaptation)
+    optimizer_state = optax.tree.map_params(
+        optimizer,
+        lambda leaf, parameter: leaf.update(sharding=parameter.sharding),
+        jax.eval_shape(optimizer.init, trained),
+        trained,
+        transform_non_params=lambda leaf: leaf.update(sharding=NamedSharding(mesh, PartitionSpec())),
+    )
+    return TrainState(trained, optimizer_state), frozen
+
+
+def _batch_shapes(adaptation: Adaptation, mesh: Mesh) -> Batch:
+    parts = adaptation.accumulation
+    shape = parts, adaptation.batch_size // parts, adaptation.sequence_length
+    over_data = NamedSharding(mesh, PartitionSpec(None, "data"))
+    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=over_data) for dtype in (jnp.int32, jnp.float32)))
+
+
+def initial_state(program: Program, params: Any, adaptation: Adaptation) -> TrainState:
+    """The state before the first step; the parameters are copied."""
+    trained = place_params(program.state.params, params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.optimizer)
+    return TrainState(trained, jax.jit(make_optimizer(adaptation).init, out_shardings=shardings)(trained))
+
+
+def place_params(shapes: Mapping[str, Any], params: Any) -> dict[str, Array]:
+    """Copies of the parameters that `shapes` names, in its dtypes and shardings."""
+    flat = flatten(params)
+    # A copy even where dtype and device stay: steps donate their state, and `device_put` to several devices may keep
+    # the array that it is given as one of the replicas.
+    return {
+        name: jax.device_put(jnp.array(flat[name], shape.dtype, copy=True), shape.sharding)
+        for name, shape in shapes.items()
+    }
+
+
+def place_batch(program: Program, batch: Batch) -> Batch:
+    """The host's arrays on the mesh; of several processes, each places the rows of its own devices."""
+    return jax.tree.map(
+        lambda shape, array: jax.make_array_from_callback(
+            shape.shape, shape.sharding, lambda index: np.asarray(array[index], shape.dtype)
+        ),
+        program.batch,
+        batch,
+    )
+
+
+def _check_mesh(adaptation: Adaptation, mesh: Mesh) -> None:
+    if set(mesh.axis_names) != {"data", "model"}:
+        raise ValueError(f"mesh has axes {mesh.axis_names}; expected 'data' and 'model', as make_mesh gives")
+    rows, parts = adaptation.batch_size // adaptation.accumulation, mesh.shape["data"]
+    if rows % parts:
+        raise ValueError(
+            f"batch_size={adaptation.batch_size} in accumulation={adaptation.accumulation} parts is {rows} sequences, "
+            f"which the mesh's data axis, {parts}, must divide; change the batch size or make the model axis larger"
+        )

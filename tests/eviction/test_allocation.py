@@ -1,0 +1,249 @@
+"""Budgets that differ by layer and head: against brute force, and through prefill and decoding in pages."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import restkv_jax as rk
+from restkv_jax.caches.dense import KVCache
+from restkv_jax.eviction.allocation import AdaptiveHeads, ModelWide, Pyramid
+from restkv_jax.eviction.layer import keep_shares, score_prefix
+from restkv_jax.eviction.observation import Observation
+from restkv_jax.models import StateFunctions, positions_of
+
+LAYERS, KV_HEADS, BUDGET, WINDOW, NEW = 3, 2, 24, 8, 6
+CONFIG = {
+    "model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": KV_HEADS, "head_dim": 8,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+POLICIES = {
+    "laprox": rk.laprox(BUDGET, WINDOW, candidates=1000).replace(page_size=8),
+    "laprox-layer": rk.laprox(BUDGET, WINDOW, scope="layer", candidates=1000).replace(page_size=8),
+    "pyramidkv": rk.pyramidkv(BUDGET, WINDOW).replace(page_size=8),
+    "adakv": rk.adakv(BUDGET, WINDOW).replace(page_size=8),
+    "restkv-model": rk.restkv(BUDGET, WINDOW, allocation="model").replace(page_size=16),
+}
+
+
+@functools.cache
+def tiny_model(sliding_window=None):
+    config = CONFIG | ({"model_type": "mistral", "sliding_window": sliding_window} if sliding_window else {})
+    model = rk.build_model(config)
+    return model, rk.init_params(model, jax.random.key(0), dtype=jnp.float32)
+
+
+def prompts(*lengths):
+    rng, longest = np.random.default_rng(3), max(lengths)
+    tokens = rng.integers(3, 97, (len(lengths), longest))
+    mask = np.arange(longest) >= longest - np.array(lengths)[:, None]
+    return np.where(mask, tokens, 0), mask
+
+
+def layer_scores(model, params, tokens, mask, policy):
+    """Unnormalised scores of all layers, [L, B, K, T - w]."""
+
+    def revise(layer, memory, scores):
+        observation = Observation(layer.queries, memory.keys, memory.values, layer.output_projection, memory.positions)
+        return scores.at[layer.index].set(score_prefix(policy, observation, policy.window))
+
+    functions = StateFunctions(lambda index, memory, state: (memory, state), revise, policy.window)
+    empty = jnp.zeros((LAYERS, len(tokens), KV_HEADS, tokens.shape[1] - policy.window))
+    return model.apply({"params": params}, jnp.asarray(tokens), positions_of(jnp.asarray(mask)), functions, empty)[1]
+
+
+def kept_sets(cache):
+    """Kept prompt positions, [l][b][k] to a sorted list."""
+    kept = np.asarray(rk.kept_positions(cache))
+    return {index: kept[index][kept[index] >= 0].tolist() for index in np.ndindex(kept.shape[:3])}
+
+
+@given(seed=st.integers(0, 999), layers=st.integers(1, 4), heads=st.integers(1, 4), budget=st.integers(8, 30))
+@settings(max_examples=30, deadline=None)
+def test_model_wide_selection_keeps_the_best_of_the_whole_model(seed, layers, heads, budget):
+    scores = np.random.default_rng(seed).random((layers, 2, heads, 40)).astype(np.float32)
+    policy = rk.laprox(16, window=4).replace(page_size=8, budget=budget)
+    keep = np.asarray(keep_shares(policy, scores, jnp.array([40, 40]), jnp.arange(layers), layers))
+    count = min(layers * heads * (budget - 4), layers * heads * 40)
+    for row in range(2):
+        best = np.sort(scores[:, row].ravel())[-count:]
+        np.testing.assert_array_equal(np.sort(scores[:, row][keep[:, row]]), best)
+
+
+def test_model_wide_budget_through_prefill_against_brute_force():
+    model, params = tiny_model()
+    tokens, mask = prompts(80, 80)
+    policy = POLICIES["laprox"]
+    plain = np.asarray(layer_scores(model, params, tokens, mask, rk.laprox(BUDGET, WINDOW, scope="layer")))
+    normalised = plain / plain.sum((2, 3), keepdims=True)
+    cache = rk.prefill(model, params, tokens, mask, policy, NEW)[1]
+    kept, prefix = kept_sets(cache), 80 - WINDOW
+    quota = LAYERS * KV_HEADS * (BUDGET - WINDOW)
+    for row in range(2):
+        threshold = np.sort(normalised[:, row].ravel())[-quota]
+        total = 0
+        for layer in range(LAYERS):
+            for head in range(KV_HEADS):
+                expected = np.flatnonzero(normalised[layer, row, head] >= threshold)
+                ours = kept[layer, row, head]
+                assert ours == [*expected, *range(prefix, 80)]
+                total += len(ours)
+        assert total == quota + LAYERS * KV_HEADS * WINDOW
+    assert len(set(map(len, kept.values()))) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_rows_equal_what_they_give_alone(name):
+    model, params = tiny_model()
+    tokens, mask = prompts(90, 60, 20)
+    policy = POLICIES[name].replace(candidates=None)
+    together = rk.generate(model, params, tokens, mask, policy, NEW, eos_token_ids=())
+    kept = kept_sets(together.cache)
+    for row in range(3):
+        real = tokens[row : row + 1, mask[row]]
+        alone = rk.generate(model, params, real, None, policy, NEW, eos_token_ids=())
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+        ours = {index: places for index, places in kept.items() if index[1] == row}
+        assert {(layer, row, head): places for (layer, _, head), places in kept_sets(alone.cache).items()} == ours
+
+
+def as_dense(cache):
+    """The same pairs in a `KVCache` as wide as the longest head."""
+    table = np.minimum(np.asarray(cache.page_table), len(cache.keys) - 1)
+    shape = (*cache.lengths.shape, -1)
+    used = np.arange(table.shape[-1] * cache.page_size) < np.asarray(cache.lengths)[..., None]
+    keys, values = (np.asarray(x)[table].reshape(*shape, x.shape[-1]) for x in (cache.keys, cache.values))
+    positions = np.where(used, np.asarray(cache.positions)[table].reshape(shape), -1)
+    parts = [jnp.asarray(x) for x in (keys, values, positions)]
+    return KVCache(*parts, *(jnp.array(x) for x in (cache.lengths, cache.prompt_lengths, cache.next_positions)))
+
+
+@pytest.mark.parametrize("sliding_window", [None, 40])
+@pytest.mark.parametrize("name", ["laprox", "adakv"])
+def test_decoding_on_pages_equals_decoding_on_the_same_pairs_in_a_dense_cache(name, sliding_window):
+    model, params = tiny_model(sliding_window)
+    tokens, mask = prompts(90, 60)
+    logits, cache = rk.prefill(model, params, tokens, mask, POLICIES[name], NEW)
+    dense = as_dense(cache)
+    for _ in range(NEW):
+        token = jnp.argmax(logits, axis=-1)
+        logits, cache = rk.decode_step(model, params, token, cache, POLICIES[name])
+        expected, dense = rk.decode_step(model, params, token, dense, rk.full())
+        np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_memory_follows_the_total(name):
+    """The pool has room for the budgets, one partial page per layer, row and head, and the new tokens, no more."""
+    model, params = tiny_model()
+    tokens, mask = prompts(100, 100)
+    policy = POLICIES[name]
+    cache = rk.prefill(model, params, tokens, mask, policy, NEW)[1]
+    heads = cache.lengths.size
+    slack = 1.05 if "layer" in name or "restkv" in name or name == "laprox" else 1.15
+    assert cache.positions.size <= heads * (slack * BUDGET + NEW + policy.page_size)
+    assert int(cache.lengths.sum()) <= slack * heads * BUDGET
+    pages = np.asarray(cache.page_table)
+    given_out = pages[pages < len(cache.keys)]
+    assert len(set(given_out)) == len(given_out)
+
+
+def test_append_keeps_what_was_there_and_refuses_when_full():
+    model, params = tiny_model()
+    tokens, mask = prompts(90, 90)
+    policy = POLICIES["laprox"]
+    logits, cache = rk.prefill(model, params, tokens, mask, policy, max_new_tokens=1)
+    before = kept_sets(cache)
+    with pytest.raises(ValueError, match="the cache is full"):
+        for _ in range(policy.page_size + 1):
+            logits, cache = rk.decode_step(model, params, jnp.argmax(logits, -1), cache, policy)
+    assert kept_sets(cache) == before
+
+
+def test_few_candidates_bound_what_a_head_can_get():
+    model, params = tiny_model()
+    tokens, mask = prompts(100)
+    few = POLICIES["laprox"].replace(candidates=BUDGET)
+    cache = rk.prefill(model, params, tokens, mask, few, NEW)[1]
+    assert int(cache.lengths.max()) <= BUDGET + WINDOW
+    assert int(cache.lengths.sum()) == LAYERS * KV_HEADS * BUDGET
+
+
+@pytest.mark.slow
+def test_prompts_within_the_budget_are_kept_whole():
+    model, params = tiny_model()
+    tokens, mask = prompts(100, BUDGET, 3)
+    for policy in POLICIES.values():
+        cache = rk.prefill(model, params, tokens, mask, policy, NEW)[1]
+        np.testing.assert_array_equal(cache.lengths[:, 1:], np.broadcast_to([[BUDGET], [3]], (LAYERS, 2, KV_HEADS)))
+
+
+def test_generation_under_the_callers_jit_and_streamed():
+    model, params = tiny_model()
+    tokens, mask = prompts(90, 60)
+    policy = POLICIES["laprox"]
+    plain = rk.generate(model, params, tokens, mask, policy, NEW, eos_token_ids=())
+    jitted = jax.jit(rk.generate, static_argnames=("model", "policy", "max_new_tokens", "eos_token_ids"))
+    compiled = jitted(model, params, tokens, mask, policy=policy, max_new_tokens=NEW, eos_token_ids=())
+    streamed = np.stack(list(rk.stream(model, params, tokens, mask, policy, NEW, eos_token_ids=())), axis=1)
+    np.testing.assert_array_equal(compiled.tokens, plain.tokens)
+    np.testing.assert_array_equal(streamed, plain.tokens)
+
+
+def test_prefill_needs_less_memory_than_the_full_cache():
+    model, params = tiny_model()
+    tokens = jnp.zeros((1, 8192), jnp.int32)
+
+    def peak(policy):
+        lowered = jax.jit(rk.prefill, static_argnums=(0, 4, 5)).lower(model, params, tokens, None, policy, NEW)
+        memory = lowered.compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    full_cache = 2 * LAYERS * KV_HEADS * 8192 * 8 * 4
+    snapkv = rk.snapkv(64, WINDOW)
+    assert peak(snapkv.replace(allocation=ModelWide())) - peak(snapkv) < full_cache / 8
+
+
+@pytest.mark.parametrize("length", [10, 30, 60, 200])
+def test_pyramid_falls_linearly_and_keeps_the_mean(length):
+    counts = Pyramid().counts(jnp.zeros((8, 1, 2, 1)), jnp.array([length]), 40, 8, jnp.arange(8), 8)[:, 0, 0]
+    if length + 8 < 64:
+        np.testing.assert_array_equal(counts, min(32, length))
+    else:
+        steps = np.diff(counts)
+        assert (steps == steps[0]).all()
+        assert counts.max() <= length
+        assert 2 * int(counts.sum()) <= Pyramid().most(40, 8, 8, 2)
+
+
+def test_adaptive_heads_follow_their_scores():
+    scores = np.stack([np.linspace(1, 2, 50), np.linspace(0, 1, 50)])[None, None].astype(np.float32)
+    shares = lambda floor: AdaptiveHeads(floor).counts(scores, jnp.array([50]), 18, 8, jnp.arange(1), 1)[0, 0].tolist()  # noqa: E731
+    assert shares(0.0) == [20, 0]
+    assert shares(0.2) == [18, 2]
+    assert shares(1.0) == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: rk.laprox(33, window=32).replace(page_size=64), "budget=33 is less than one page"),
+        (lambda: rk.laprox(128, candidates=100), "candidates=100 must be at least budget=128"),
+        (lambda: rk.laprox(128).replace(page_size=12), "page_size=12"),
+        (lambda: rk.restkv(128, allocation="model", while_generating=True), "exclude each other"),
+        (lambda: rk.streaming_llm(128).replace(allocation=ModelWide()), "choose another allocation or scorer"),
+        (lambda: rk.restkv(128, allocation="heads"), "allocation='heads' is unknown"),
+        (lambda: rk.laprox(128, scope="head"), "scope='head' is unknown"),
+        (lambda: AdaptiveHeads(1.5), "floor=1.5"),
+        (lambda: rk.full().replace(allocation=ModelWide()), "needs a budget"),
+    ],
+)
+def test_bad_policies_are_refused_at_once(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

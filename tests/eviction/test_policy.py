@@ -1,0 +1,409 @@
+"""Eviction of one layer: identities from the paper against brute force, and properties of every method."""
+
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import restkv_jax as rk
+from restkv_jax import eviction, kernels
+from restkv_jax.eviction.methods.restkv import Reconstruction
+from restkv_jax.eviction.observation import Observation
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.pooling import AdaptivePooling, AveragePooling, MaxPooling, NoPooling, window_mean
+from restkv_jax.eviction.temporal import ema_weights
+from restkv_jax.models.config import UNLIMITED
+
+HEADS, KV_HEADS, LENGTH, DIM, MODEL_DIM = 4, 2, 48, 8, 20
+BUDGET, WINDOW = 20, 6
+EVICTING = sorted(set(rk.METHODS) - {"full"})
+EVENLY = sorted(set(EVICTING) - {"adakv", "laprox", "pyramidkv"})
+
+
+@functools.cache
+def policy_of(name):
+    preset = rk.METHODS[name]
+    sized = {"budget": BUDGET} | ({} if name == "streaming_llm" else {"window": WINDOW})
+    return preset(**sized, **({"scale": 8} if name == "restkv" else {}))
+
+
+def num_queries(policy):
+    return LENGTH if policy.scorer.all_queries else policy.window
+
+
+def arrays_of(seed, heads=HEADS, kv_heads=KV_HEADS, length=LENGTH):
+    normal = np.random.default_rng(seed).standard_normal
+    shapes = (1, heads, length, DIM), (1, kv_heads, length, DIM), (1, kv_heads, length, DIM), (heads, DIM, MODEL_DIM)
+    return tuple(normal(shape).astype(np.float32) for shape in shapes)
+
+
+def evict(policy, queries, keys, values, projection, mask=None):
+    return rk.evict_layer(policy, queries[:, :, -num_queries(policy) :], keys, values, projection, mask)
+
+
+def exact_deletion(logits, values, projection):
+    """Change of the projected output when each key is deleted, from the definition in float64; [w, T]."""
+    errors = np.zeros(logits.shape)
+    for deleted in range(logits.shape[1]):
+        rest = np.delete(np.arange(logits.shape[1]), deleted)
+        before, after = (softmax(logits[:, kept]) @ values[kept] for kept in (slice(None), rest))
+        errors[:, deleted] = np.linalg.norm((after - before) @ projection, axis=1)
+    return errors
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+@given(seed=st.integers(0, 2**16), sharpness=st.sampled_from([1.0, 10.0, 40.0]))
+@settings(max_examples=30, deadline=None)
+def test_removal_error_is_the_exact_change_of_a_heads_output(seed, sharpness):
+    """Also where one key holds nearly all attention: logits tens apart."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((n, DIM)).astype(np.float32) for n in (3, 9, 9))
+    q *= sharpness
+    projection = rng.standard_normal((1, DIM, MODEL_DIM)).astype(np.float32)
+    errors = kernels.removal_errors(
+        *(jnp.asarray(x[None, None]) for x in (q, k, v)),
+        jnp.full((1, 3), 8), jnp.arange(9)[None, None], UNLIMITED, kernels.output_gram(projection),
+    )[0, 0]  # fmt: skip
+    expected = exact_deletion(q.astype(np.float64) @ k.T / np.sqrt(DIM), v.astype(np.float64), projection[0])
+    np.testing.assert_allclose(errors, expected, rtol=5e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("gap", [5.0, 15.0, 30.0, 200.0])
+def test_a_key_that_takes_all_attention_is_kept(order, gap):
+    queries, keys, values, projection = arrays_of(0, heads=2, kv_heads=2)
+    queries[..., 0], keys[..., 0] = 1.0, 0.0
+    keys[:, :, 3, 0] = gap * np.sqrt(DIM)
+    policy = policy_of("restkv").replace(scorer=Reconstruction(order=order), pooling=NoPooling())
+    ev = evict(policy, queries, keys, values, projection)
+    assert np.isfinite(ev.scores).all()
+    np.testing.assert_array_equal(np.asarray(ev.scores).argmax(-1), 3)
+
+
+@pytest.mark.parametrize(("temporal", "order"), [("ema", "before"), ("mean", "before"), ("ema", "after")])
+def test_restkv_scores_against_brute_force(temporal, order):
+    queries, keys, values, projection = arrays_of(11, heads=2, kv_heads=2)
+    scorer = Reconstruction(temporal=temporal, order=order)
+    ev = evict(policy_of("restkv").replace(scorer=scorer, pooling=NoPooling()), queries, keys, values, projection)
+    weights = ema_weights(WINDOW, 0.3) if temporal == "ema" else np.full(WINDOW, 1 / WINDOW)
+    prefix = LENGTH - WINDOW
+    for head in range(2):
+        logits = queries[0, head, -WINDOW:].astype(np.float64) @ keys[0, head].T / np.sqrt(DIM)
+        logits = np.where(np.arange(LENGTH) <= np.arange(prefix, LENGTH)[:, None], logits, -np.inf)
+        if order == "before":
+            expected = (
+                weights @ exact_deletion(logits, values[0, head].astype(np.float64), projection[head])[:, :prefix]
+            )
+        else:
+            attention = weights @ softmax(logits)[:, :prefix]
+            moved = attention @ values[0, head, :prefix] - values[0, head, :prefix]
+            expected = attention / (1 - attention) * np.linalg.norm(moved @ projection[head], axis=-1)
+        np.testing.assert_allclose(ev.scores[0, head], expected, rtol=1e-4)
+
+
+def test_laprox_scores_are_norms_of_columns_times_projected_values():
+    queries, keys, values, projection = arrays_of(12)
+    policy = rk.laprox(BUDGET, WINDOW, pooling="none", scope="layer")
+    ev = evict(policy, queries, keys, values, projection)
+    prefix, expected = LENGTH - WINDOW, np.zeros((HEADS, LENGTH - WINDOW))
+    for head in range(HEADS):
+        kv_head = head // (HEADS // KV_HEADS)
+        logits = queries[0, head, -WINDOW:].astype(np.float64) @ keys[0, kv_head].T / np.sqrt(DIM)
+        attention = softmax(np.where(np.arange(LENGTH) <= np.arange(prefix, LENGTH)[:, None], logits, -np.inf))
+        projected = values[0, kv_head].astype(np.float64) @ projection[head]
+        for n in range(prefix):
+            # the Frobenius norm of the column-row pair itself
+            expected[head, n] = np.linalg.norm(np.outer(attention[:, n], projected[n]))
+    np.testing.assert_allclose(ev.scores[0], expected.reshape(KV_HEADS, -1, prefix).mean(1), rtol=1e-4)
+    assert (np.asarray(ev.lengths).sum(-1) == KV_HEADS * BUDGET).all()
+
+
+def test_gram_form_equals_projecting_the_values():
+    *_, projection = arrays_of(0)
+    x = np.random.default_rng(1).standard_normal((HEADS, 30, DIM)).astype(np.float32)
+    squared = jnp.einsum("htd,hde,hte->ht", x, kernels.output_gram(projection), x)
+    np.testing.assert_allclose(jnp.sqrt(squared), np.linalg.norm(x @ projection, axis=-1), rtol=1e-5)
+
+
+def test_without_reconstruction_the_attention_alone_is_smoothed():
+    queries, keys, values, projection = arrays_of(3)
+    preset = rk.restkv(BUDGET, WINDOW, criterion="attention", pooling="none", group_reduce="mean")
+    scores = evict(preset, queries, keys, values, projection).scores[0]
+    logits = np.einsum("kgtd,knd->kgtn", queries[0].reshape(KV_HEADS, -1, LENGTH, DIM)[:, :, -WINDOW:], keys[0])
+    seen = np.arange(LENGTH) <= np.arange(LENGTH - WINDOW, LENGTH)[:, None]
+    attention = np.exp(np.where(seen, logits / DIM**0.5, -np.inf))
+    attention /= attention.sum(-1, keepdims=True)
+    expected = np.einsum("t,kgtn->kgn", ema_weights(WINDOW, 0.3), attention).mean(1)
+    np.testing.assert_allclose(scores, expected[:, : LENGTH - WINDOW], rtol=1e-4)
+    with pytest.raises(ValueError, match="criterion='loss' is unknown"):
+        rk.restkv(criterion="loss")
+
+
+@given(alpha=st.floats(0.01, 1), length=st.integers(1, 40), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_ema_weights_equal_the_recursion(alpha, length, seed):
+    x = np.random.default_rng(seed).random(length)
+    average = x[0]
+    for value in x[1:]:
+        average = alpha * value + (1 - alpha) * average
+    np.testing.assert_allclose(ema_weights(length, alpha) @ x, average, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EVENLY)
+@given(seed=st.integers(0, 2**16))
+@settings(max_examples=5, deadline=None)
+def test_kept_positions_ascend_hold_the_window_and_fill_the_budget(name, seed):
+    policy = policy_of(name)
+    ev = evict(policy, *arrays_of(seed))
+    assert ev.positions.shape == (1, KV_HEADS, BUDGET)
+    assert (np.diff(ev.positions, axis=-1) > 0).all()
+    np.testing.assert_array_equal(ev.positions[..., -policy.window :], np.broadcast_to(
+        np.arange(LENGTH - policy.window, LENGTH), (1, KV_HEADS, policy.window)))  # fmt: skip
+    np.testing.assert_array_equal(ev.lengths, BUDGET)
+    best = np.sort(ev.scores, axis=-1)[..., -(BUDGET - policy.window) :]
+    kept = np.asarray(ev.positions)[..., : BUDGET - policy.window]
+    np.testing.assert_array_equal(np.sort(np.take_along_axis(np.asarray(ev.scores), kept, -1), -1), best)
+
+
+@pytest.mark.parametrize("name", EVENLY)
+def test_pairs_are_those_of_the_positions(name):
+    _, keys, values, _ = arrays = arrays_of(2)
+    ev = evict(policy_of(name), *arrays)
+    for held, full in ((ev.keys, keys), (ev.values, values)):
+        np.testing.assert_array_equal(held, np.take_along_axis(full, np.asarray(ev.positions)[..., None], axis=2))
+
+
+@pytest.mark.parametrize("name", sorted(set(EVICTING) - {"random"}))
+@given(seed=st.integers(0, 2**16))
+@settings(max_examples=5, deadline=None)
+def test_permuting_heads_permutes_the_result(name, seed):
+    queries, keys, values, projection = arrays_of(seed)
+    ev = evict(policy_of(name), queries, keys, values, projection)
+    swapped_heads = np.array([2, 3, 0, 1])
+    swapped = evict(
+        policy_of(name), queries[:, swapped_heads], keys[:, ::-1], values[:, ::-1], projection[swapped_heads]
+    )
+    np.testing.assert_allclose(swapped.scores[:, ::-1], ev.scores, rtol=1e-5)
+    np.testing.assert_array_equal(swapped.positions[:, ::-1], ev.positions)
+
+
+@pytest.mark.parametrize("name", EVENLY)
+@pytest.mark.parametrize("padding", [1, 16])
+@given(seed=st.integers(0, 2**16))
+@settings(max_examples=5, deadline=None)
+def test_padding_changes_nothing(name, padding, seed):
+    arrays = arrays_of(seed)
+    alone = evict(policy_of(name), *arrays)
+    garbage = lambda x: np.concatenate([np.full_like(x[:, :, :padding], 3.0), x], axis=2)  # noqa: E731
+    queries, keys, values, projection = arrays
+    queries = garbage(queries) if policy_of(name).scorer.all_queries else queries[:, :, -policy_of(name).window :]
+    mask = np.arange(LENGTH + padding)[None] >= padding
+    padded = rk.evict_layer(policy_of(name), queries, garbage(keys), garbage(values), projection, mask)
+    np.testing.assert_array_equal(padded.positions, alone.positions)
+    np.testing.assert_array_equal(padded.keys, alone.keys)
+    np.testing.assert_allclose(padded.scores[..., padding:], alone.scores, rtol=1e-5)
+    assert (padded.scores[..., :padding] == -np.inf).all()
+
+
+@pytest.mark.parametrize("name", EVENLY)
+@pytest.mark.parametrize("length", [3, WINDOW, WINDOW + 1, BUDGET])
+def test_prompts_within_the_budget_are_kept_whole(name, length):
+    queries, keys, values, projection = arrays_of(5, length=length)
+    ev = evict(policy_of(name), queries, keys, values, projection)
+    np.testing.assert_array_equal(ev.lengths, length)
+    expected = np.pad(np.arange(length), (0, BUDGET - length), constant_values=-1)
+    np.testing.assert_array_equal(ev.positions, np.broadcast_to(expected, ev.positions.shape))
+    np.testing.assert_array_equal(ev.keys[:, :, :length], keys)
+    assert not ev.keys[:, :, length:].any()
+
+
+@pytest.mark.parametrize(("reduce", "expected"), [("mean", np.mean), ("max", np.max)])
+def test_query_heads_of_a_group_are_reduced_after_pooling(reduce, expected):
+    queries, keys, values, projection = arrays_of(6)
+    policy = policy_of("restkv").replace(group_reduce=reduce)
+    grouped = evict(policy, queries, keys, values, projection).scores
+    repeated = evict(policy, queries, keys.repeat(2, 1), values.repeat(2, 1), projection).scores
+    np.testing.assert_allclose(grouped, expected(repeated.reshape(1, KV_HEADS, 2, -1), axis=2), rtol=1e-5)
+
+
+@given(data=st.data(), length=st.integers(1, 60), widest=st.integers(1, 40), seed=st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_window_mean_is_exact_over_twelve_orders_of_magnitude(data, length, widest, seed):
+    width = data.draw(st.integers(1, widest))
+    left = data.draw(st.integers(0, width - 1))
+    scores = (10 ** np.random.default_rng(seed).uniform(-12, 0, length)).astype(np.float32)
+    extended = np.pad(scores.astype(np.float64), (left, width - 1 - left), mode="edge")
+    exact = [extended[n : n + width].mean() for n in range(length)]
+    mean = jax.jit(window_mean, static_argnums=3)(scores, width, left, widest)
+    np.testing.assert_allclose(mean, exact, rtol=1e-6)
+
+
+@given(seed=st.integers(0, 999), length=st.integers(1, 50), levels=st.integers(1, 40), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_top_mask_marks_what_top_k_takes(seed, length, levels, data):
+    count = data.draw(st.integers(1, length))
+    drawn = np.random.default_rng(seed).integers(-1, levels, length)
+    values = np.where(drawn < 0, -1, (drawn / levels) ** 8).astype(np.float32)
+    expected = np.zeros(length, bool)
+    expected[np.asarray(jax.lax.top_k(values, count)[1])] = True
+    np.testing.assert_array_equal(kernels.scores.top_mask(jnp.asarray(values), count), expected)
+
+
+def brute_force_width_and_shift(queries, keys, count, kernel_size, scale):
+    """Width and shift of one head from the definition, in float64."""
+    window, length = queries.shape[0], keys.shape[0]
+    logits = queries.astype(np.float64) @ keys.T / np.sqrt(queries.shape[1])
+    visible = np.arange(length)[None] <= np.arange(length - window, length)[:, None]
+    centres = np.argsort(-np.where(visible, logits, -np.inf), axis=1)[:, :count].mean(axis=1)
+    drift = centres[: window // 2].mean() - centres[window // 2 :].mean()
+    width = max(kernel_size, 2 * int(abs(drift) // scale) + 1)
+    return width, int(np.floor(drift / scale)) + (0 if drift > 0 else 1)
+
+
+def test_adaptive_width_and_shift_follow_the_drift_of_attention():
+    seen = set()
+    for seed in range(6):
+        queries, keys, values, projection = arrays_of(seed, heads=2, kv_heads=2)
+        mask = np.ones((1, LENGTH), bool)
+        pooling = AdaptivePooling(kernel_size=3, scale=1)
+        policy = EvictionPolicy(BUDGET, WINDOW, rk.snapkv(BUDGET, WINDOW).scorer, pooling)
+        pooled = evict(policy, queries, keys, values, projection, mask).scores
+        plain = evict(policy.replace(pooling=NoPooling()), queries, keys, values, projection).scores
+        for head in range(2):
+            args = queries[0, head, -WINDOW:], keys[0, head], BUDGET - WINDOW, 3, 1
+            width, shift = brute_force_width_and_shift(*args)
+            seen.add((width, np.sign(shift)))
+            padded = np.pad(np.asarray(plain[0, head]), (width // 2 - shift, width // 2 + shift), mode="edge")
+            expected = [padded[n : n + width].mean() for n in range(LENGTH - WINDOW)]
+            np.testing.assert_allclose(pooled[0, head], expected, rtol=1e-5)
+    assert len(seen) > 3, "the drawn cases must exercise several widths and both directions"
+
+
+@pytest.mark.parametrize(("pooling", "edge", "reduce"), [
+    (AveragePooling(5), 0.0, np.mean), (MaxPooling(7), -np.inf, np.max),
+])  # fmt: skip
+def test_fixed_pooling_against_brute_force(pooling, edge, reduce):
+    queries, keys, values, projection = arrays_of(7, heads=2, kv_heads=2)
+    policy = EvictionPolicy(BUDGET, WINDOW, rk.snapkv(BUDGET, WINDOW).scorer, pooling)
+    pooled = evict(policy, queries, keys, values, projection).scores
+    plain = np.asarray(evict(policy.replace(pooling=NoPooling()), queries, keys, values, projection).scores)
+    half = pooling.kernel_size // 2
+    padded = np.pad(plain, ((0, 0), (0, 0), (half, half)), constant_values=edge)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, pooling.kernel_size, axis=-1)
+    np.testing.assert_allclose(pooled, reduce(windows, axis=-1), rtol=1e-5)
+
+
+def test_h2o_sums_causal_attention_over_all_queries():
+    queries, keys, values, projection = arrays_of(8, heads=2, kv_heads=2, length=150)
+    policy = rk.h2o(BUDGET, WINDOW)
+    ev = rk.evict_layer(policy, queries, keys, values, projection)
+    logits = np.einsum("htd,hnd->htn", queries[0], keys[0]) / np.sqrt(DIM)
+    weights = np.exp(logits) * np.tri(150)
+    expected = (weights / weights.sum(-1, keepdims=True)).sum(1)[:, : 150 - WINDOW]
+    np.testing.assert_allclose(ev.scores[0], expected, rtol=1e-4)
+
+
+def test_streaming_llm_keeps_sinks_and_the_most_recent():
+    ev = evict(rk.streaming_llm(12, sinks=4), *arrays_of(9))
+    np.testing.assert_array_equal(ev.positions[0, 0], [0, 1, 2, 3, *range(LENGTH - 8, LENGTH)])
+
+
+def shapes_within(jaxpr):
+    """Shapes of all intermediate arrays, inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from shapes_within(inner)
+
+
+@pytest.mark.parametrize("name", [*EVICTING, "restkv-before"])
+def test_no_array_of_projected_values_or_of_all_pairs_of_tokens(name):
+    length, heads, kv_heads, dim, model_dim = 4096, 16, 4, 4, 1024
+    policy = rk.restkv(128, 16, order="before") if name == "restkv-before" else rk.METHODS[name](budget=128)
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    pairs = shape(1, kv_heads, length, dim)
+    queries = shape(1, heads, length if policy.scorer.all_queries else policy.window, dim)
+    jaxpr = jax.make_jaxpr(lambda *a: rk.evict_layer(policy, *a))(queries, pairs, pairs, shape(heads, dim, model_dim))
+    largest = max(int(np.prod(s)) for s in shapes_within(jaxpr.jaxpr))
+    assert largest < min(length * length, heads * length * model_dim) // 2
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: rk.restkv(budget=32, window=32), "budget=32 must exceed window=32"),
+    (lambda: rk.snapkv(budget=8, window=0), "window=0"),
+    (lambda: rk.restkv(temporal="sum"), "temporal='sum'.*'ema'"),
+    (lambda: rk.restkv(order="during"), "order='during'.*'after'"),
+    (lambda: rk.restkv(pooling="median"), "pooling='median'.*'adaptive'"),
+    (lambda: rk.restkv(kernel_size=4), "kernel_size=4 must be odd"),
+    (lambda: rk.restkv(scale=0), "scale=0"),
+    (lambda: rk.restkv(alpha=0), "alpha=0"),
+    (lambda: rk.restkv(group_reduce="min"), "group_reduce='min'"),
+    (lambda: rk.streaming_llm(budget=4, sinks=4), "budget=4 must exceed sinks=4"),
+    (lambda: rk.streaming_llm(sinks=-1), "sinks=-1"),
+    (lambda: rk.snapkv().replace(scorer=None), "budget=128 needs a scorer"),
+    (lambda: rk.snapkv().replace(while_generating=True), "WindowAttention does not judge query by query"),
+    (lambda: rk.full().replace(while_generating=True), "while_generating=True needs a budget"),
+])  # fmt: skip
+def test_options_that_make_no_sense_are_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("budget", [64.0, "64", True])
+def test_budgets_are_integers(budget):
+    with pytest.raises(TypeError, match=f"budget={budget!r} must be an integer"):
+        EvictionPolicy(budget, scorer=rk.snapkv().scorer)
+
+
+@pytest.mark.parametrize("mask", [np.ones((1, 3), bool), np.arange(LENGTH)[None] < 20, np.zeros((1, LENGTH), bool)])
+def test_masks_that_make_no_sense_are_refused(mask):
+    with pytest.raises(ValueError, match="mask has"):
+        evict(policy_of("snapkv"), *arrays_of(10), mask)
+
+
+def test_shapes_that_do_not_agree_are_named():
+    queries, keys, values, projection = arrays_of(10)
+    with pytest.raises(AssertionError, match="output_projection must have shape"):
+        evict(policy_of("snapkv"), queries, keys, values, projection[:2])
+    with pytest.raises(AssertionError, match="values must have shape"):
+        evict(policy_of("snapkv"), queries, keys, values[:, :, 1:], projection)
+
+
+@pytest.mark.parametrize("name", ["h2o", "knorm", "random", "restkv"])
+def test_keys_that_the_sliding_window_hides_from_later_tokens_give_way(name):
+    queries, keys, values, projection = arrays_of(12)
+    queries = queries if policy_of(name).scorer.all_queries else queries[:, :, -WINDOW:]
+    positions = jnp.arange(LENGTH)[None]
+    observation = Observation(*map(jnp.asarray, (queries, keys, values, projection)), positions, 30)
+    kept = eviction.evict(policy_of(name), observation, BUDGET).positions
+    assert (kept > LENGTH - 30).all(), "30 tokens are within reach, more than the budget"
+
+
+@pytest.mark.parametrize("name", ["restkv", "tova", "streaming_llm"])
+def test_of_more_queries_than_the_window_the_last_judge(name):
+    queries, keys, values, projection = arrays_of(10)
+    ev = evict(policy_of(name), queries, keys, values, projection)
+    more = rk.evict_layer(policy_of(name), queries[:, :, -2 * WINDOW :], keys, values, projection)
+    np.testing.assert_array_equal(more.scores, ev.scores)
+    np.testing.assert_array_equal(more.positions, ev.positions)
+
+
+def test_fewer_queries_than_the_window_are_refused():
+    queries, keys, values, projection = arrays_of(10)
+    with pytest.raises(ValueError, match=f"policy.window={WINDOW}"):
+        rk.evict_layer(policy_of("snapkv"), queries[:, :, -2:], keys, values, projection)
+
+
+def test_replace_changes_one_field():
+    policy = rk.restkv(budget=128)
+    assert policy.replace(budget=256) == rk.restkv(budget=256)
+    assert hash(policy) == hash(rk.restkv(budget=128))
