@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from restkv_jax.models.config import ModelConfig, read_config, to_hugging_face
 from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.key_groups import FILE, Sharing
 from restkv_jax.models.tensors import (
     Tensor,
     check_tensors,
@@ -36,7 +37,7 @@ STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-MODEL_FILES = ("model*.safetensors", INDEX, "config.json", "generation_config.json")
+MODEL_FILES = ("model*.safetensors", INDEX, "config.json", "generation_config.json", FILE)
 """What `save_model` replaces in a directory that exists."""
 
 
@@ -62,8 +63,8 @@ def load_model(
       dtype: of every parameter: float32, bfloat16 or float16.
 
     Returns:
-      the model; its parameters, a dict of arrays where those of the layers carry a leading axis `L`; the tokenizer
-      of `transformers`, None if the directory has none.
+      the model, with the sharing that it was adapted to; its parameters, a dict of arrays where those of the layers
+      carry a leading axis `L`; the tokenizer of `transformers`, None if the directory has none.
 
     Raises:
       FileNotFoundError: no such path or model, or a file is missing from the directory.
@@ -85,7 +86,7 @@ def load_model(
         parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), headers, expected)
         for parameter, shape in parameter_shapes(model).items()
     }
-    return model, unflatten(params), tokenizer
+    return model.clone(sharing=Sharing.load(directory, model)), unflatten(params), tokenizer
 
 
 def save_model(
@@ -95,7 +96,7 @@ def save_model(
     tokenizer: Any | None = None,
     max_shard_bytes: int = 2**32,
 ) -> None:
-    """Writes a checkpoint that `load_model` and `transformers` load: configuration, weights, tokenizer.
+    """Writes a checkpoint that `load_model` and `transformers` load: configuration, weights, tokenizer, sharing.
 
     The files are written into a temporary directory beside, which then takes the place of `directory`: it is never
     seen half-written. Of a directory that exists the model's files are replaced and all others kept.
@@ -125,6 +126,8 @@ def save_model(
         _write_weights(unfinished, checkpoint_tensors(model), params, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+        if model.sharing is not None:
+            model.sharing.save(unfinished, model)
         _replace_directory(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,7 +1,8 @@
 """Long prompts on a small KV cache: ReST-KV and its relatives for Llama-family models in JAX."""
 
 from restkv_jax import pod
-from restkv_jax.caches.dense import KVCache, cache_bytes, kept_positions
+from restkv_jax.caches.base import cache_bytes, kept_positions
+from restkv_jax.caches.dense import KVCache
 from restkv_jax.caches.paged import PagedCache
 from restkv_jax.eviction.layer import Eviction, evict_layer
 from restkv_jax.eviction.methods import (

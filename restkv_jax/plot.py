@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from restkv_jax.caches.dense import KVCache, kept_positions
+from restkv_jax.caches.base import Cache, kept_positions
 
 SPAN_COLORS = ("#D55E00", "#009E73", "#CC79A7")
 """Of Okabe and Ito's colours for all kinds of colour vision, those that stand out from blue."""

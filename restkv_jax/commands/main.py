@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from restkv_jax.caches.dense import cache_bytes
+from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.paged import PagedCache
 from restkv_jax.commands.loading import load_checkpoint
 from restkv_jax.commands.options import (

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from restkv_jax.caches.dense import cache_bytes
+from restkv_jax.caches.base import cache_bytes
 from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.grid import Entry, Grid, is_file, parse_method, policies
 from restkv_jax.evaluate.results import Cost, Costs, Rate

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax.kernels.top import top_mask
+from restkv_jax.models.arguments import check_choice, check_number
+
 PYRAMID_BETA = 20
 """The upper layers of a pyramid go down to this part of the mean (PyramidKV's `beta`)."""
 
@@ -117,6 +120,7 @@ class AdaptiveHeads:
     uniform: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_number("floor", self.floor, "the part of the budget that all heads get evenly")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor={self.floor} must be in [0, 1], the part of the budget that all heads get evenly")
 
@@ -132,7 +136,7 @@ class AdaptiveHeads:
 
     def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
         mean, num_kv_heads = budget - window, scores.shape[2]
-        among_best = jax.vmap(jax.vmap(lambda heads: counts_among_best(heads, num_kv_heads * mean)))(scores)
+        among_best = counts_among_best(scores, num_kv_heads * mean, num_axes=2)
         mixed = jnp.round((1 - self.floor) * among_best + int(self.floor * mean)).astype(jnp.int32)
         return jnp.minimum(mixed, prefix_lengths[None, :, None])
 
@@ -155,11 +159,9 @@ class ModelWide:
         return _over_sum(scores, scores, present, axis=(1, 2))
 
     def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
-        num_layers, batch, num_kv_heads, _ = scores.shape
-        by_row = jnp.moveaxis(scores, 1, 0).reshape(batch, num_layers * num_kv_heads, -1)
-        quota = num_layers * num_kv_heads * (budget - window)
-        counts = jax.lax.map(lambda heads: counts_among_best(heads, quota), by_row)
-        return jnp.moveaxis(counts.reshape(batch, num_layers, num_kv_heads), 0, 1)
+        num_kv_heads = scores.shape[2]
+        quota = scores.shape[0] * num_kv_heads * (budget - window)
+        return jnp.moveaxis(counts_among_best(jnp.moveaxis(scores, 1, 0), quota, num_axes=3), 0, 1)
 
     def most(self, budget, window, num_layers, num_kv_heads):
         return num_layers * num_kv_heads * (budget - window)
@@ -171,11 +173,19 @@ def _over_sum(numerator: Array, scores: Array, present: Array, axis) -> Array:
     return jnp.where(present, numerator / jnp.maximum(total, jnp.finfo(jnp.float32).tiny), scores)
 
 
-def counts_among_best(scores: Array, count: int) -> Array:
-    """How many of the best `count` scores each row has: float32 [K, N], -inf where there is none, to int32 [K]."""
-    rows, width = scores.shape
-    best, places = jax.lax.top_k(scores.reshape(-1), min(count, scores.size))
-    return jnp.zeros(rows, jnp.int32).at[places // width].add(best > -jnp.inf)
+def counts_among_best(scores: Array, count: int, num_axes: int) -> Array:
+    """How many of the best `count` scores over the last `num_axes` axes each head has.
+
+    Args:
+      scores: float32 [..., N], -inf where there is none.
+      count: of the choice, static.
+      num_axes: which axes one choice goes over, the keys' included.
+
+    Returns:
+      int32 [...].
+    """
+    is_best = top_mask(scores, count, num_axes) & (scores > -jnp.inf)
+    return is_best.sum(-1, dtype=jnp.int32)
 
 
 ALLOCATIONS = {"uniform": Uniform, "pyramid": Pyramid, "adaptive_heads": AdaptiveHeads, "model": ModelWide}
@@ -188,6 +198,5 @@ def make_allocation(name: str) -> Allocation:
     Raises:
       ValueError: an unknown name.
     """
-    if name not in ALLOCATIONS:
-        raise ValueError(f"allocation={name!r} is unknown; choose from {', '.join(map(repr, ALLOCATIONS))}")
+    check_choice("allocation", name, tuple(ALLOCATIONS))
     return ALLOCATIONS[name]()

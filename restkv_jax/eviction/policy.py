@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Literal
 
-import numpy as np
-
 from restkv_jax.eviction.allocation import Allocation, Uniform
-from restkv_jax.eviction.observation import Scorer
 from restkv_jax.eviction.pooling import NoPooling, Pooling
 from restkv_jax.eviction.refit import LeastSquares
-from restkv_jax.kernels import check_page_size
+from restkv_jax.eviction.scorer import Scorer
+from restkv_jax.kernels.paged import check_page_size
+from restkv_jax.models.arguments import check_choice, check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,10 @@ class EvictionPolicy:
 
     def __post_init__(self):
         check_integer("window", self.window, 1, "the last token of a prompt is always kept")
-        if self.group_reduce not in ("mean", "max"):
-            raise ValueError(f"group_reduce={self.group_reduce!r} is unknown; choose 'mean' or 'max'")
+        check_choice("group_reduce", self.group_reduce, ("mean", "max"))
+        check_choice("while_generating", self.while_generating, (False, True))
+        if not isinstance(self.refit, LeastSquares | None):
+            raise TypeError(f"refit={self.refit!r} must be a restkv_jax.LeastSquares(ridge=0.01), or None")
         if self.budget is not None:
             check_integer("budget", self.budget, 1, "slots per layer and KV head")
             if self.budget <= self.window:
@@ -70,6 +71,7 @@ class EvictionPolicy:
 
     def _check_pages(self):
         allocation = type(self.allocation).__name__
+        check_integer("page_size", self.page_size, 1, "slots of a page")
         check_page_size(self.page_size)
         if self.budget is None:
             raise ValueError(f"allocation={allocation} needs a budget: without one nothing is shared out")
@@ -121,16 +123,3 @@ class EvictionPolicy:
     def slots(self, length: int) -> int:
         """Slots kept of a prompt of `length` tokens."""
         return length if self.budget is None else min(self.budget, length)
-
-
-def check_integer(name: str, value: int, least: int, reason: str) -> None:
-    """Refuses a value that is no integer or too small.
-
-    Raises:
-      TypeError: no integer.
-      ValueError: less than `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}={value!r} must be an integer")
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}: {reason}")

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from restkv_jax.eviction.policy import check_integer
+from restkv_jax.models.arguments import check_integer
 
 
 @dataclasses.dataclass(frozen=True)
