@@ -15,7 +15,7 @@ BLOCK = 512
 """Queries, and keys, whose probabilities exist at one time."""
 
 
-class Reach(NamedTuple):
+class Span(NamedTuple):
     """Which part of a query's past a set of pairs stands for, static under jit.
 
     The first `sink` positions and the last `recent` up to and with the query's own where `is_proximal`, else the rest.
@@ -53,16 +53,16 @@ def _attend_shared(queries: Queries, pairs: Pairs, distant_keys: Array, *, sink:
       sink: tokens at the beginning.
       recent: tokens at the end.
     """
-    reaches = Reach(sink, recent, is_proximal=True), Reach(sink, recent, is_proximal=False)
-    return _joint(reaches, queries, (pairs, pairs._replace(keys=distant_keys)))
+    spans = Span(sink, recent, is_proximal=True), Span(sink, recent, is_proximal=False)
+    return _joint(spans, queries, (pairs, pairs._replace(keys=distant_keys)))
 
 
 attend = Dispatched(_attend)
 attend_shared = Dispatched(_attend_shared)
 
 
-def _joint(reaches: tuple[Reach | None, ...], queries: Queries, parts: tuple[Pairs, ...]) -> Array:
-    """One softmax over the union of several sets of pairs, each seen as its reach says."""
+def _joint(spans: tuple[Span | None, ...], queries: Queries, parts: tuple[Pairs, ...]) -> Array:
+    """One softmax over the union of several sets of pairs, each seen as its span says."""
     length = queries.vectors.shape[3]
     padded = Queries(
         _pad_to_blocks(queries.vectors, axis=3),
@@ -74,15 +74,15 @@ def _joint(reaches: tuple[Reach | None, ...], queries: Queries, parts: tuple[Pai
             Pairs(*(_pad_to_blocks(x, axis=2, empty=empty) for x, empty in zip(part, (0, 0, -1), strict=True)))
             for part in parts
         )
-    return _blockwise(reaches, padded, parts)[:, :, :, :length]
+    return _blockwise(spans, padded, parts)[:, :, :, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(reaches, queries: Queries, parts: tuple[Pairs, ...]) -> Array:
-    return _forward(reaches, queries, parts)[0]
+def _blockwise(spans, queries: Queries, parts: tuple[Pairs, ...]) -> Array:
+    return _forward(spans, queries, parts)[0]
 
 
-def _forward(reaches, queries: Queries, parts: tuple[Pairs, ...]):
+def _forward(spans, queries: Queries, parts: tuple[Pairs, ...]):
     # Masks depend on positions alone. A scan over layers that is differentiated would compute them ahead of its loop,
     # for all blocks, which is T x T: so let them wait for the layer's queries.
     vectors, positions = jax.lax.optimization_barrier(queries[:2])
@@ -92,32 +92,32 @@ def _forward(reaches, queries: Queries, parts: tuple[Pairs, ...]):
     def one_block(start):
         block = _take_queries(queries, start, _block_size(length))
         state = empty_softmax(block.vectors)
-        for reach, pairs in zip(reaches, parts, strict=True):
-            state = _read_pairs(reach, block, pairs, state)
+        for span, pairs in zip(spans, parts, strict=True):
+            state = _read_pairs(span, block, pairs, state)
         return state.context().astype(vectors.dtype), state.normaliser()
 
     context, normaliser = _over_blocks(one_block, length, axis=3)
     return context, (queries, parts, context, normaliser)
 
 
-def _read_pairs(reach: Reach | None, queries: Queries, pairs: Pairs, state: Softmax) -> Softmax:
+def _read_pairs(span: Span | None, queries: Queries, pairs: Pairs, state: Softmax) -> Softmax:
     """Adds a set of pairs, block by block, to the softmax of one block of queries."""
     length = pairs.keys.shape[2]
     size = length if queries.vectors.shape[3] == 1 else _block_size(length)
 
     def read(state, start):
         block = take_pairs(pairs, start, size)
-        seen = _seen(reach, queries, block)
+        seen = _seen(span, queries, block)
         return jax.lax.cond(
             seen.any(), lambda: join(state, read_keys(queries.vectors, block.keys, block.values, seen)), lambda: state
         ), None
 
     if size == length:
-        return join(state, read_keys(queries.vectors, pairs.keys, pairs.values, _seen(reach, queries, pairs)))
+        return join(state, read_keys(queries.vectors, pairs.keys, pairs.values, _seen(span, queries, pairs)))
     return jax.lax.scan(read, state, jnp.arange(0, length, size))[0]
 
 
-def _backward(reaches, saved, gradient):
+def _backward(spans, saved, gradient):
     """Gradients from the saved result and normaliser, a pair of blocks at a time.
 
     With `w = exp(q k - normaliser)` and `e` the gradient of the result `o`: `dv = w e`, and `e (v - o) w` is the
@@ -126,14 +126,14 @@ def _backward(reaches, saved, gradient):
     queries, parts, context, normaliser = saved
     rest = jnp.sum(context.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
     of_queries, of_parts = jnp.zeros(queries.vectors.shape, jnp.float32), []
-    for reach, pairs in zip(reaches, parts, strict=True):
-        of_part, of_keys, of_values = _part_gradient(reach, queries, pairs, normaliser, rest, gradient)
+    for span, pairs in zip(spans, parts, strict=True):
+        of_part, of_keys, of_values = _part_gradient(span, queries, pairs, normaliser, rest, gradient)
         of_queries += of_part
         of_parts.append(Pairs(of_keys.astype(pairs.keys.dtype), of_values.astype(pairs.values.dtype), None))
     return Queries(of_queries.astype(queries.vectors.dtype), None, None), tuple(of_parts)
 
 
-def _part_gradient(reach, queries: Queries, pairs: Pairs, normaliser: Array, rest: Array, gradient: Array):
+def _part_gradient(span, queries: Queries, pairs: Pairs, normaliser: Array, rest: Array, gradient: Array):
     """float32 gradients of the queries, of a part's keys and of its values."""
     length, num_queries = pairs.keys.shape[2], queries.vectors.shape[3]
     size = _block_size(length)
@@ -145,7 +145,7 @@ def _part_gradient(reach, queries: Queries, pairs: Pairs, normaliser: Array, res
 
         def of_key_block(carry, start):
             columns = take_pairs(pairs, start, size)
-            seen = _seen(reach, block, columns)
+            seen = _seen(span, block, columns)
 
             def gradients():
                 weights = jnp.where(seen, jnp.exp(logits_of(q, columns.keys) - part(normaliser)[..., None]), 0.0)
@@ -175,12 +175,12 @@ def _part_gradient(reach, queries: Queries, pairs: Pairs, normaliser: Array, res
 _blockwise.defvjp(_forward, _backward)
 
 
-def _seen(reach: Reach | None, queries: Queries, pairs: Pairs) -> Array:
+def _seen(span: Span | None, queries: Queries, pairs: Pairs) -> Array:
     """bool [B, K or 1, 1, T, N]."""
     seen = visible(queries, pairs.positions)
-    if reach is not None:
-        near = proximal(queries, pairs.positions, reach.sink, reach.recent)
-        seen &= near if reach.is_proximal else ~near
+    if span is not None:
+        near = proximal(queries, pairs.positions, span.sink, span.recent)
+        seen &= near if span.is_proximal else ~near
     return seen[:, :, None]
 
 

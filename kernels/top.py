@@ -35,6 +35,25 @@ def top_mask(values: Array, count: int, num_axes: int = 1) -> Array:
     return above | (equal & (_ranks(equal, num_axes) <= count - above.sum(axes, keepdims=True)))
 
 
+def places(mask: Array, count: int) -> Array:
+    """Where the first `count` marked entries of the last axis are, ascending.
+
+    Args:
+      mask: bool [..., N].
+      count: places to return.
+
+    Returns:
+      int32 [..., count], `N` for missing ones.
+    """
+    length = mask.shape[-1]
+
+    def one_row(mask: Array) -> Array:
+        goes_to = jnp.where(mask, jnp.cumsum(mask, dtype=jnp.int32) - 1, count)
+        return jnp.full(count, length, jnp.int32).at[goes_to].set(jnp.arange(length, dtype=jnp.int32), mode="drop")
+
+    return jnp.vectorize(one_row, signature="(n)->(c)")(mask)
+
+
 def _as_integers(values: Array) -> Array:
     """uint32 in the order of float32 numbers, -0 and 0 alike."""
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32) + 0.0, jnp.uint32)

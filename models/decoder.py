@@ -36,12 +36,12 @@ class LayerView(NamedTuple):
 class Hooks(NamedTuple):
     """How a state goes through the layers: pure functions that the decoder calls once per layer.
 
-    `remember(index, pairs, state) -> (memory, state)` takes the new tokens' pairs and says what the queries attend to;
-    without it, these pairs, as the model's sharing has it. `observe(view, memory, state) -> state` runs after the
+    `make_memory(index, pairs, state) -> (memory, state)` takes the new tokens' pairs and says what the queries attend
+    to; without it, these pairs, as the model's sharing has it. `observe(view, memory, state) -> state` runs after the
     layer's attention; `num_queries` of the last tokens are shown to it.
     """
 
-    remember: Callable[[Array, Pairs, Any], tuple[Memory, Any]] | None = None
+    make_memory: Callable[[Array, Pairs, Any], tuple[Memory, Any]] | None = None
     observe: Callable[[LayerView, Any, Any], Any] = lambda view, memory, state: state
     num_queries: int = 1
 
@@ -193,8 +193,8 @@ class Decoder(nn.Module):
             empty = jnp.zeros((batch, heads[0], length, c.head_dim), hidden.dtype)
             (keys, values), _ = _over_chunks(project, layer, (empty, empty), length, chunk_size)
             pairs = Pairs(keys, values, positions[:, None])
-            if hooks.remember is not None:
-                memory, state = hooks.remember(index, pairs, state)
+            if hooks.make_memory is not None:
+                memory, state = hooks.make_memory(index, pairs, state)
             else:
                 memory, leader_keys = self._own_memory(index, pairs, leader_keys)
             last = jnp.zeros((batch, *heads, hooks.num_queries, c.head_dim), hidden.dtype)
@@ -211,7 +211,7 @@ class Decoder(nn.Module):
         )
         hidden = self.embedding[tokens]
         leader_keys = None
-        if self.sharing is not None and hooks.remember is None:
+        if self.sharing is not None and hooks.make_memory is None:
             leader_keys = jnp.zeros((batch, heads[0], length, c.head_dim), hidden.dtype)
         scanned = jnp.arange(c.num_hidden_layers), jnp.asarray(c.sliding_windows, jnp.int32)
         (hidden, _, state), _ = scan(self.layers, (hidden, leader_keys, state), scanned)
@@ -289,12 +289,15 @@ def read(
     """
     if positions is None:
         positions = positions_of(mask if mask is not None else jnp.ones(tokens.shape, bool))
-    return model.apply({"params": params}, tokens, positions, hooks, state, chunk_size, checkpoint)
+    arguments: Any = positions, hooks, state, chunk_size, checkpoint
+    found: Any = model.apply({"params": params}, tokens, *arguments)
+    return found
 
 
 def logits(model: Decoder, params: Any, hidden: Array) -> Array:
     """Logits of the next token from the residual stream, [..., M] to float32 [..., V]."""
-    return model.apply({"params": params}, hidden, method=Decoder.logits)
+    found: Any = model.apply({"params": params}, hidden, method=Decoder.logits)
+    return found
 
 
 def positions_of(mask: Array) -> Array:

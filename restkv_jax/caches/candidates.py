@@ -1,6 +1,5 @@
 """Selection across layers: the best pairs of each layer wait until all are scored, then the budget is shared out."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -9,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax.caches.base import Keeper
 from restkv_jax.caches.dense import put_layer
 from restkv_jax.caches.paged import PagedCache, fill_pages, pool_shape
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import window_outputs
-from restkv_jax.eviction.select import keep_shares, prefix_scores, score_once, select, weighed_scores
+from restkv_jax.eviction.select import keep_shares, places_to_keep, prefix_scores, score_once, weighed_scores
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.kernels.partition import divide, each_part, on_mesh, parts_of_mesh, undivide
@@ -44,22 +44,12 @@ class Candidates(flax.struct.PyTreeNode):
     outputs: Array | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class PagedKeeper:
+class PagedKeeper(Keeper):
     """Shares that differ among layers and KV heads: the budget is given out once all layers are in."""
-
-    model: Decoder
-    policy: EvictionPolicy
-    length: int
-    max_new_tokens: int
 
     @staticmethod
     def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:
         return policy.is_ragged(length)
-
-    @property
-    def num_queries(self) -> int:
-        return self.policy.num_queries(self.length)
 
     @property
     def window(self) -> int:
@@ -88,7 +78,7 @@ class PagedKeeper:
     def add(self, candidates: Candidates, view: LayerView, memory: PairMemory, scored: dict) -> Candidates:
         policy, pairs, view = self.policy, memory.pairs, view.last(self.num_queries)
         scores = prefix_scores(policy, view, pairs, score_once(scored, policy, view, pairs))
-        indices = select(scores, pairs.positions, self.window, candidates.keys.shape[3])
+        indices = places_to_keep(scores, pairs.positions, self.window, candidates.keys.shape[3])
         best = gather_pairs(pairs, indices)
         entries = {"keys": best.keys, "values": best.values, "positions": best.positions}
         entries["scores"] = weighed_scores(policy, scores, pairs.positions, indices)
@@ -110,7 +100,7 @@ class PagedKeeper:
         parts = parts_of_mesh(batch, num_kv_heads)
         # A part holds all pairs that its KV heads may win, at most those of its rows.
         rows, heads = batch // parts.rows, layers * (batch // parts.rows) * (num_kv_heads // parts.heads)
-        most = policy.allocation.most(policy.budget, self.window, layers, num_kv_heads)
+        most = policy.allocation.most(policy.slots_given, self.window, layers, num_kv_heads)
         total = rows * (most + layers * num_kv_heads * self.window)
         shape = pool_shape(min(total, heads * places), places, heads, self.max_new_tokens, policy.page_size)
         fill = functools.partial(fill_pages, shape, max_new_tokens=self.max_new_tokens)
@@ -129,10 +119,13 @@ class PagedKeeper:
         query_positions = candidates.prompt_lengths[:, None] + jnp.arange(-self.window, 0)
         query_positions = jnp.where(query_positions >= 0, query_positions, -1)
 
+        refit = self.policy.refit
+        assert refit is not None
+
         def one_layer(layer: tuple) -> Array:
             vectors, outputs, keys, values, positions, sliding_window = layer
             queries = Queries(vectors, query_positions, sliding_window)
-            return self.policy.refit(queries, outputs, Pairs(keys, values, positions))
+            return refit(queries, outputs, Pairs(keys, values, positions))
 
         c, windows = candidates, jnp.asarray(self.model.config.sliding_windows, jnp.int32)
         positions = jnp.where(keep, c.positions, -1)

@@ -1,14 +1,12 @@
 """The dense cache: as many slots for every layer, row and KV head."""
 
-import dataclasses
-from typing import Any
+from typing import Any, Self
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.caches.base import check_grows, check_shape, check_unshared
+from restkv_jax.caches.base import Cache, Keeper, check_shape, check_unshared
 from restkv_jax.eviction.layer import evict
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.select import score_once
@@ -19,7 +17,7 @@ from restkv_jax.models.decoder import Decoder, LayerView
 from restkv_jax.models.memory import PairMemory
 
 
-class KVCache(flax.struct.PyTreeNode):
+class KVCache(Cache):
     """Kept keys and values of all layers, with `N` slots per layer, row and KV head.
 
     Attributes:
@@ -27,16 +25,12 @@ class KVCache(flax.struct.PyTreeNode):
       values: [L, B, K, N, D].
       positions: int32 [L, B, K, N], of the token in its sequence; -1 where a slot is empty.
       lengths: int32 [L, B, K], slots in use.
-      prompt_lengths: int32 [B], tokens of each prompt.
-      next_positions: int32 [B], position of the next token.
     """
 
     keys: Array
     values: Array
     positions: Array
     lengths: Array
-    prompt_lengths: Array
-    next_positions: Array
 
     @property
     def num_slots(self) -> int:
@@ -46,7 +40,7 @@ class KVCache(flax.struct.PyTreeNode):
     def memory(self, layer: Array) -> PairMemory:
         return PairMemory(Pairs(self.keys[layer], self.values[layer], self.positions[layer]))
 
-    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> "KVCache":
+    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> Self:
         used = self.lengths[layer]
         slots = jnp.where(active[:, None], self.next_slots(layer), self.num_slots)
         lengths = jnp.where(active[:, None], jnp.minimum(used + 1, self.num_slots), used)
@@ -63,9 +57,6 @@ class KVCache(flax.struct.PyTreeNode):
         """Where the next pair of each row and KV head goes, int32 [B, K]; `N` where there is no room."""
         return self.lengths[layer]
 
-    def observe(self, view: LayerView, memory: PairMemory, active: Array) -> "KVCache":
-        return self
-
     def is_full(self) -> Array:
         return (self.lengths >= self.num_slots).any()
 
@@ -75,23 +66,28 @@ class KVCache(flax.struct.PyTreeNode):
     def row_axes(self) -> "KVCache | None":
         return jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self)
 
-    def check_policy(self, policy: EvictionPolicy) -> None:
-        check_grows(policy)
-
     def check_model(self, model: Decoder) -> None:
         num_layers, _, num_kv_heads, _, dim = self.keys.shape
-        check_shape(model.config, num_layers, num_kv_heads, dim)
+        check_shape(model, num_layers, num_kv_heads, dim)
         check_unshared(model)
 
 
 def put_pair(array: Array, layer: Array, slots: Array, new: Array) -> Array:
     """Writes [B, K, ...] into slots int32 [B, K] of one layer of [L, B, K, N, ...]; those beyond `N` are dropped."""
-    batch, num_kv_heads = slots.shape
-    place = layer, jnp.arange(batch)[:, None], jnp.arange(num_kv_heads)[None, :], slots
-    return array.at[place].set(new.astype(array.dtype), mode="drop", unique_indices=True)
+    # Rows and KV heads as batches of the scatter: as indices they would be gathered from all devices.
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, new.ndim)),
+        inserted_window_dims=(0, 3),
+        scatter_dims_to_operand_dims=(0, 3),
+        operand_batching_dims=(1, 2),
+        scatter_indices_batching_dims=(0, 1),
+    )
+    places = jnp.stack([jnp.broadcast_to(layer, slots.shape), slots], axis=-1)
+    mode = jax.lax.GatherScatterMode.FILL_OR_DROP
+    return jax.lax.scatter(array, places, new.astype(array.dtype), numbers, unique_indices=True, mode=mode)
 
 
-def put_layer(array: Array, layer: Array, part: Array) -> Array:
+def put_layer(array: Array, layer: Array | int, part: Array) -> Array:
     """Writes the first places of one layer, in place under jit: [B, K, C, ...] into [L, B, K, N, ...]."""
     return jax.lax.dynamic_update_slice(array, part[None].astype(array.dtype), (layer, *[0] * part.ndim))
 
@@ -109,14 +105,8 @@ def empty_cache(config: ModelConfig, prompt_lengths: Array, num_slots: int, dtyp
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class DenseKeeper:
+class DenseKeeper(Keeper):
     """Equal shares: what the policy chooses of a layer goes straight into the cache."""
-
-    model: Decoder
-    policy: EvictionPolicy
-    length: int
-    max_new_tokens: int
 
     @staticmethod
     def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:
@@ -155,6 +145,3 @@ class DenseKeeper:
             positions=put_layer(cache.positions, view.index, kept.positions),
             lengths=put_layer(cache.lengths, view.index, (kept.positions >= 0).sum(-1)),
         )
-
-    def finish(self, cache: KVCache) -> KVCache:
-        return cache

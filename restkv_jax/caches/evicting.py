@@ -1,7 +1,7 @@
 """The cache that evicts while generating: one importance per slot, updated by every new query."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import einops
 import flax.struct
@@ -35,10 +35,10 @@ class EvictingCache(KVCache):
     gram: Array
     policy: EvictionPolicy = flax.struct.field(pytree_node=False)
 
-    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> "EvictingCache":
+    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> Self:
         slots = jnp.where(active[:, None], self.next_slots(layer), self.num_slots)
         importance = put_pair(self.importance, layer, slots, jnp.full(slots.shape, UNSEEN))
-        return KVCache.append(self, layer, keys, values, active).replace(importance=importance)
+        return super().append(layer, keys, values, active).replace(importance=importance)
 
     def next_slots(self, layer: Array) -> Array:
         """The first free slot, else that of least importance outside the policy's window."""
@@ -47,7 +47,7 @@ class EvictingCache(KVCache):
         candidates = jnp.where(is_recent, jnp.inf, self.importance[layer])
         return jnp.where(used < self.num_slots, used, jnp.argmin(candidates, axis=-1))
 
-    def observe(self, view: LayerView, memory: PairMemory, active: Array) -> "EvictingCache":
+    def observe(self, view: LayerView, memory: PairMemory, active: Array) -> Self:
         before = self.importance[view.index]
         seen = update_importance(before, view.queries, memory.pairs, self.gram[view.index], self.policy)
         importance = jnp.where(active[:, None, None], seen, before)
@@ -78,7 +78,7 @@ def update_importance(importance: Array, queries: Queries, pairs: Pairs, gram: A
     errors = removal_errors(queries, pairs, gram)
     errors = einops.reduce(errors, "b k g w n -> w b k n", policy.group_reduce)
     seen = jnp.moveaxis(visible(queries._replace(sliding_window=jnp.iinfo(jnp.int32).max), pairs.positions), 2, 0)
-    alpha = policy.scorer.alpha
+    alpha = policy.query_scorer.alpha
 
     def step(importance, query):
         errors, is_seen = query
@@ -88,7 +88,6 @@ def update_importance(importance: Array, queries: Queries, pairs: Pairs, gram: A
     return jax.lax.scan(step, importance, (errors, seen))[0]
 
 
-@dataclasses.dataclass(frozen=True)
 class EvictingKeeper(DenseKeeper):
     """Gives the kept slots the importance that the window's queries, one after the other, see in them."""
 
@@ -98,7 +97,7 @@ class EvictingKeeper(DenseKeeper):
 
     def start(self, prompt_lengths: Array, dtype: Any) -> EvictingCache:
         config = self.model.config
-        num_slots = min(self.policy.slots(self.length) + self.max_new_tokens, self.policy.budget)
+        num_slots = self.policy.slots(self.policy.slots(self.length) + self.max_new_tokens)
         dense = empty_cache(config, prompt_lengths, num_slots, dtype)
         num_kv_heads, dim = config.num_key_value_heads, config.head_dim
         gram_shape = config.num_hidden_layers, num_kv_heads, config.num_attention_heads // num_kv_heads, dim, dim
@@ -109,13 +108,15 @@ class EvictingKeeper(DenseKeeper):
             policy=self.policy,
         )
 
-    def add(self, cache: EvictingCache, view: LayerView, memory: PairMemory, scored: dict) -> EvictingCache:
+    def add(self, cache: KVCache, view: LayerView, memory: PairMemory, scored: dict) -> KVCache:
         kept = self.choose(view, memory, scored)
-        gram = self.policy.scorer.gram(view.output_projection)
+        gram = self.policy.query_scorer.gram(view.output_projection)
         unseen = jnp.full(kept.positions.shape, UNSEEN, jnp.float32)
         queries = view.queries.last(self.num_queries)
         importance = update_importance(unseen, queries, kept, gram, self.policy)
-        return self.write(cache, view, kept).replace(
+        cache = self.write(cache, view, kept)
+        assert isinstance(cache, EvictingCache)
+        return cache.replace(
             importance=put_layer(cache.importance, view.index, importance),
             gram=put_layer(cache.gram, view.index, gram),
         )

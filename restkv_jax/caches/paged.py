@@ -6,12 +6,11 @@ import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.caches.base import check_grows, check_shape, check_unshared
-from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.caches.base import Cache, check_shape, check_unshared
 from restkv_jax.kernels.paged import Pages, attend_pages
 from restkv_jax.kernels.pairs import Queries
 from restkv_jax.kernels.partition import Parts, divide, each_part, undivide
-from restkv_jax.models.decoder import Decoder, LayerView
+from restkv_jax.models.decoder import Decoder
 
 
 class PagedMemory(NamedTuple):
@@ -24,7 +23,7 @@ class PagedMemory(NamedTuple):
         return attend_pages(queries, self.pages, is_windowed=self.is_windowed), None
 
 
-class PagedCache(flax.struct.PyTreeNode):
+class PagedCache(Cache):
     """Kept keys and values of all layers in one pool of pages: memory follows their sum, not the longest head.
 
     Slot `i` of a layer, row and KV head is place `i % page_size` of page `page_table[..., i // page_size]`. The pages
@@ -37,8 +36,6 @@ class PagedCache(flax.struct.PyTreeNode):
       positions: int32 [A, M, pages, page_size], of the token in its sequence; -1 where a slot is empty.
       page_table: int32 [L, B, K, J], numbered within the part; `pages` where there is no further page.
       lengths: int32 [L, B, K], slots in use.
-      prompt_lengths: int32 [B], tokens of each prompt.
-      next_positions: int32 [B], position of the next token.
       is_windowed: static; whether any layer of the model has a sliding window.
     """
 
@@ -47,8 +44,6 @@ class PagedCache(flax.struct.PyTreeNode):
     positions: Array
     page_table: Array
     lengths: Array
-    prompt_lengths: Array
-    next_positions: Array
     is_windowed: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
@@ -92,9 +87,6 @@ class PagedCache(flax.struct.PyTreeNode):
             lengths=self.lengths.at[layer].set(used + (pages < self.num_pages)),
         )
 
-    def observe(self, view: LayerView, memory: PagedMemory, active: Array) -> "PagedCache":
-        return self
-
     def is_full(self) -> Array:
         return (self._page_of(self.page_table, self.lengths) >= self.num_pages).any()
 
@@ -105,15 +97,9 @@ class PagedCache(flax.struct.PyTreeNode):
         by_page = undivide(each_part(one_part, self.positions, divide(self.page_table, self.parts, "l")), "l")
         return by_page.reshape(*self.lengths.shape, -1)
 
-    def row_axes(self) -> None:
-        return None
-
-    def check_policy(self, policy: EvictionPolicy) -> None:
-        check_grows(policy)
-
     def check_model(self, model: Decoder) -> None:
         num_layers, _, num_kv_heads = self.lengths.shape
-        check_shape(model.config, num_layers, num_kv_heads, self.keys.shape[-1])
+        check_shape(model, num_layers, num_kv_heads, self.keys.shape[-1])
         check_unshared(model)
 
     def _page_of(self, page_table: Array, slots: Array) -> Array:

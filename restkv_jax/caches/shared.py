@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.caches.base import check_grows, check_shape
+from restkv_jax.caches.base import Cache, check_shape
 from restkv_jax.caches.dense import put_pair
-from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.distant import read_distant
 from restkv_jax.kernels.pairs import Queries, visible
 from restkv_jax.kernels.partition import Parts, divide, each_part, on_mesh, parts_of_mesh
@@ -34,7 +33,7 @@ class Skips(flax.struct.PyTreeNode):
     total: Array
 
 
-class SharedCache(flax.struct.PyTreeNode):
+class SharedCache(Cache):
     """Keys and values of a model whose layers share the keys of distant tokens (PoD).
 
     A token at position `p < sink` has proximal slot `p`, later ones share the other slots as a ring, `recent` long. The
@@ -49,8 +48,6 @@ class SharedCache(flax.struct.PyTreeNode):
       distant_values: [L, B, K, N, D].
       distant_positions: int32 [A, M, R, B / A, N], -1 where empty.
       kept: int32 [B], distant tokens of the prompt that are held.
-      prompt_lengths: int32 [B], tokens of each prompt.
-      next_positions: int32 [B], position of the next token.
       skips: where distant tokens may be skipped, else None.
       sharing: static.
     """
@@ -61,8 +58,6 @@ class SharedCache(flax.struct.PyTreeNode):
     distant_values: Array
     distant_positions: Array
     kept: Array
-    prompt_lengths: Array
-    next_positions: Array
     skips: Skips | None
     sharing: Sharing = flax.struct.field(pytree_node=False)
 
@@ -116,12 +111,9 @@ class SharedCache(flax.struct.PyTreeNode):
         axes = jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self).replace(**distant)
         return axes if self.skips is None else axes.replace(skips=jax.tree.map(lambda x: 0, self.skips))
 
-    def check_policy(self, policy: EvictionPolicy) -> None:
-        check_grows(policy)
-
     def check_model(self, model: Decoder) -> None:
         num_layers, _, num_kv_heads, _, dim = self.keys.shape
-        check_shape(model.config, num_layers, num_kv_heads, dim)
+        check_shape(model, num_layers, num_kv_heads, dim)
         if model.sharing is not None and model.sharing != self.sharing:
             raise ValueError(
                 "sharing is not the one that the cache was made with; pass the prefill's, or none: the cache has it"
@@ -204,7 +196,7 @@ class SharedCache(flax.struct.PyTreeNode):
     def _ring(self) -> int:
         return max(self.keys.shape[3] - self.sharing.sink, 1)
 
-    def _blocks(self, layer: Array) -> tuple[Array, Array]:
+    def _blocks(self, layer: Array | int) -> tuple[Array, Array]:
         """The block of each KV head in a layer, numbered within its part, int32 [K], and whether the layer leads it."""
         groups = self.sharing.groups
         return jnp.asarray(groups.in_parts(self.parts.heads)[0])[layer], jnp.asarray(groups.is_leader)[layer]

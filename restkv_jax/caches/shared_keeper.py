@@ -1,6 +1,5 @@
 """Reading prompts into a shared cache, with or without eviction of distant tokens."""
 
-import dataclasses
 from typing import Any
 
 import flax.struct
@@ -8,14 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax.caches.base import Keeper
 from restkv_jax.caches.dense import put_layer
 from restkv_jax.caches.shared import SharedCache, empty_shared_cache
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.select import best_places, prefix_scores, score
+from restkv_jax.eviction.select import best_mask, prefix_scores, score
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.kernels.partition import divide, each_part
+from restkv_jax.kernels.top import places
 from restkv_jax.models.decoder import Decoder, LayerView
+from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.memory import SharedMemory
 
 
@@ -33,31 +35,36 @@ class RunningBlocks(flax.struct.PyTreeNode):
     values: Array
 
 
-@dataclasses.dataclass(frozen=True)
-class SharedKeeper:
+class SharedKeeper(Keeper):
     """Layers that share keys: distant tokens are kept once per block, chosen when the block is complete."""
-
-    model: Decoder
-    policy: EvictionPolicy
-    length: int
-    max_new_tokens: int
 
     @staticmethod
     def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:
         return model.sharing is not None
 
     @property
+    def sharing(self) -> Sharing:
+        """The model's."""
+        assert self.model.sharing is not None
+        return self.model.sharing
+
+    @property
     def evicts(self) -> bool:
         """Whether distant tokens have to be chosen from."""
-        return self.policy.budget is not None and self.policy.budget < self.model.sharing.distant(self.length)
+        return self.policy.slots(self.num_distant) < self.num_distant
+
+    @property
+    def num_distant(self) -> int:
+        """Distant tokens of the longest prompt."""
+        return self.sharing.distant(self.length)
 
     @property
     def num_queries(self) -> int:
         return self.policy.num_queries(self.length) if self.evicts else 1
 
     def start(self, prompt_lengths: Array, dtype: Any) -> SharedCache | RunningBlocks:
-        config, sharing, length = self.model.config, self.model.sharing, self.length
-        num_kept = self.policy.budget if self.evicts else sharing.distant(length)
+        config, sharing, length = self.model.config, self.sharing, self.length
+        num_kept = self.policy.slots(self.num_distant)
         cache = empty_shared_cache(config, sharing, prompt_lengths, length, num_kept, self.max_new_tokens, dtype)
         if not self.evicts:
             return cache
@@ -74,7 +81,7 @@ class SharedKeeper:
         return state.cache if self.evicts else state
 
 
-def _keep_layer(cache: SharedCache, layer: Array, memory: SharedMemory) -> SharedCache:
+def _keep_layer(cache: SharedCache, layer: Array | int, memory: SharedMemory) -> SharedCache:
     """Puts all of a layer into the cache."""
     sharing, lengths = cache.sharing, cache.prompt_lengths
     batch, num_kv_heads, length, _ = memory.pairs.keys.shape
@@ -90,7 +97,7 @@ def _keep_layer(cache: SharedCache, layer: Array, memory: SharedMemory) -> Share
 def _score_layer(state: RunningBlocks, view: LayerView, memory: SharedMemory, policy: EvictionPolicy) -> RunningBlocks:
     """Adds a layer's scores to its block's, and where it is the block's last, chooses the distant tokens."""
     groups = state.cache.sharing.groups
-    num_kv_heads, length = memory.pairs.keys.shape[1:3]
+    num_kv_heads = groups.num_kv_heads
     cache = _store_proximal(state.cache, view.index, memory.pairs)
     leader = jnp.asarray(groups.leader)[view.index]  # [K]
     scores = distant_scores(view, memory, cache.prompt_lengths, policy)
@@ -101,7 +108,7 @@ def _score_layer(state: RunningBlocks, view: LayerView, memory: SharedMemory, po
     # Layers below the last one of a block choose too, which is cheaper than to copy the cache through a branch.
     following = jnp.asarray((*groups.leader[1:], (groups.num_layers,) * num_kv_heads))[view.index]
     is_last = following > view.index
-    indices = jnp.sort(best_places(scores, policy.budget, length), axis=-1).astype(jnp.int32)
+    indices = places(best_mask(scores, policy.slots_given), policy.slots_given)
     cache = _store_keys(cache, view.index, is_last, memory, indices)
     layers = leader + jnp.arange(len(values))[:, None]
     layers = jnp.where(is_last & (layers <= view.index), layers, groups.num_layers)
@@ -133,7 +140,7 @@ def distant_scores(view: LayerView, memory: SharedMemory, prompt_lengths: Array,
     return jnp.where(distant, scores, -jnp.inf)
 
 
-def _store_proximal(cache: SharedCache, layer: Array, pairs: Pairs) -> SharedCache:
+def _store_proximal(cache: SharedCache, layer: Array | int, pairs: Pairs) -> SharedCache:
     """Fills one layer's proximal slots from the pairs of left-padded prompts, [B, K, T, D]."""
     batch, num_kv_heads, length, _ = pairs.keys.shape
     positions = cache.proximal_positions(cache.prompt_lengths - 1)
@@ -144,7 +151,9 @@ def _store_proximal(cache: SharedCache, layer: Array, pairs: Pairs) -> SharedCac
     )
 
 
-def _store_keys(cache: SharedCache, layer: Array, heads: Array, memory: SharedMemory, indices: Array) -> SharedCache:
+def _store_keys(
+    cache: SharedCache, layer: Array | int, heads: Array, memory: SharedMemory, indices: Array
+) -> SharedCache:
     """Fills the first `C` distant slots of the blocks of some KV heads with their leaders' keys.
 
     Args:

@@ -11,7 +11,7 @@ from jax import Array
 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import window_outputs
-from restkv_jax.eviction.select import keep_shares, prefix_scores, score, select, weighed_scores
+from restkv_jax.eviction.select import keep_shares, places_to_keep, prefix_scores, score, weighed_scores
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.arguments import check_mask
@@ -110,7 +110,7 @@ def evict(
     length = pairs.keys.shape[2]
     window = policy.window_of(length)
     scores = prefix_scores(policy, view, pairs, scored)
-    indices = select(scores, pairs.positions, window, slots)
+    indices = places_to_keep(scores, pairs.positions, window, slots)
     if not policy.allocation.uniform:
         compared = weighed_scores(policy, scores, pairs.positions, indices)[None]
         prefix_lengths = (pairs.positions[:, 0, : scores.shape[-1]] >= 0).sum(-1)

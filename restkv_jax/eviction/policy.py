@@ -1,12 +1,12 @@
 """An eviction policy: small parts with one job each, put together as a static description."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 from restkv_jax.eviction.allocation import Allocation, Uniform
 from restkv_jax.eviction.pooling import NoPooling, Pooling
 from restkv_jax.eviction.refit import LeastSquares
-from restkv_jax.eviction.scorer import Scorer
+from restkv_jax.eviction.scorer import QueryScorer, Scorer
 from restkv_jax.kernels.paged import check_page_size
 from restkv_jax.models.arguments import check_choice, check_integer
 
@@ -98,6 +98,17 @@ class EvictionPolicy:
                 "do not allow; choose another allocation or scorer"
             )
 
+    @property
+    def slots_given(self) -> int:
+        """The budget, where there is one."""
+        assert self.budget is not None
+        return self.budget
+
+    @property
+    def query_scorer(self) -> QueryScorer:
+        """The scorer, where it judges query by query."""
+        return cast(QueryScorer, self.scorer)
+
     def is_ragged(self, length: int) -> bool:
         """Whether layers and KV heads may keep different numbers of pairs of a prompt of `length` tokens."""
         return not self.allocation.uniform and self.slots(length) < length
@@ -105,7 +116,7 @@ class EvictionPolicy:
     def num_candidates(self, length: int) -> int:
         """Keys before the window that a layer and KV head carries to the selection of a prompt of `length` tokens."""
         prefix = length - self.window_of(length)
-        return min(prefix, 4 * self.budget if self.candidates is None else self.candidates)
+        return min(prefix, 4 * self.slots_given if self.candidates is None else self.candidates)
 
     def window_of(self, length: int) -> int:
         """Tokens always kept of a prompt of `length` tokens."""

@@ -1,11 +1,11 @@
 """Selection: scores are smoothed, reduced over query heads, and the best keys taken."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.top import places, top_mask
 from restkv_jax.models.decoder import LayerView
 
 UNREACHABLE = float(jnp.finfo(jnp.float32).min)
@@ -55,7 +55,7 @@ def _is_within_reach(view: LayerView, pairs: Pairs, window: int) -> Array:
     return positions[..., -1:] + 1 - positions[..., : positions.shape[2] - window] < view.queries.sliding_window
 
 
-def select(scores: Array, positions: Array, window: int, slots: int) -> Array:
+def places_to_keep(scores: Array, positions: Array, window: int, slots: int) -> Array:
     """Indices of the best `slots - window` keys before the window and of the window, ascending.
 
     Args:
@@ -68,19 +68,14 @@ def select(scores: Array, positions: Array, window: int, slots: int) -> Array:
       int32 [B, K, C]; `T` marks an empty slot, and those come last.
     """
     batch, num_kv_heads, prefix = scores.shape
-    length = prefix + window
-    chosen = best_places(scores, min(slots - window, prefix), length)
-    recent = jnp.where(positions[:, :, prefix:] >= 0, jnp.arange(prefix, length), length)
-    recent = jnp.broadcast_to(recent, (batch, num_kv_heads, window))
-    ascending = jnp.sort(jnp.concatenate([chosen, recent], axis=-1), axis=-1)
-    missing = slots - ascending.shape[-1]
-    return jnp.pad(ascending, ((0, 0), (0, 0), (0, missing)), constant_values=length).astype(jnp.int32)
+    chosen = best_mask(scores, slots - window)
+    recent = jnp.broadcast_to(positions[:, :, prefix:] >= 0, (batch, num_kv_heads, window))
+    return places(jnp.concatenate([chosen, recent], axis=-1), slots)
 
 
-def best_places(scores: Array, count: int, missing: int) -> Array:
-    """Places of the `count` best of scores float32 [B, K, N]: int32 [B, K, count], `missing` for those of -inf."""
-    best, places = jax.lax.top_k(scores, count)
-    return jnp.where(best > -jnp.inf, places, missing)
+def best_mask(scores: Array, count: int) -> Array:
+    """Marks the `count` best of scores float32 [B, K, N], those of -inf never: bool [B, K, N]."""
+    return top_mask(scores, count) & (scores > -jnp.inf)
 
 
 def weighed_scores(policy: EvictionPolicy, scores: Array, positions: Array, indices: Array) -> Array:
@@ -95,7 +90,7 @@ def weighed_scores(policy: EvictionPolicy, scores: Array, positions: Array, indi
     Returns:
       float32 [B, K, N]: inf in the window, -inf on padding and where empty.
     """
-    quota = policy.budget - policy.window
+    quota = policy.slots_given - policy.window
     scores = policy.allocation.weigh(scores, scores > UNREACHABLE, quota)
     window = jnp.where(positions[:, :, scores.shape[-1] :] >= 0, jnp.inf, -jnp.inf)
     window = jnp.broadcast_to(window, (*scores.shape[:2], window.shape[-1]))
@@ -118,7 +113,8 @@ def keep_shares(policy: EvictionPolicy, scores: Array, prefix_lengths: Array, la
     """
     in_window = jnp.isposinf(scores)
     candidates = jnp.where(in_window, -jnp.inf, scores)
-    counts = policy.allocation.counts(candidates, prefix_lengths, policy.budget, policy.window, layers, num_layers)
+    shares = policy.slots_given, policy.window, layers, num_layers
+    counts = policy.allocation.counts(candidates, prefix_lengths, *shares)
     best_first = jnp.argsort(-candidates, axis=-1, stable=True)
     rank = jnp.argsort(best_first, axis=-1)
     return in_window | ((rank < counts[..., None]) & (candidates > -jnp.inf))

@@ -232,8 +232,9 @@ def check_sampling(key: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
     if key is not None and not isinstance(key, jax.Array):
         raise TypeError(f"key={key!r} must be a JAX random key, such as jax.random.key(0)")
     for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-        if np.ndim(value) > 0:
-            raise ValueError(f"{name} has shape {np.shape(value)}, but must be one number for all rows")
+        shape = () if value is None else np.shape(value)
+        if shape:
+            raise ValueError(f"{name} has shape {shape}, but must be one number for all rows")
     temperature, top_k, top_p = (
         np.asarray(x)[()] if is_known(x) and isinstance(x, jax.Array) else x for x in (temperature, top_k, top_p)
     )

@@ -9,7 +9,7 @@ from jax import Array
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.kernels.pairs import Pairs
-from restkv_jax.models.decoder import Decoder, Hooks, LayerView, logits
+from restkv_jax.models.decoder import Decoder, Hooks, LayerView, logits, read
 from restkv_jax.models.memory import Memory
 
 
@@ -55,7 +55,7 @@ class Decoding(NamedTuple):
 def feed(model: Decoder, params: Any, token: Array, cache: Cache, active: Array) -> tuple[Array, Cache]:
     """Feeds one token per row: the next logits, float32 [B, V], and the cache; rows not `active` stay as they are."""
 
-    def remember(index: Array, new: Pairs, cache: Cache) -> tuple[Memory, Cache]:
+    def make_memory(index: Array, new: Pairs, cache: Cache) -> tuple[Memory, Cache]:
         cache = cache.append(index, new.keys[:, :, 0], new.values[:, :, 0], active)
         return cache.memory(index), cache
 
@@ -63,7 +63,8 @@ def feed(model: Decoder, params: Any, token: Array, cache: Cache, active: Array)
         return cache.observe(view, memory, active)
 
     positions = cache.next_positions[:, None]
-    hidden, cache = model.apply({"params": params}, token[:, None], positions, Hooks(remember, observe), cache)
+    hooks = Hooks(make_memory, observe)
+    hidden, cache = read(model, params, token[:, None], None, hooks, cache, positions=positions)
     cache = cache.replace(next_positions=cache.next_positions + active)
     return logits(model, params, hidden[:, -1]), cache
 
@@ -119,7 +120,10 @@ def run(model: Decoder, params: Any, now: Decoding, chooser: Chooser, count: int
 def run_from(model: Decoder, params: Any, logits: Array, cache: Cache, chooser: Chooser, count: int) -> Decoded:
     """Decodes `count` tokens from a prefill's logits and cache."""
     now = begin(logits, cache, chooser)
+    first, note = now.token, now.note
     tokens, notes, last = run(model, params, now, chooser, count - 1)
-    first = jax.tree.map(lambda x: x[:, None], (now.token, now.note))
-    join = functools.partial(jax.tree.map, lambda one, others: jnp.concatenate([one, others], axis=1))
-    return Decoded(*join(first, (tokens, notes)), last)
+
+    def behind_first(first: Array, others: Array) -> Array:
+        return jnp.concatenate([first[:, None], others], axis=1)
+
+    return Decoded(behind_first(first, tokens), jax.tree.map(behind_first, note, notes), last)

@@ -70,13 +70,13 @@ def merge_layers(
 def _shared_loss(model: Decoder, params: Any, is_leader: Array, tokens: Array, weights: Array, sink, recent) -> Array:
     """Mean loss where the layers marked in `is_leader`, bool [L, K], lead: one program for all groups."""
 
-    def remember(index: Array, pairs: Pairs, leader_keys: Array) -> tuple[SharedMemory, Array]:
+    def make_memory(index: Array, pairs: Pairs, leader_keys: Array) -> tuple[SharedMemory, Array]:
         leader_keys = follow(is_leader[index], pairs.keys, leader_keys)
         return SharedMemory(pairs, leader_keys, sink, recent), leader_keys
 
     config, (batch, length) = model.config, tokens.shape
     shape = batch, config.num_key_value_heads, length, config.head_dim
-    hidden, _ = read(model, params, tokens, None, Hooks(remember), jnp.zeros(shape, params["embedding"].dtype))
+    hidden, _ = read(model, params, tokens, None, Hooks(make_memory), jnp.zeros(shape, params["embedding"].dtype))
     return next_token_loss(model, params, hidden, tokens, weights) / weights[:, 1:].sum()
 
 
@@ -88,4 +88,5 @@ def _without(is_leader: np.ndarray, layer: int, head: int) -> np.ndarray:
 
 def _groups(is_leader: np.ndarray) -> LayerGroups:
     layers = np.arange(len(is_leader))[:, None]
-    return LayerGroups(np.maximum.accumulate(np.where(is_leader, layers, 0), axis=0))
+    leader: Any = np.maximum.accumulate(np.where(is_leader, layers, 0), axis=0)
+    return LayerGroups(leader)

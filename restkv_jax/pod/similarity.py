@@ -57,7 +57,7 @@ def attention_similarity(
     check_integer("last_queries", last_queries, 1, "the queries that are compared")
     check_integer("sink", sink, 0, "tokens at the beginning")
     check_integer("recent", recent, 0, "tokens at the end")
-    total, count = 0.0, 0
+    total, count = np.zeros(()), 0
     for batch in batches:
         tokens, mask = batch if isinstance(batch, tuple) else (batch, None)
         tokens, mask = check_tokens(model, tokens, mask)
@@ -174,4 +174,5 @@ def group_layers(similarity: Any, threshold: float = 0.5) -> LayerGroups:
     for layer in range(1, similarity.shape[1]):
         alike = similarity[heads, leader[-1], layer] >= threshold
         leader.append(np.where(alike, leader[-1], layer))
-    return LayerGroups(np.stack(leader))
+    leaders: Any = np.stack(leader)
+    return LayerGroups(leaders)

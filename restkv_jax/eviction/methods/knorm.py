@@ -16,6 +16,7 @@ class NegativeKeyNorm:
     """`-||k[n]||_2`: keys of small norm tend to be attended."""
 
     all_queries: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
 
     def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
         keys = pairs.keys[:, :, None, : pairs.keys.shape[2] - window].astype(jnp.float32)

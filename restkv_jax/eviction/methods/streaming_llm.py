@@ -18,6 +18,7 @@ class SinksAndRecency:
 
     sinks: int = 4
     all_queries: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
 
     def __post_init__(self):
         check_integer("sinks", self.sinks, 0, "first tokens of the prompt")

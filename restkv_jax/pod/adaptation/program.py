@@ -60,8 +60,8 @@ def _state_shapes(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> tuple[T
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
         for name, shape in parameter_shapes(model).items()
     }
-    trained, frozen = split_params(unflatten(shapes), adaptation.train)
-    trained = {name: leaf.update(dtype=jnp.float32) for name, leaf in trained.items()}
+    chosen, frozen = split_params(unflatten(shapes), adaptation.train)
+    trained: dict[str, Any] = {name: leaf.update(dtype=jnp.float32) for name, leaf in chosen.items()}
     optimizer = make_optimizer(adaptation)
     optimizer_state = optax.tree.map_params(
         optimizer,

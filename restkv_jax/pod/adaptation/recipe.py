@@ -42,6 +42,12 @@ class Adaptation:
     loss_chunk: int = 512
     seed: int = 0
 
+    @property
+    def num_steps(self) -> int:
+        """`steps`, where they are given."""
+        assert self.steps is not None
+        return self.steps
+
     def __post_init__(self):
         check_integer("batch_size", self.batch_size, 1, "sequences per step")
         check_integer("accumulation", self.accumulation, 1, "parts of the batch")

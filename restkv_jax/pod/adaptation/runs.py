@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from restkv_jax.models.arguments import check_integer
 from restkv_jax.models.checkpoint import check_params, save_model
-from restkv_jax.models.checksum import checksum
 from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.digest import checksum
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
@@ -119,7 +119,8 @@ def _train(
     quiet: bool,
 ) -> dict[str, Array]:
     """Runs the steps that are left and returns the trained parameters."""
-    dataset, vocabulary = batches(sequences, adaptation), configuration["model"]["vocab_size"]
+    dataset: Any = batches(sequences, adaptation)
+    vocabulary = configuration["model"]["vocab_size"]
     is_first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(open_checkpoints(output / "checkpoints")) if output else None
@@ -132,7 +133,7 @@ def _train(
         log = output / "metrics.jsonl" if output and is_first_process else None
         quiet = quiet or not is_first_process
         journal = stack.enter_context(open_journal(log, adaptation, position.step, quiet))
-        for done in range(position.step + 1, adaptation.steps + 1):
+        for done in range(position.step + 1, adaptation.num_steps + 1):
             batch = make_batch(dataset[done - 1], adaptation.accumulation, vocabulary)
             state, metrics = step(state, frozen, place_batch(program, batch))
             journal.record(done, metrics)
