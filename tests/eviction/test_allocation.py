@@ -120,8 +120,8 @@ def as_dense(cache):
     used = np.arange(table.shape[-1] * cache.page_size) < np.asarray(cache.lengths)[..., None]
     keys, values = (x[table].reshape(*shape, x.shape[-1]) for x in (pool_keys, pool_values))
     positions = np.where(used, pool_positions[table].reshape(shape), -1)
-    parts = [jnp.asarray(x) for x in (keys, values, positions)]
-    return KVCache(*parts, *(jnp.array(x) for x in (cache.lengths, cache.prompt_lengths, cache.next_positions)))
+    same = {name: jnp.array(getattr(cache, name)) for name in ("lengths", "prompt_lengths", "next_positions")}
+    return KVCache(keys=jnp.asarray(keys), values=jnp.asarray(values), positions=jnp.asarray(positions), **same)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 40])
