@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from restkv_jax.models.config import ModelConfig, read_config, to_hugging_face
 from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.gguf import gguf_within, read_gguf
 from restkv_jax.models.stored import StoredCheckpoint, StoredTensor, aligned_empty, read_into
 from restkv_jax.models.tensors import (
     Tensor,
@@ -67,8 +68,8 @@ def load_model(
     """
     if jnp.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype={jnp.dtype(dtype).name!r} is not supported; supported: {', '.join(DTYPES)}")
-    path = _find_directory(path_or_id)
-    config, tensors, tokenizer = _read_directory(path)
+    path = _find_checkpoint(path_or_id)
+    config, tensors, tokenizer = read_gguf(path) if path.suffix == ".gguf" else _read_directory(path)
     model = Decoder(config)
     expected = checkpoint_tensors(model)
     check_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, path)
@@ -122,11 +123,13 @@ def save_model(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _find_directory(path_or_id: str | os.PathLike | None) -> pathlib.Path:
+def _find_checkpoint(path_or_id: str | os.PathLike | None) -> pathlib.Path:
     if path_or_id is None:
         return pathlib.Path(str(importlib.resources.files("restkv_jax") / "embedded"))
     path = pathlib.Path(path_or_id)
     if path.is_dir():
+        return gguf_within(path) or path
+    if path.suffix == ".gguf" and path.exists():
         return path
     if path.exists():
         raise NotADirectoryError(f"path_or_id={str(path)!r} is a file; give the directory that holds it")
