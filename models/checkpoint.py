@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from restkv_jax.models.config import ModelConfig, read_config, to_hugging_face
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.gguf import gguf_within, read_gguf
+from restkv_jax.models.quantised import FLOAT8, dequantised, read_float8
 from restkv_jax.models.stored import StoredCheckpoint, StoredTensor, aligned_empty, read_into
 from restkv_jax.models.tensors import (
     Tensor,
@@ -154,8 +155,12 @@ def _download(model_id: str) -> pathlib.Path:
 
 def _read_directory(directory: pathlib.Path) -> StoredCheckpoint:
     files = _weight_files(directory)
-    config = _read_model_config(directory)
-    return StoredCheckpoint(config, _read_headers(directory, files), _load_tokenizer(directory))
+    fields = _read_fields(directory)
+    stored = _read_headers(directory, files)
+    tensors = dequantised(fields, stored, directory)
+    if tensors is stored:
+        _refuse_quantised(directory, fields)
+    return StoredCheckpoint(_read_model_config(directory, fields), tensors, _load_tokenizer(directory))
 
 
 def _weight_files(directory: pathlib.Path) -> dict[str, str] | None:
@@ -181,14 +186,20 @@ def _weight_files(directory: pathlib.Path) -> dict[str, str] | None:
     raise FileNotFoundError(f"{directory} has no weights: neither {WEIGHTS} nor {INDEX}")
 
 
-def _read_model_config(directory: pathlib.Path) -> ModelConfig:
+def _read_fields(directory: pathlib.Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} has no config.json; it describes the architecture of the weights")
-    fields = _read_json(directory / "config.json")
+    return _read_json(directory / "config.json")
+
+
+def _refuse_quantised(directory: pathlib.Path, fields: dict[str, Any]) -> None:
     if fields.get("quantization_config"):
         raise ValueError(
             f"{directory}: quantised weights (quantization_config) are not supported; use the original ones"
         )
+
+
+def _read_model_config(directory: pathlib.Path, fields: dict[str, Any]) -> ModelConfig:
     config = read_config(fields)
     generation = directory / "generation_config.json"
     ids = _read_json(generation) if generation.is_file() else {}
@@ -208,7 +219,7 @@ def _read_headers(directory: pathlib.Path, files: dict[str, str] | None) -> dict
             with safe_open(path, framework="np") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 for name, x in slices.items():
-                    read = functools.partial(_read_rows, path, name)
+                    read = functools.partial(read_float8 if x.get_dtype() in FLOAT8 else _read_rows, path, name)
                     tensors[name] = StoredTensor(tuple(x.get_shape()), x.get_dtype(), read)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}); download or write it again") from error
@@ -218,7 +229,8 @@ def _read_headers(directory: pathlib.Path, files: dict[str, str] | None) -> dict
 def _read_rows(path: pathlib.Path, name: str, rows: slice) -> np.ndarray:
     # Closing the file gives back the memory that its pages were mapped to.
     with safe_open(path, framework="np") as file:
-        return file.get_slice(name)[rows]
+        stored = file.get_slice(name)
+        return stored[rows] if stored.get_shape() else file.get_tensor(name)
 
 
 def _check_stored_dtypes(tensors: Mapping[str, StoredTensor]) -> None:
