@@ -233,7 +233,7 @@ REFUSED = {
     "other scales": (
         changed(FLOAT8_LAYOUTS["blocks"][0], weight_scale_inv=lambda _: torch.ones(7, 3)),
         BLOCKS,
-        r"of shape \(64, 64\) has scales of shape \(7, 3\), not \(2, 2\)",
+        r"of shape \(64, 160\) has scales of shape \(7, 3\), not \(2, 4\)",
     ),
     "nvfp4": (integers(4, 32), PACKED | {"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized' are not supported"),
     "3 bits": (
