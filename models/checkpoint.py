@@ -1,6 +1,7 @@
 """Hugging Face checkpoints in safetensors: reading them into parameters and writing them back."""
 
 import dataclasses
+import functools
 import importlib.resources
 import json
 import os
@@ -8,7 +9,8 @@ import pathlib
 import re
 import shutil
 import uuid
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,13 @@ from safetensors.numpy import save_file
 
 from restkv_jax.models.config import ModelConfig, read_config, to_hugging_face
 from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.gguf import gguf_within, read_gguf
+from restkv_jax.models.stored import StoredCheckpoint, StoredTensor, aligned_empty, read_into
 from restkv_jax.models.tensors import (
     Tensor,
     check_tensors,
     checkpoint_tensors,
     flatten,
-    from_checkpoint,
     parameter_shapes,
     to_checkpoint,
     unflatten,
@@ -38,14 +41,6 @@ HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "voca
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MODEL_FILES = ("model*.safetensors", INDEX, "config.json", "generation_config.json")
 """What `save_model` replaces in a directory that exists."""
-
-
-class Header(NamedTuple):
-    """A stored tensor: its file, shape and dtype, the latter in the spelling of safetensors."""
-
-    path: pathlib.Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def load_model(
@@ -73,16 +68,14 @@ def load_model(
     """
     if jnp.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype={jnp.dtype(dtype).name!r} is not supported; supported: {', '.join(DTYPES)}")
-    directory = _find_directory(path_or_id)
-    files = _weight_files(directory)
-    model = Decoder(_read_model_config(directory))
-    headers = _read_headers(directory, files)
+    path = _find_checkpoint(path_or_id)
+    config, tensors, tokenizer = read_gguf(path) if path.suffix == ".gguf" else _read_directory(path)
+    model = Decoder(config)
     expected = checkpoint_tensors(model)
-    check_tensors(expected, {name: header.shape for name, header in headers.items()}, directory)
-    _check_stored_dtypes({name: headers[name] for name in expected})
-    tokenizer = _load_tokenizer(directory)
+    check_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, path)
+    _check_stored_dtypes({name: tensors[name] for name in expected})
     params = {
-        parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), headers, expected)
+        parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), tensors, expected)
         for parameter, shape in parameter_shapes(model).items()
     }
     return model, unflatten(params), tokenizer
@@ -130,11 +123,13 @@ def save_model(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _find_directory(path_or_id: str | os.PathLike | None) -> pathlib.Path:
+def _find_checkpoint(path_or_id: str | os.PathLike | None) -> pathlib.Path:
     if path_or_id is None:
         return pathlib.Path(str(importlib.resources.files("restkv_jax") / "embedded"))
     path = pathlib.Path(path_or_id)
     if path.is_dir():
+        return gguf_within(path) or path
+    if path.suffix == ".gguf" and path.exists():
         return path
     if path.exists():
         raise NotADirectoryError(f"path_or_id={str(path)!r} is a file; give the directory that holds it")
@@ -155,6 +150,12 @@ def _download(model_id: str) -> pathlib.Path:
         raise FileNotFoundError(
             f"path_or_id={model_id!r} is neither a directory nor a model that the Hugging Face hub gives: {error}"
         ) from error
+
+
+def _read_directory(directory: pathlib.Path) -> StoredCheckpoint:
+    files = _weight_files(directory)
+    config = _read_model_config(directory)
+    return StoredCheckpoint(config, _read_headers(directory, files), _load_tokenizer(directory))
 
 
 def _weight_files(directory: pathlib.Path) -> dict[str, str] | None:
@@ -199,42 +200,48 @@ def _read_model_config(directory: pathlib.Path) -> ModelConfig:
     )
 
 
-def _read_headers(directory: pathlib.Path, files: dict[str, str] | None) -> dict[str, Header]:
-    """Where each tensor is stored, and as what."""
-    headers = {}
+def _read_headers(directory: pathlib.Path, files: dict[str, str] | None) -> dict[str, StoredTensor]:
+    """The tensors of all files, each with its dtype in the spelling of safetensors."""
+    tensors = {}
     for path in [directory / file for file in sorted(set(files.values()) if files else [WEIGHTS])]:
         try:
             with safe_open(path, framework="np") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                headers |= {name: Header(path, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+                for name, x in slices.items():
+                    read = functools.partial(_read_rows, path, name)
+                    tensors[name] = StoredTensor(tuple(x.get_shape()), x.get_dtype(), read)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}); download or write it again") from error
-    return headers
+    return tensors
 
 
-def _check_stored_dtypes(headers: dict[str, Header]) -> None:
-    for name, header in headers.items():
-        if header.dtype not in STORED_DTYPES:
+def _read_rows(path: pathlib.Path, name: str, rows: slice) -> np.ndarray:
+    # Closing the file gives back the memory that its pages were mapped to.
+    with safe_open(path, framework="np") as file:
+        return file.get_slice(name)[rows]
+
+
+def _check_stored_dtypes(tensors: Mapping[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in STORED_DTYPES:
             raise ValueError(
-                f"tensor {name!r} is stored as {header.dtype}, which is not supported; "
+                f"tensor {name!r} is stored as {tensor.dtype}, which is not supported; "
                 f"supported: {', '.join(STORED_DTYPES)}"
             )
 
 
 def _read_parameter(
-    parameter: str, shape: tuple[int, ...], dtype: Any, headers: dict[str, Header], expected: dict[str, Tensor]
+    parameter: str, shape: tuple[int, ...], dtype: Any, tensors: Mapping[str, StoredTensor], expected: dict[str, Tensor]
 ) -> jax.Array:
     """One parameter, all layers stacked, from its tensors."""
-    stacked = np.empty(shape, dtype)
+    stacked = aligned_empty(shape, dtype)
     for name, tensor in expected.items():
         if tensor.parameter == parameter:
-            place = stacked if tensor.layer is None else stacked[tensor.layer]
-            # Closing the file gives back the memory that its pages were mapped to.
-            with safe_open(headers[name].path, framework="np") as file, np.errstate(over="ignore", invalid="ignore"):
-                place[...] = from_checkpoint(parameter, file.get_tensor(name), place.shape)
-            if not np.isfinite(place).all():
+            # A view of the parameter in the axes of the checkpoint.
+            place = to_checkpoint(parameter, stacked if tensor.layer is None else stacked[tensor.layer])
+            if not all(np.isfinite(rows).all() for rows in read_into(place, tensors[name])):
                 raise ValueError(f"tensor {name!r} holds NaN or infinity (read as {dtype}); the weights are unusable")
-    return jnp.asarray(stacked)
+    return jax.device_put(stacked)
 
 
 def _load_tokenizer(directory: pathlib.Path) -> Any | None:
