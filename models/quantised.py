@@ -16,6 +16,9 @@ import numpy as np
 from restkv_jax.models.stored import StoredTensor
 
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
+KEYS = ("quantization_config", "quantization")
+"""Where `config.json` says how weights are quantised; MLX takes the latter, or both."""
+
 METHODS = ("compressed-tensors", "fp8", "fbgemm_fp8")
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 """Formats of compressed-tensors."""
@@ -29,8 +32,8 @@ OF_ACTIVATIONS = {"input_scale", "activation_scale", "output_scale", "q_scale", 
 Tensors = Mapping[str, StoredTensor]
 
 
-def dequantised(fields: Mapping[str, Any], tensors: Tensors, source: Any) -> Tensors:
-    """The tensors of the model that was quantised; those of a checkpoint that is not quantised, or otherwise, as are.
+def dequantised(fields: dict[str, Any], tensors: Tensors, source: Any) -> tuple[dict[str, Any], Tensors]:
+    """The configuration and the tensors of the model that was quantised; both as they are if it was not, or otherwise.
 
     Args:
       fields: of `config.json`.
@@ -40,12 +43,12 @@ def dequantised(fields: Mapping[str, Any], tensors: Tensors, source: Any) -> Ten
     Raises:
       ValueError: a variant of these layouts that is not supported, shapes that do not belong together.
     """
-    settings = fields.get("quantization_config") or fields.get("quantization") or {}
+    settings = next((fields[key] for key in KEYS if fields.get(key)), {})
     if not isinstance(settings, Mapping) or not _is_known(settings, tensors):
-        return tensors
+        return fields, tensors
     try:
         _check_settings(settings)
-        return dict(_dequantised(settings, tensors))
+        return {key: fields[key] for key in fields if key not in KEYS}, dict(_dequantised(settings, tensors))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 

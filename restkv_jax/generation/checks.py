@@ -144,11 +144,11 @@ def _check_vocabulary(model: Decoder, name: str, tokens: np.ndarray, mask: np.nd
 
 def _warn_beyond_context(model: Decoder, mask: Any, max_new_tokens: int) -> None:
     length = int(np.asarray(mask).astype(bool).sum(1).max()) if _is_known(mask) else mask.shape[1]
-    limit = model.config.max_position_embeddings
+    limit = model.config.context_length
     if length + max_new_tokens > limit:
         warnings.warn(
             f"the prompt's {length} tokens and max_new_tokens={max_new_tokens} exceed the model's maximum of {limit} "
-            "positions (max_position_embeddings); expect the quality to fall",
+            "positions (max_position_embeddings and RoPE scaling); expect the quality to fall",
             stacklevel=4,
         )
 

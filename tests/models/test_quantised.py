@@ -267,4 +267,4 @@ def test_others_are_refused_by_name(tmp_path, model, name):
 
 def test_a_model_that_is_not_quantised_is_left_alone():
     tensors = {"a.weight": stored.StoredTensor((3, 2), "BF16", lambda rows: np.zeros((3, 2), ml_dtypes.bfloat16)[rows])}
-    assert dequantised({}, tensors, "here") is tensors
+    assert dequantised({"a": 1}, tensors, "here") == ({"a": 1}, tensors)

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from restkv_jax.eviction.policy import check_integer
 from restkv_jax.models import Decoder, save_model
-from restkv_jax.models.checkpoint import check_params
 from restkv_jax.models.checksum import checksum
 from restkv_jax.models.key_groups import FILE
 from restkv_jax.models.mesh import make_mesh
+from restkv_jax.models.saving import check_params
 from restkv_jax.models.shared_attention import Sharing
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
 from restkv_jax.pod.adaptation.checkpoints import Position, open_checkpoints, restore, save
