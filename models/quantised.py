@@ -51,6 +51,10 @@ def dequantised(fields: dict[str, Any], tensors: Tensors, source: Any) -> tuple[
         return {key: fields[key] for key in fields if key not in KEYS}, dict(_dequantised(settings, tensors))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        raise ValueError(
+            f"{source}: how its weights are quantised cannot be read from config.json: {error!r}"
+        ) from error
 
 
 def read_float8(path: pathlib.Path, name: str, rows: slice) -> np.ndarray:
@@ -110,7 +114,9 @@ def _block_shape(settings: Mapping[str, Any]) -> tuple[int, int]:
     weights = [group.get("weights") or {} for group in groups]
     blocks = [settings.get("weight_block_size"), *(each.get("block_structure") for each in weights)]
     rows, columns = next((block for block in blocks if block), (128, 128))
-    return int(rows), int(columns)
+    if not (isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0):
+        raise ValueError(f"blocks of {rows!r} x {columns!r} weights with one scale are not possible")
+    return rows, columns
 
 
 def _scaled(name: str, weight: StoredTensor, near: Tensors, block: tuple[int, int]) -> StoredTensor:

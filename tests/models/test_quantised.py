@@ -235,6 +235,8 @@ REFUSED = {
         BLOCKS,
         r"of shape \(64, 160\) has scales of shape \(7, 3\), not \(2, 4\)",
     ),
+    "empty blocks": (FLOAT8_LAYOUTS["blocks"][0], BLOCKS | {"weight_block_size": [0, 40]}, "blocks of 0 x 40 weights"),
+    "a list": (FLOAT8_LAYOUTS["row"][0], FLOATS | {"config_groups": [1]}, "cannot be read from config.json"),
     "nvfp4": (integers(4, 32), PACKED | {"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized' are not supported"),
     "3 bits": (
         changed(integers(4, 32), weight_packed=lambda x: x[:, : x.shape[1] * 3 // 4]),
