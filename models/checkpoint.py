@@ -30,7 +30,7 @@ from restkv_jax.models.tensors import (
     to_checkpoint,
     unflatten,
 )
-from restkv_jax.models.tokenizer import load_tokenizer
+from restkv_jax.models.tokenizer import tokenizer_beside
 
 SHARD = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}(/[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}){0,3}")
 """A file below the directory: no part of its name begins with a dot."""
@@ -123,7 +123,7 @@ def _read_directory(directory: pathlib.Path) -> StoredCheckpoint:
     fields = read_json(directory / "config.json")
     tensors = _read_headers(directory, files)
     refuse_quantised(directory, fields, tensors)
-    return StoredCheckpoint(_read_model_config(directory, fields), tensors, load_tokenizer(directory))
+    return StoredCheckpoint(_read_model_config(directory, fields), tensors, tokenizer_beside(directory))
 
 
 def _weight_files(directory: pathlib.Path) -> list[str]:
