@@ -18,6 +18,7 @@ from restkv_jax.models.config import ModelConfig, as_ids, read_config
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.files import one_line, read_json, refuse_pointer
 from restkv_jax.models.gguf import gguf_within, read_gguf
+from restkv_jax.models.quantised import FLOAT8, dequantised, read_float8
 from restkv_jax.models.refused import missing_weights, refuse_adapter, refuse_pickled, refuse_quantised
 from restkv_jax.models.saving import INDEX, WEIGHTS
 from restkv_jax.models.stored import StoredCheckpoint, StoredTensor, aligned_empty, read_into, row_slices
@@ -121,7 +122,7 @@ def _read_directory(directory: pathlib.Path) -> StoredCheckpoint:
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} has no config.json; it describes the architecture of the weights")
     fields = read_json(directory / "config.json")
-    tensors = _read_headers(directory, files)
+    fields, tensors = dequantised(fields, _read_headers(directory, files), directory)
     refuse_quantised(directory, fields, tensors)
     return StoredCheckpoint(_read_model_config(directory, fields), tensors, tokenizer_beside(directory))
 
@@ -211,10 +212,7 @@ def _read_headers(directory: pathlib.Path, files: list[str]) -> dict[str, Stored
         try:
             with safe_open(path, framework="np") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found = {
-                    name: StoredTensor(tuple(x.get_shape()), x.get_dtype(), functools.partial(_read_rows, path, name))
-                    for name, x in slices.items()
-                }
+                found = {name: _stored(path, name, x.get_shape(), x.get_dtype()) for name, x in slices.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({one_line(error)}); download or write it again") from error
         twice = sorted(tensors.keys() & found.keys())
@@ -224,10 +222,16 @@ def _read_headers(directory: pathlib.Path, files: list[str]) -> dict[str, Stored
     return tensors
 
 
+def _stored(path: pathlib.Path, name: str, shape: list[int], dtype: str) -> StoredTensor:
+    read = read_float8 if dtype in FLOAT8 else _read_rows
+    return StoredTensor(tuple(shape), dtype, functools.partial(read, path, name))
+
+
 def _read_rows(path: pathlib.Path, name: str, rows: slice) -> np.ndarray:
     # Closing the file gives back the memory that its pages were mapped to.
     with safe_open(path, framework="np") as file:
-        return file.get_slice(name)[rows]
+        stored = file.get_slice(name)
+        return stored[rows] if stored.get_shape() else file.get_tensor(name)
 
 
 def _check_stored_dtypes(tensors: Mapping[str, StoredTensor]) -> None:

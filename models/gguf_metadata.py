@@ -61,7 +61,8 @@ def config_fields(
 
     own = _own_fields(fields, shapes)
     architecture = fields["general.architecture"]
-    names = GGUF_CONFIG_MAPPING[architecture] | {"attention.key_length": "head_dim", "rope.freq_base": None}
+    names = GGUF_CONFIG_MAPPING[architecture] | {"attention.key_length": "head_dim"}
+    names |= {"rope.dimension_count": None, "rope.freq_base": None}
     config = {name: own[key] for key, name in names.items() if name is not None and key in own}
     head_dim = config.setdefault("head_dim", own["embedding_length"] // own["attention.head_count"])
     for key in ("rope.dimension_count", "attention.value_length"):

@@ -8,7 +8,7 @@ import numpy as np
 from restkv_jax.models.config import ModelConfig
 
 CHUNK = 2**22
-"""Elements that are read at once: with their copy in float32, some 200 MB of the host's memory."""
+"""Elements that are read at once: with copies in float32, some 50 MB of the host's memory."""
 
 
 class StoredTensor(NamedTuple):
