@@ -31,7 +31,7 @@ from restkv_jax.models.tensors import (
     to_checkpoint,
     unflatten,
 )
-from restkv_jax.models.tokenizer import load_tokenizer
+from restkv_jax.models.tokenizer import tokenizer_beside
 
 SHARD = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}(/[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}){0,3}")
 """A file below the directory: no part of its name begins with a dot."""
@@ -112,7 +112,7 @@ def _download(model_id: str) -> pathlib.Path:
         return pathlib.Path(snapshot_download(model_id, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"path_or_id={model_id!r} is neither a directory nor a model that the Hugging Face hub gives: {error}"
+            f"path_or_id={model_id!r} is neither a directory nor a model that the Hugging Face hub gives: {one_line(error)}"
         ) from error
 
 
@@ -124,7 +124,7 @@ def _read_directory(directory: pathlib.Path) -> StoredCheckpoint:
     fields = read_json(directory / "config.json")
     fields, tensors = dequantised(fields, _read_headers(directory, files), directory)
     refuse_quantised(directory, fields, tensors)
-    return StoredCheckpoint(_read_model_config(directory, fields), tensors, load_tokenizer(directory))
+    return StoredCheckpoint(_read_model_config(directory, fields), tensors, tokenizer_beside(directory))
 
 
 def _weight_files(directory: pathlib.Path) -> list[str]:

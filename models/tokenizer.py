@@ -13,35 +13,47 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 SENTENCEPIECE = 'install what reads it with `pip install "transformers[sentencepiece,tiktoken]"`'
 
 
-def load_tokenizer(path_or_id: str | os.PathLike) -> Any | None:
+def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     """Loads the tokenizer of a directory or of a model on the Hugging Face hub.
 
     Args:
       path_or_id: a directory, or a model id, whose tokenizer is downloaded.
 
     Returns:
-      the tokenizer of `transformers`; None, with a warning, for a directory that has none.
+      the tokenizer of `transformers`.
 
     Raises:
+      FileNotFoundError: a directory without one.
       ValueError: one line that names the file: a tokenizer that needs code of the checkpoint, has no vocabulary or is
         damaged, a package that is not installed.
     """
     directory = pathlib.Path(path_or_id)
     if not directory.is_dir():
         return _from_transformers(path_or_id, str(path_or_id))
-    vocabulary = next((directory / name for name in VOCABULARIES if (directory / name).is_file()), None)
     settings = read_json(directory / SETTINGS[0]) if (directory / SETTINGS[0]).is_file() else {}
     _refuse_code(directory / SETTINGS[0], settings.get("auto_map"))
+    vocabulary = next((directory / name for name in VOCABULARIES if (directory / name).is_file()), None)
     if vocabulary is None:
-        _refuse_tekken(directory)
-        _warn_of_none(directory)
-        return None
+        raise _no_vocabulary(directory)
     refuse_pointer(vocabulary)
     _check_packages(vocabulary)
     tokenizer = _from_transformers(directory, str(vocabulary), config=_bare_config(directory), local_files_only=True)
     if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
         raise ValueError(f"{vocabulary} gives the tokenizer no vocabulary; add the tokenizer.json of the model")
     return tokenizer
+
+
+def tokenizer_beside(directory: pathlib.Path) -> Any | None:
+    """The tokenizer beside a model's weights; None, with a warning, where there is none.
+
+    Raises:
+      ValueError: as `load_tokenizer`.
+    """
+    try:
+        return load_tokenizer(directory)
+    except FileNotFoundError as error:
+        warnings.warn(f"{error}; load_model returns None for it", stacklevel=4)
+        return None
 
 
 def _from_transformers(path_or_id: str | os.PathLike, source: str, **options: Any) -> Any:
@@ -82,20 +94,15 @@ def _refuse_code(path: pathlib.Path, auto_map: Any) -> None:
         )
 
 
-def _refuse_tekken(directory: pathlib.Path) -> None:
+def _no_vocabulary(directory: pathlib.Path) -> Exception:
     if (directory / "tekken.json").is_file():
-        raise ValueError(
+        return ValueError(
             f"{directory / 'tekken.json'} is the only vocabulary, in Mistral's own format, which is not supported; add "
             "the tokenizer.json of the model"
         )
-
-
-def _warn_of_none(directory: pathlib.Path) -> None:
-    settings = ", ".join(name for name in SETTINGS if (directory / name).is_file())
-    found = f" ({settings} alone is not enough)" if settings else ""
-    warnings.warn(
-        f"{directory} has no tokenizer{found}: None is returned for it; add the model's tokenizer.json", stacklevel=4
-    )
+    found = ", ".join(name for name in SETTINGS if (directory / name).is_file())
+    alone = f" ({found} alone is not enough)" if found else ""
+    return FileNotFoundError(f"{directory} has no tokenizer{alone}; add the model's tokenizer.json")
 
 
 def _check_packages(vocabulary: pathlib.Path) -> None:

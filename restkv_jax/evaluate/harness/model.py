@@ -280,8 +280,6 @@ def load_model_of(args: ModelArgs) -> tuple[Any, Any, Any]:
     if args.tokenizer is not None:
         with as_usage_error(f"tokenizer={args.tokenizer!r} cannot be loaded: "):
             tokenizer = load_tokenizer(args.tokenizer)
-        if tokenizer is None:
-            raise UsageError(f"tokenizer={args.tokenizer!r} has no tokenizer; give a directory with a tokenizer.json")
     return model, params, tokenizer
 
 
