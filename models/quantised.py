@@ -15,7 +15,11 @@ import numpy as np
 
 from restkv_jax.models.stored import StoredTensor
 
-FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
+FLOAT8 = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),  # of scales
+}
 KEYS = ("quantization_config", "quantization")
 """Where `config.json` says how weights are quantised; MLX takes the latter, or both."""
 

@@ -78,6 +78,7 @@ FLOAT8_LAYOUTS = {
     "blocks": (float8(48, 40, "weight_scale_inv"), BLOCKS),
     "blocks, bfloat16 scales": (float8(48, 40, "weight_scale_inv", dtype=torch.bfloat16), BLOCKS),
     "blocks of 128": (float8(128, 128, "weight_scale_inv"), {"quant_method": "fp8"}),
+    "blocks, powers of two": (float8(48, 40, "weight_scale_inv", dtype=torch.float8_e8m0fnu), BLOCKS),
     "tensor": (float8(None, None, "weight_scale_inv", ()), TENSOR | {"weight_block_size": None}),
     "tensor, one number": (float8(None, None, "weight_scale", (1,)), FLOATS),
     "row": (float8(1, None, "weight_scale"), FLOATS),
