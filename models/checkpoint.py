@@ -46,7 +46,8 @@ def load_model(
 ) -> tuple[Decoder, Any, Any | None]:
     """Loads a checkpoint: its model, parameters and tokenizer.
 
-    Tensors are read one at a time into one parameter at a time, so the host never holds the weights twice.
+    Tensors are read a few rows at a time into one parameter at a time, so the host never holds the weights twice.
+    Quantised ones (GGUF's, fp8 with scales, compressed-tensors' integers, MLX's) are dequantised as they are read.
 
     A text ends with any of `model.config.eos_token_ids`: the union of what `generation_config.json`, `config.json`
     and the tokenizer name. The padding is that of the first of the two files that names one.
@@ -55,8 +56,8 @@ def load_model(
     wrappers put before the tensors' names are taken off. Code in a checkpoint never runs.
 
     Args:
-      path_or_id: a directory in Hugging Face's layout, or a model id of the Hugging Face hub, which is downloaded;
-        None is the model that comes with the package.
+      path_or_id: a directory in Hugging Face's layout, a GGUF file or a directory with one, or a model id of the
+        Hugging Face hub, which is downloaded; None is the model that comes with the package.
       dtype: of every parameter: float32, bfloat16 or float16.
 
     Returns:
@@ -66,9 +67,10 @@ def load_model(
     Raises:
       FileNotFoundError: no such path or model, or a file is missing from the directory.
       NotADirectoryError: the path is a file.
-      ValueError: a dtype that is not supported; pickled or quantised weights, an adapter, a git-lfs pointer; an
-        unsupported architecture or a configuration that no model can have; a tensor that is missing, unknown, of the
-        wrong shape or not finite; a damaged file; a tokenizer that cannot be loaded. The message is one line.
+      ValueError: a dtype that is not supported; weights that are pickled, or quantised in a way that cannot be undone;
+        an adapter, a git-lfs pointer; an unsupported architecture or a configuration that no model can have; a tensor
+        that is missing, unknown, of the wrong shape or not finite; a damaged file; a tokenizer that cannot be loaded.
+        The message is one line.
     """
     if jnp.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype={jnp.dtype(dtype).name!r} is not supported; supported: {', '.join(DTYPES)}")
@@ -97,10 +99,11 @@ def _find_checkpoint(path_or_id: str | os.PathLike | None) -> pathlib.Path:
         return path
     if path.exists():
         raise NotADirectoryError(f"path_or_id={str(path)!r} is a file; give the directory that holds it")
-    if isinstance(path_or_id, os.PathLike) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path_or_id):
+    is_path = isinstance(path_or_id, os.PathLike) or path.suffix == ".gguf"
+    if is_path or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_id)):
         raise FileNotFoundError(
-            f"path_or_id={str(path_or_id)!r} does not exist; give a directory with config.json and safetensors, or the "
-            "id of a model on the Hugging Face hub such as 'owner/name'"
+            f"path_or_id={str(path_or_id)!r} does not exist; give a directory with config.json and safetensors, a "
+            "GGUF file, or the id of a model on the Hugging Face hub such as 'owner/name'"
         )
     return _download(path_or_id)
 

@@ -68,13 +68,15 @@ def config_fields(
     for key in ("rope.dimension_count", "attention.value_length"):
         if own.get(key, head_dim) != head_dim:
             raise ValueError(f"{key}={own[key]} is not supported where heads have {head_dim} dimensions")
+    if architecture != "qwen2":  # which has its biases always
+        config["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    if architecture == "llama":
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
     ids = {key: fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "padding")}
     return config | {
         "model_type": architecture,
         "vocab_size": shapes["token_embd.weight"][0],
         "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": "blk.0.attn_q.bias" in shapes,
-        "mlp_bias": "blk.0.ffn_up.bias" in shapes,
         "rope_parameters": {"rope_theta": own.get("rope.freq_base", 1e4)} | _rope(own, rope_divisors, head_dim),
         "bos_token_id": ids["bos"],
         "eos_token_id": sorted({ids["eos"], ids["eot"]} - {None}) or None,

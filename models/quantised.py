@@ -15,7 +15,11 @@ import numpy as np
 
 from restkv_jax.models.stored import StoredTensor
 
-FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
+FLOAT8 = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),  # of scales
+}
 KEYS = ("quantization_config", "quantization")
 """Where `config.json` says how weights are quantised; MLX takes the latter, or both."""
 
@@ -51,6 +55,10 @@ def dequantised(fields: dict[str, Any], tensors: Tensors, source: Any) -> tuple[
         return {key: fields[key] for key in fields if key not in KEYS}, dict(_dequantised(settings, tensors))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        raise ValueError(
+            f"{source}: how its weights are quantised cannot be read from config.json: {error!r}"
+        ) from error
 
 
 def read_float8(path: pathlib.Path, name: str, rows: slice) -> np.ndarray:
@@ -110,7 +118,9 @@ def _block_shape(settings: Mapping[str, Any]) -> tuple[int, int]:
     weights = [group.get("weights") or {} for group in groups]
     blocks = [settings.get("weight_block_size"), *(each.get("block_structure") for each in weights)]
     rows, columns = next((block for block in blocks if block), (128, 128))
-    return int(rows), int(columns)
+    if not (isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0):
+        raise ValueError(f"blocks of {rows!r} x {columns!r} weights with one scale are not possible")
+    return rows, columns
 
 
 def _scaled(name: str, weight: StoredTensor, near: Tensors, block: tuple[int, int]) -> StoredTensor:

@@ -243,6 +243,8 @@ def test_a_truncated_file_is_refused(tmp_path, path, length):
 
 
 def test_other_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'missing.gguf' does not exist; give a directory .* a GGUF file"):
+        rk.load_model("missing.gguf")
     (tmp_path / "model.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(ValueError, match=r"model.gguf is a pointer of git-lfs, not the file itself"):
         rk.load_model(tmp_path / "model.gguf")

@@ -78,6 +78,7 @@ FLOAT8_LAYOUTS = {
     "blocks": (float8(48, 40, "weight_scale_inv"), BLOCKS),
     "blocks, bfloat16 scales": (float8(48, 40, "weight_scale_inv", dtype=torch.bfloat16), BLOCKS),
     "blocks of 128": (float8(128, 128, "weight_scale_inv"), {"quant_method": "fp8"}),
+    "blocks, powers of two": (float8(48, 40, "weight_scale_inv", dtype=torch.float8_e8m0fnu), BLOCKS),
     "tensor": (float8(None, None, "weight_scale_inv", ()), TENSOR | {"weight_block_size": None}),
     "tensor, one number": (float8(None, None, "weight_scale", (1,)), FLOATS),
     "row": (float8(1, None, "weight_scale"), FLOATS),
@@ -235,6 +236,8 @@ REFUSED = {
         BLOCKS,
         r"of shape \(64, 160\) has scales of shape \(7, 3\), not \(2, 4\)",
     ),
+    "empty blocks": (FLOAT8_LAYOUTS["blocks"][0], BLOCKS | {"weight_block_size": [0, 40]}, "blocks of 0 x 40 weights"),
+    "a list": (FLOAT8_LAYOUTS["row"][0], FLOATS | {"config_groups": [1]}, "cannot be read from config.json"),
     "nvfp4": (integers(4, 32), PACKED | {"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized' are not supported"),
     "3 bits": (
         changed(integers(4, 32), weight_packed=lambda x: x[:, : x.shape[1] * 3 // 4]),
