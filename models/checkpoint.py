@@ -115,7 +115,8 @@ def _download(model_id: str) -> pathlib.Path:
         return pathlib.Path(snapshot_download(model_id, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"path_or_id={model_id!r} is neither a directory nor a model that the Hugging Face hub gives: {one_line(error)}"
+            f"path_or_id={model_id!r} is neither a directory nor a model that the Hugging Face hub gives: "
+            f"{one_line(error)}"
         ) from error
 
 

@@ -98,9 +98,11 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} must be a finite number of at least 0")
         check_rope(dict(self.rope_parameters), self.head_dim)
         _check_windows(self.sliding_windows)
-        _check_ids("bos_token_id", self.bos_token_id, self.vocab_size)
-        _check_ids("eos_token_id", self.eos_token_ids, self.vocab_size)
-        _check_ids("pad_token_id", self.pad_token_id, self.vocab_size)
+        for token in self.eos_token_ids:
+            _check_id("eos_token_id", token, self.vocab_size)
+        for name in ("bos_token_id", "pad_token_id"):
+            if getattr(self, name) is not None:
+                _check_id(name, getattr(self, name), self.vocab_size)
 
     @property
     def context_length(self) -> int:
@@ -269,10 +271,9 @@ def _check_windows(widths: tuple[int, ...]) -> None:
             )
 
 
-def _check_ids(name: str, ids: Any, vocab_size: int) -> None:
-    for token in as_ids(ids):
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{name}={reprlib.repr(token)} must be an integer from 0 to {vocab_size - 1}, the last token of the "
-                "vocabulary; null means none"
-            )
+def _check_id(name: str, token: Any, vocab_size: int) -> None:
+    if type(token) is not int or not 0 <= token < vocab_size:
+        raise ValueError(
+            f"{name}={reprlib.repr(token)} must be an integer from 0 to {vocab_size - 1}, the last token of the "
+            "vocabulary; null means none"
+        )

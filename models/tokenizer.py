@@ -60,7 +60,9 @@ def _from_transformers(path_or_id: str | os.PathLike, source: str, **options: An
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **options)
+        tokenizer("")  # settings of the wrong type show only in use
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     # the Rust library behind tokenizers panics with an exception of its own, which is not an Exception

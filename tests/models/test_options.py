@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -156,6 +157,16 @@ def test_context_length(scaling, longest, expected):
         scaling = {"type": "longrope"} | scaling
     config = read_config(LLAMA | {"rope_scaling": scaling, "max_position_embeddings": longest})
     assert config.context_length == expected
+
+
+def test_prompts_within_the_extended_context_are_not_warned_of():
+    model = rk.build_model(LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 32})
+    params = rk.init_params(model, jax.random.key(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rk.prefill(model, params, np.ones((1, 120), np.int32), policy=rk.full(), max_new_tokens=8)
+    with pytest.warns(UserWarning, match="exceed the model's maximum of 128 positions"):
+        rk.prefill(model, params, np.ones((1, 120), np.int32), policy=rk.full(), max_new_tokens=9)
 
 
 NUMBERS = [float("nan"), float("inf"), -float("inf"), 0, -1, "8", [8], True, 10**400]

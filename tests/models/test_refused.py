@@ -227,6 +227,10 @@ TOKENIZERS = {
         lambda d: edit_json(d / "tokenizer_config.json", added_tokens_decoder=[1]),
         r"tokenizer\.json cannot be loaded",
     ),
+    "settings that fail in use": (
+        lambda d: edit_json(d / "tokenizer_config.json", model_max_length="long"),
+        r"tokenizer\.json cannot be loaded",
+    ),
     "vocabulary in a list": (
         lambda d: only_tokenizer(d, "vocab.json", "[1]"),
         r"vocab\.json (cannot be loaded|gives the tokenizer no vocabulary)|the tokenizer of .*vocab\.json cannot be",
@@ -290,6 +294,7 @@ FILES = {
         '{"eos_token_id": "</s>"}',
         r"generation_config\.json: eos_token_id='</s>'",
     ),
+    "padding in a list": ("generation_config.json", '{"pad_token_id": [1]}', r"config\.json: pad_token_id=\[1\]"),
     "negative padding": ("generation_config.json", '{"pad_token_id": -1}', r"generation_config\.json: pad_token_id=-1"),
 }
 
