@@ -1,9 +1,10 @@
 """Llama-family decoders in Flax and their checkpoints."""
 
 from restkv_jax.models.build import build_model, init_params
-from restkv_jax.models.checkpoint import load_model, save_model
+from restkv_jax.models.checkpoint import load_model
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder, Hooks, LayerView, logits, positions_of, read
+from restkv_jax.models.saving import save_model
 
 __all__ = [
     "Decoder",

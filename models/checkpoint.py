@@ -1,52 +1,45 @@
-"""Hugging Face checkpoints in safetensors: reading them into parameters and writing them back."""
+"""Loading checkpoints: tensors that are still in their files get plain names, then fill one parameter after another."""
 
 import dataclasses
+import functools
 import importlib.resources
-import json
 import os
 import pathlib
 import re
-import shutil
-import uuid
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from restkv_jax.models.config import ModelConfig, read_config, to_hugging_face
+from restkv_jax.models.config import ModelConfig, as_ids, read_config
 from restkv_jax.models.decoder import Decoder
-from restkv_jax.models.key_groups import FILE, Sharing
+from restkv_jax.models.files import one_line, read_json, refuse_pointer
+from restkv_jax.models.gguf import gguf_within, read_gguf
+from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.quantised import FLOAT8, dequantised, read_float8
+from restkv_jax.models.refused import missing_weights, refuse_adapter, refuse_pickled, refuse_quantised
+from restkv_jax.models.saving import INDEX, WEIGHTS
+from restkv_jax.models.stored import StoredCheckpoint, StoredTensor, aligned_empty, read_into, row_slices
 from restkv_jax.models.tensors import (
     Tensor,
     check_tensors,
     checkpoint_tensors,
-    flatten,
-    from_checkpoint,
     parameter_shapes,
+    plain_names,
     to_checkpoint,
     unflatten,
 )
+from restkv_jax.models.tokenizer import tokenizer_beside
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}(/[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}){0,3}")
+"""A file below the directory: no part of its name begins with a dot."""
+EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = ("float32", "bfloat16", "float16")
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-MODEL_FILES = ("model*.safetensors", INDEX, "config.json", "generation_config.json", FILE)
-"""What `save_model` replaces in a directory that exists."""
-
-
-class Header(NamedTuple):
-    """A stored tensor: its file, shape and dtype, the latter in the spelling of safetensors."""
-
-    path: pathlib.Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def load_model(
@@ -54,97 +47,65 @@ def load_model(
 ) -> tuple[Decoder, Any, Any | None]:
     """Loads a checkpoint: its model, parameters and tokenizer.
 
-    Tensors are read one at a time into one parameter at a time, so the host never holds the weights twice.
-    Ids that end or pad a text come from `generation_config.json`, where it names them, else from `config.json`.
+    Tensors are read a few rows at a time into one parameter at a time, so the host never holds the weights twice.
+    Quantised ones (GGUF's, fp8 with scales, compressed-tensors' integers, MLX's) are dequantised as they are read.
+
+    A text ends with any of `model.config.eos_token_ids`: the union of what `generation_config.json`, `config.json`
+    and the tokenizer name. The padding is that of the first of the two files that names one.
+
+    A stored unembedding that differs from the embedding is kept, whatever `tie_word_embeddings` says. Prefixes that
+    wrappers put before the tensors' names are taken off. Code in a checkpoint never runs.
 
     Args:
-      path_or_id: a directory in Hugging Face's layout, or a model id of the Hugging Face hub, which is downloaded;
-        None is the model that comes with the package.
+      path_or_id: a directory in Hugging Face's layout, a GGUF file or a directory with one, or a model id of the
+        Hugging Face hub, which is downloaded; None is the model that comes with the package.
       dtype: of every parameter: float32, bfloat16 or float16.
 
     Returns:
       the model, with the sharing that it was adapted to; its parameters, a dict of arrays where those of the layers
-      carry a leading axis `L`; the tokenizer of `transformers`, None if the directory has none.
+      carry a leading axis `L`; the tokenizer of `transformers`, None, with a warning, if the directory has none.
 
     Raises:
       FileNotFoundError: no such path or model, or a file is missing from the directory.
       NotADirectoryError: the path is a file.
-      ValueError: a dtype that is not supported, pickled or quantised weights, an unsupported architecture, a tensor
-        that is missing, unknown, of the wrong shape or not finite, a damaged file.
+      ValueError: a dtype that is not supported; weights that are pickled, or quantised in a way that cannot be undone;
+        an adapter, a git-lfs pointer; an unsupported architecture or a configuration that no model can have; a tensor
+        that is missing, unknown, of the wrong shape or not finite; a damaged file; a tokenizer that cannot be loaded.
+        The message is one line.
     """
     if jnp.dtype(dtype).name not in DTYPES:
         raise ValueError(f"dtype={jnp.dtype(dtype).name!r} is not supported; supported: {', '.join(DTYPES)}")
-    directory = _find_directory(path_or_id)
-    files = _weight_files(directory)
-    model = Decoder(_read_model_config(directory))
-    headers = _read_headers(directory, files)
+    path = _find_checkpoint(path_or_id)
+    config, stored, tokenizer = read_gguf(path) if path.suffix == ".gguf" else _read_directory(path)
+    names = plain_names(stored, path)
+    config, tensors = _tie(config, {plain: stored[name] for plain, name in names.items()})
+    model = Decoder(_with_end_of(config, tokenizer))
     expected = checkpoint_tensors(model)
-    check_tensors(expected, {name: header.shape for name, header in headers.items()}, directory)
-    _check_stored_dtypes({name: headers[name] for name in expected})
-    tokenizer = _load_tokenizer(directory)
+    check_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, path, names)
+    _check_stored_dtypes({name: tensors[name] for name in expected})
     params = {
-        parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), headers, expected)
+        parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), tensors, expected)
         for parameter, shape in parameter_shapes(model).items()
     }
-    return model.clone(sharing=Sharing.load(directory, model)), unflatten(params), tokenizer
+    sharing = Sharing.load(path, model) if path.is_dir() else None
+    return model.clone(sharing=sharing), unflatten(params), tokenizer
 
 
-def save_model(
-    directory: str | os.PathLike,
-    model: Decoder,
-    params: Any,
-    tokenizer: Any | None = None,
-    max_shard_bytes: int = 2**32,
-) -> None:
-    """Writes a checkpoint that `load_model` and `transformers` load: configuration, weights, tokenizer, sharing.
-
-    The files are written into a temporary directory beside, which then takes the place of `directory`: it is never
-    seen half-written. Of a directory that exists the model's files are replaced and all others kept.
-
-    Args:
-      directory: made if it does not exist.
-      model: a `Decoder`.
-      params: its parameters, stored in their own dtypes.
-      tokenizer: a tokenizer of `transformers`.
-      max_shard_bytes: weights larger than this are written into several files with an index.
-
-    Raises:
-      ValueError: parameters that are not the model's.
-      NotADirectoryError: `directory` is a file.
-    """
-    directory = pathlib.Path(directory).resolve()
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"directory={str(directory)!r} is a file; give the directory to write")
-    params = flatten(params)
-    check_params(params, parameter_shapes(model))
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
-    unfinished.mkdir()
-    try:
-        fields = to_hugging_face(model.config) | {"dtype": str(params["embedding"].dtype)}
-        _write_json(unfinished / "config.json", fields)
-        _write_weights(unfinished, checkpoint_tensors(model), params, max_shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-        if model.sharing is not None:
-            model.sharing.save(unfinished, model)
-        _replace_directory(unfinished, directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _find_directory(path_or_id: str | os.PathLike | None) -> pathlib.Path:
+def _find_checkpoint(path_or_id: str | os.PathLike | None) -> pathlib.Path:
     if path_or_id is None:
         return pathlib.Path(str(importlib.resources.files("restkv_jax") / "embedded"))
     path = pathlib.Path(path_or_id)
     if path.is_dir():
+        return gguf_within(path) or path
+    if path.suffix == ".gguf" and path.exists():
         return path
     if path.exists():
         raise NotADirectoryError(f"path_or_id={str(path)!r} is a file; give the directory that holds it")
-    if isinstance(path_or_id, os.PathLike) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path_or_id):
+    is_path = isinstance(path_or_id, os.PathLike) or path.suffix == ".gguf"
+    if is_path or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_id)):
         raise FileNotFoundError(
-            f"path_or_id={str(path_or_id)!r} does not exist; give a directory with config.json and safetensors, or the "
-            "id of a model on the Hugging Face hub such as 'owner/name'"
+            f"path_or_id={str(path_or_id)!r} does not exist; give a directory with config.json and safetensors, a "
+            "GGUF file, or the id of a model on the Hugging Face hub such as 'owner/name'"
         )
     return _download(path_or_id)
 
@@ -156,162 +117,147 @@ def _download(model_id: str) -> pathlib.Path:
         return pathlib.Path(snapshot_download(model_id, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"path_or_id={model_id!r} is neither a directory nor a model that the Hugging Face hub gives: {error}"
+            f"path_or_id={model_id!r} is neither a directory nor a model that the Hugging Face hub gives: "
+            f"{one_line(error)}"
         ) from error
 
 
-def _weight_files(directory: pathlib.Path) -> dict[str, str] | None:
-    """The index's map of tensors to files, None where all are in one file."""
-    if (directory / WEIGHTS).is_file():
-        return None
-    if (directory / INDEX).is_file():
-        files = _read_json(directory / INDEX).get("weight_map")
-        if not isinstance(files, dict):
-            raise ValueError(f"{directory / INDEX} has no 'weight_map'; download it again")
-        for file in sorted(set(files.values())):
-            if not (directory / file).is_file():
-                raise FileNotFoundError(
-                    f"{directory}: the index names shard {file!r}, which is missing; download the file again"
-                )
-        return files
-    pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
-    if pickled:
-        raise ValueError(
-            f"{directory} has only pickled weights ({', '.join(pickled)}): refused, since unpickling runs code from "
-            "the file; convert them to safetensors where you trust them: transformers' save_pretrained does"
-        )
-    raise FileNotFoundError(f"{directory} has no weights: neither {WEIGHTS} nor {INDEX}")
-
-
-def _read_model_config(directory: pathlib.Path) -> ModelConfig:
+def _read_directory(directory: pathlib.Path) -> StoredCheckpoint:
+    refuse_adapter(directory)
+    files = _weight_files(directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} has no config.json; it describes the architecture of the weights")
-    fields = _read_json(directory / "config.json")
-    if fields.get("quantization_config"):
-        raise ValueError(
-            f"{directory}: quantised weights (quantization_config) are not supported; use the original ones"
-        )
-    config = read_config(fields)
+    fields = read_json(directory / "config.json")
+    fields, tensors = dequantised(fields, _read_headers(directory, files), directory)
+    refuse_quantised(directory, fields, tensors)
+    return StoredCheckpoint(_read_model_config(directory, fields), tensors, tokenizer_beside(directory))
+
+
+def _weight_files(directory: pathlib.Path) -> list[str]:
+    """The files that hold the weights."""
+    if (directory / WEIGHTS).is_file():
+        return [WEIGHTS]
+    if (directory / INDEX).is_file():
+        return _shards(directory, read_json(directory / INDEX).get("weight_map"))
+    refuse_pickled(directory, [path.name.removesuffix(".index.json") for path in directory.iterdir()])
+    raise missing_weights(directory)
+
+
+def _shards(directory: pathlib.Path, weight_map: Any) -> list[str]:
+    """The files that an index names, all of them inside of the directory."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{directory / INDEX} has no 'weight_map'; download it again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not SHARD.fullmatch(file):
+            raise ValueError(
+                f"{directory / INDEX} names the shard {str(file)[:200]!r}, which is not the name of a file in the same "
+                "directory; download it again"
+            )
+    files = sorted(set(weight_map.values()))
+    refuse_pickled(directory, files)
+    for file in files:
+        if not (directory / file).is_file():
+            raise FileNotFoundError(
+                f"{directory}: the index names shard {file!r}, which is missing; download the file again"
+            )
+    return files
+
+
+def _read_model_config(directory: pathlib.Path, fields: dict[str, Any]) -> ModelConfig:
+    """The configuration, ends and padding of `generation_config.json` included."""
     generation = directory / "generation_config.json"
-    ids = _read_json(generation) if generation.is_file() else {}
-    eos, pad = ids.get("eos_token_id"), ids.get("pad_token_id")
-    return dataclasses.replace(
-        config,
-        eos_token_ids=config.eos_token_ids if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        pad_token_id=config.pad_token_id if pad is None else pad,
+    ids = read_json(generation) if generation.is_file() else {}
+    path = directory / "config.json"
+    try:
+        config = read_config(fields)
+        path = generation
+        pad = ids.get("pad_token_id")
+        config = dataclasses.replace(config, pad_token_id=config.pad_token_id if pad is None else pad)
+        return _ending_with(config, (*as_ids(ids.get("eos_token_id")), *config.eos_token_ids))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _with_end_of(config: ModelConfig, tokenizer: Any | None) -> ModelConfig:
+    """Adds what the tokenizer ends texts with, if the model has such a token."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    if not isinstance(end, int) or end >= config.vocab_size:
+        return config
+    return _ending_with(config, (*config.eos_token_ids, end))
+
+
+def _ending_with(config: ModelConfig, eos_token_ids: tuple[Any, ...]) -> ModelConfig:
+    unique = tuple(token for i, token in enumerate(eos_token_ids) if token not in eos_token_ids[:i])
+    return dataclasses.replace(config, eos_token_ids=unique)
+
+
+def _tie(config: ModelConfig, tensors: dict[str, StoredTensor]) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """One matrix for embedding and unembedding where the configuration ties them, unless the files hold two."""
+    if not config.tie_word_embeddings or UNEMBEDDING not in tensors:
+        return config, tensors
+    rest = {name: tensor for name, tensor in tensors.items() if name != UNEMBEDDING}
+    if EMBEDDING not in tensors:
+        return config, rest | {EMBEDDING: tensors[UNEMBEDDING]}
+    if _are_equal(tensors[EMBEDDING], tensors[UNEMBEDDING]):
+        return config, rest
+    return dataclasses.replace(config, tie_word_embeddings=False), tensors
+
+
+def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    _check_stored_dtypes({EMBEDDING: one, UNEMBEDDING: other})
+    return one.shape == other.shape and all(
+        np.array_equal(one.read(rows), other.read(rows)) for rows in row_slices(one.shape)
     )
 
 
-def _read_headers(directory: pathlib.Path, files: dict[str, str] | None) -> dict[str, Header]:
-    """Where each tensor is stored, and as what."""
-    headers = {}
-    for path in [directory / file for file in sorted(set(files.values()) if files else [WEIGHTS])]:
+def _read_headers(directory: pathlib.Path, files: list[str]) -> dict[str, StoredTensor]:
+    """The tensors of all files, each with its dtype in the spelling of safetensors."""
+    tensors: dict[str, StoredTensor] = {}
+    for path in [directory / file for file in files]:
+        refuse_pointer(path)
         try:
             with safe_open(path, framework="np") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                headers |= {name: Header(path, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+                found = {name: _stored(path, name, x.get_shape(), x.get_dtype()) for name, x in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}); download or write it again") from error
-    return headers
+            raise ValueError(f"{path} is damaged ({one_line(error)}); download or write it again") from error
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise ValueError(f"{path}: tensor {twice[0]!r} is in another shard too; download the model again")
+        tensors |= found
+    return tensors
 
 
-def _check_stored_dtypes(headers: dict[str, Header]) -> None:
-    for name, header in headers.items():
-        if header.dtype not in STORED_DTYPES:
+def _stored(path: pathlib.Path, name: str, shape: list[int], dtype: str) -> StoredTensor:
+    read = read_float8 if dtype in FLOAT8 else _read_rows
+    return StoredTensor(tuple(shape), dtype, functools.partial(read, path, name))
+
+
+def _read_rows(path: pathlib.Path, name: str, rows: slice) -> np.ndarray:
+    # Closing the file gives back the memory that its pages were mapped to.
+    with safe_open(path, framework="np") as file:
+        stored = file.get_slice(name)
+        return stored[rows] if stored.get_shape() else file.get_tensor(name)
+
+
+def _check_stored_dtypes(tensors: Mapping[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in STORED_DTYPES:
             raise ValueError(
-                f"tensor {name!r} is stored as {header.dtype}, which is not supported; "
+                f"tensor {name!r} is stored as {tensor.dtype}, which is not supported; "
                 f"supported: {', '.join(STORED_DTYPES)}"
             )
 
 
 def _read_parameter(
-    parameter: str, shape: tuple[int, ...], dtype: Any, headers: dict[str, Header], expected: dict[str, Tensor]
+    parameter: str, shape: tuple[int, ...], dtype: Any, tensors: Mapping[str, StoredTensor], expected: dict[str, Tensor]
 ) -> jax.Array:
     """One parameter, all layers stacked, from its tensors."""
-    stacked = np.empty(shape, dtype)
+    stacked = aligned_empty(shape, dtype)
     for name, tensor in expected.items():
         if tensor.parameter == parameter:
-            place = stacked if tensor.layer is None else stacked[tensor.layer]
-            # Closing the file gives back the memory that its pages were mapped to.
-            with safe_open(headers[name].path, framework="np") as file, np.errstate(over="ignore", invalid="ignore"):
-                place[...] = from_checkpoint(parameter, file.get_tensor(name), place.shape)
-            if not np.isfinite(place).all():
+            # A view of the parameter in the axes of the checkpoint.
+            place = to_checkpoint(parameter, stacked if tensor.layer is None else stacked[tensor.layer])
+            if not all(np.isfinite(rows).all() for rows in read_into(place, tensors[name])):
                 raise ValueError(f"tensor {name!r} holds NaN or infinity (read as {dtype}); the weights are unusable")
-    return jnp.asarray(stacked)
-
-
-def _load_tokenizer(directory: pathlib.Path) -> Any | None:
-    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory)
-
-
-def check_params(params: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
-    """Refuses parameters, by dotted name, that are not those of the expected shapes.
-
-    Raises:
-      ValueError: names or a shape that differ.
-    """
-    if set(params) != set(expected):
-        raise ValueError(
-            f"params are not the model's: missing {sorted(set(expected) - set(params))}, "
-            f"unknown {sorted(set(params) - set(expected))}"
-        )
-    for name, shape in expected.items():
-        if params[name].shape != shape:
-            raise ValueError(f"params: {name!r} has the wrong shape: found {params[name].shape}, expected {shape}")
-
-
-def _write_weights(
-    directory: pathlib.Path, tensors: dict[str, Tensor], params: dict[str, Any], max_shard_bytes: int
-) -> None:
-    def size(name: str) -> int:
-        return int(np.prod(tensors[name].shape)) * params[tensors[name].parameter].dtype.itemsize
-
-    shards, room = [], 0
-    for name in tensors:
-        if size(name) > room or not shards:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= size(name)
-
-    def array(name: str) -> np.ndarray:
-        whole = params[tensors[name].parameter]
-        one = whole if tensors[name].layer is None else whole[tensors[name].layer]
-        return np.ascontiguousarray(to_checkpoint(tensors[name].parameter, np.asarray(one)))
-
-    of = len(shards)
-    files = [WEIGHTS] if of == 1 else [f"model-{i:05d}-of-{of:05d}.safetensors" for i in range(1, of + 1)]
-    for file, names in zip(files, shards, strict=True):
-        save_file({name: array(name) for name in names}, directory / file, metadata={"format": "pt"})
-    if of > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(directory / INDEX, {"metadata": {"total_size": sum(map(size, tensors))}, "weight_map": weight_map})
-
-
-def _replace_directory(new: pathlib.Path, directory: pathlib.Path) -> None:
-    """Renames `new` to `directory`, keeping those files of a directory there that are no part of a model."""
-    if not directory.exists():
-        new.rename(directory)
-        return
-    old = new.with_name(new.name + ".old")
-    directory.rename(old)
-    new.rename(directory)
-    for path in old.iterdir():
-        if not (directory / path.name).exists() and not any(path.match(pattern) for pattern in MODEL_FILES):
-            path.rename(directory / path.name)
-    shutil.rmtree(old)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def _write_json(path: pathlib.Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n")
+    return jax.device_put(stacked)

@@ -2,13 +2,49 @@
 
 import copy
 import dataclasses
-import json
+import inspect
+import math
 import pathlib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+from restkv_jax.models.files import one_line, read_json
+from restkv_jax.models.ignored_options import warn_of_ignored, warn_of_partial_rotation
+from restkv_jax.models.rope_parameters import (
+    check_raw_rope,
+    check_rope,
+    context_length,
+    freeze_rope,
+    one_rope,
+    thaw_rope,
+)
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""Supported model types, and their classes in transformers."""
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu"}
+
+COMMON = ("head_dim", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+ROPE_SPELLINGS = ("rope_theta", "rope_scaling", "original_max_position_embeddings", "partial_rotary_factor")
+"""Fields of every model type: those that its config class may not declare, and RoPE beside `rope_parameters`."""
+
+LARGEST = {
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**24,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**31 - 1,
+}
+"""Sizes that a configuration may ask for, each at least 1; far beyond those of any model."""
 
 UNLIMITED = 2**30
 """A sliding window no prompt reaches: full attention."""
@@ -20,6 +56,9 @@ class ModelConfig:
 
     `sliding_windows` holds one width per layer in tokens, `UNLIMITED` where a layer attends to everything.
     `rope_parameters` is a sorted tuple of pairs so that the configuration is hashable, hence static under `jax.jit`.
+
+    Raises:
+      ValueError: sizes, ids or settings that no model can have.
     """
 
     model_type: str
@@ -45,6 +84,7 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
+        _check_sizes(vars(self))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -52,36 +92,53 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of dimensions")
-        _check_rope_type(dict(self.rope_parameters))
+        for name in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name}={value} must be a finite number of at least 0")
+        check_rope(dict(self.rope_parameters), self.head_dim)
+        _check_windows(self.sliding_windows)
+        for token in self.eos_token_ids:
+            _check_id("eos_token_id", token, self.vocab_size)
+        for name in ("bos_token_id", "pad_token_id"):
+            if getattr(self, name) is not None:
+                _check_id(name, getattr(self, name), self.vocab_size)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model is configured for: `max_position_embeddings`, or what RoPE scaling extends it to."""
+        return context_length(dict(self.rope_parameters), self.max_position_embeddings)
 
 
 def read_config(source: Any) -> ModelConfig:
     """Reads a `ModelConfig` from a transformers config, a dict, or the path of a `config.json` or its directory.
 
-    Missing fields take transformers' defaults of the architecture; both spellings of the RoPE settings, the older
-    `rope_theta` and `rope_scaling` and the newer `rope_parameters`, are understood.
+    Missing fields take transformers' defaults of the model type; both spellings of the RoPE settings, the older
+    `rope_theta` and `rope_scaling` and the newer `rope_parameters`, are understood. Which fields count is a property
+    of the model type, as in transformers: others are ignored, with a warning if another type would heed them.
 
     Raises:
-      ValueError: an unsupported architecture, activation or RoPE scaling.
+      ValueError: an unsupported architecture, activation or RoPE scaling; a field that is not of its type or range.
       FileNotFoundError: no configuration at the path.
     """
     fields = _as_dict(source)
     model_type = fields.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(
-            f"model_type={model_type!r} is not a supported architecture; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"model_type={reprlib.repr(model_type)} is not a supported architecture; "
+            f"supported: {', '.join(ARCHITECTURES)}"
         )
-    _check_rope_type(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        hf = AutoConfig.for_model(**fields)
-    except (KeyError, StrictDataclassError) as error:
-        raise ValueError(f"the configuration is not valid: {error.args[0]}") from error
-    if hf.hidden_act != "silu":
-        raise ValueError(f"hidden_act={hf.hidden_act!r} is not supported; supported: silu")
-    eos = hf.eos_token_id
+    # transformers' own classes would divide by these sizes and make lists of that many entries
+    _check_sizes(fields)
+    check_raw_rope(fields)
+    hf = _hugging_face_config(model_type, fields)
+    if hf.hidden_act not in ACTIVATIONS:
+        raise ValueError(
+            f"hidden_act={reprlib.repr(hf.hidden_act)} is not supported; supported: {', '.join(ACTIVATIONS)}"
+        )
+    rope = one_rope(hf.rope_parameters, getattr(hf, "layer_types", None) or ())
+    warn_of_partial_rotation(model_type, rope)
+    attention_bias = bool(getattr(hf, "attention_bias", False))
     return ModelConfig(
         model_type=model_type,
         vocab_size=hf.vocab_size,
@@ -89,27 +146,26 @@ def read_config(source: Any) -> ModelConfig:
         intermediate_size=hf.intermediate_size,
         num_hidden_layers=hf.num_hidden_layers,
         num_attention_heads=hf.num_attention_heads,
-        num_key_value_heads=hf.num_key_value_heads or hf.num_attention_heads,
+        num_key_value_heads=hf.num_key_value_heads,
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         max_position_embeddings=hf.max_position_embeddings,
         rms_norm_eps=hf.rms_norm_eps,
-        tie_word_embeddings=bool(hf.tie_word_embeddings),
-        rope_parameters=tuple(sorted((k, v) for k, v in hf.rope_parameters.items() if v is not None and k != "type")),
+        tie_word_embeddings=hf.tie_word_embeddings,
+        rope_parameters=freeze_rope(rope, hf.max_position_embeddings),
         sliding_windows=_sliding_windows(hf),
-        qkv_bias=model_type == "qwen2" or bool(getattr(hf, "attention_bias", False)),
-        output_bias=model_type != "qwen2" and bool(getattr(hf, "attention_bias", False)),
+        qkv_bias=model_type == "qwen2" or attention_bias,
+        output_bias=attention_bias,
         mlp_bias=bool(getattr(hf, "mlp_bias", False)),
         query_key_norm=model_type == "qwen3",
         initializer_range=hf.initializer_range,
         bos_token_id=hf.bos_token_id,
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+        eos_token_ids=as_ids(hf.eos_token_id),
         pad_token_id=hf.pad_token_id,
     )
 
 
 def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     """Returns the `config.json` contents from which `transformers` builds the same architecture."""
-    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type]
     same = [
         "model_type",
         "vocab_size",
@@ -127,9 +183,9 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         "pad_token_id",
     ]
     fields = {name: getattr(config, name) for name in same} | {
-        "architectures": [f"{architecture}ForCausalLM"],
+        "architectures": [ARCHITECTURES[config.model_type]],
         "hidden_act": "silu",
-        "rope_parameters": dict(config.rope_parameters),
+        "rope_parameters": thaw_rope(config.rope_parameters),
         "eos_token_id": list(config.eos_token_ids) or None,
     }
     if config.model_type in ("llama", "qwen3"):
@@ -146,24 +202,78 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _check_rope_type(settings: Mapping) -> None:
-    rope_type = settings.get("rope_type", settings.get("type", "default"))
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise ValueError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(SUPPORTED_ROPE_TYPES)}")
+def as_ids(value: Any) -> tuple[Any, ...]:
+    """Token ids, of which a configuration holds none, one or a list."""
+    return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _as_dict(source: Any) -> dict[str, Any]:
     if isinstance(source, Mapping):
-        # transformers fills in nested dicts where they are
-        return copy.deepcopy(dict(source))
+        return dict(source)
     if hasattr(source, "to_dict"):
         return source.to_dict()
     path = pathlib.Path(source)
-    path = path / "config.json" if path.is_dir() else path
-    return json.loads(path.read_text())
+    return read_json(path / "config.json" if path.is_dir() else path)
+
+
+def _hugging_face_config(model_type: str, fields: dict[str, Any]) -> Any:
+    """The config class of transformers, given only the fields that its model type has."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    config_class = type(AutoConfig.for_model(model_type))
+    own = (_arguments(config_class) - _arguments(PreTrainedConfig)) | {*COMMON, *ROPE_SPELLINGS}
+    warn_of_ignored(model_type, {name: value for name, value in fields.items() if name not in own}, fields)
+    try:
+        # transformers fills in nested dicts where they are
+        hf = config_class(**copy.deepcopy({name: value for name, value in fields.items() if name in own}))
+        # `original_max_position_embeddings` beside the RoPE settings is only heeded once all fields are set
+        hf.standardize_rope_params()
+    except Exception as error:
+        raise ValueError(f"the configuration is not valid: {one_line(error)}") from error
+    return hf
+
+
+def _arguments(config_class: type) -> set[str]:
+    return set(inspect.signature(config_class).parameters)
 
 
 def _sliding_windows(hf: Any) -> tuple[int, ...]:
+    """One width per layer, for the model types that have windows."""
     width = getattr(hf, "sliding_window", None)
-    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
-    return tuple(width if width and kind == "sliding_attention" else UNLIMITED for kind in kinds)
+    kinds = getattr(hf, "layer_types", None)
+    if kinds is None:
+        kinds = ["full_attention" if width is None else "sliding_attention"] * hf.num_hidden_layers
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ValueError(
+            f"layer_types: {reprlib.repr(unknown[0])} is not supported; supported: full_attention, sliding_attention"
+        )
+    if "sliding_attention" in kinds and width is None:
+        raise ValueError(
+            "layer_types name 'sliding_attention', but the configuration has no width for it: sliding_window is null "
+            "or use_sliding_window is false"
+        )
+    return tuple(width if kind == "sliding_attention" else UNLIMITED for kind in kinds)
+
+
+def _check_sizes(fields: Mapping) -> None:
+    for name, largest in LARGEST.items():
+        value = fields.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= largest):
+            raise ValueError(f"{name}={reprlib.repr(value)} must be an integer from 1 to {largest}")
+
+
+def _check_windows(widths: tuple[int, ...]) -> None:
+    for width in widths:
+        if type(width) is not int or not 1 <= width < 2**31:
+            raise ValueError(
+                f"sliding_window={reprlib.repr(width)} must be an integer of at least 1, or null for full attention"
+            )
+
+
+def _check_id(name: str, token: Any, vocab_size: int) -> None:
+    if type(token) is not int or not 0 <= token < vocab_size:
+        raise ValueError(
+            f"{name}={reprlib.repr(token)} must be an integer from 0 to {vocab_size - 1}, the last token of the "
+            "vocabulary; null means none"
+        )

@@ -15,8 +15,9 @@ def rope_frequencies(config: ModelConfig, sequence_length: Array) -> tuple[Array
     Args:
       config: its `rope_parameters` choose the scaling: `default` (Su et al. 2021), `linear` (positions divided by
         `factor`), `dynamic` (NTK-aware: the base grows with the sequence), `llama3` (low frequencies divided by
-        `factor`, a smooth passage between) or `yarn` (Peng et al. 2023, eqs. 17-22).
-      sequence_length: int32 [B], tokens of each row so far; only `dynamic` looks at it.
+        `factor`, a smooth passage between), `yarn` (Peng et al. 2023, eqs. 17-22) or `longrope` (Ding et al. 2024:
+        a factor for each pair, one set of them up to the original length and one beyond).
+      sequence_length: int32 [B], tokens of each row so far; only `dynamic` and `longrope` look at it.
 
     Returns:
       float32 [B, D/2] in radians per token, and the attention factor.
@@ -39,6 +40,8 @@ def rope_frequencies(config: ModelConfig, sequence_length: Array) -> tuple[Array
         frequencies = _llama3(frequencies, settings, config)
     elif kind == "yarn":
         frequencies, attention_factor = _yarn(frequencies, settings, config)
+    elif kind == "longrope":
+        frequencies, attention_factor = _longrope(frequencies, settings, config, sequence_length)
     return jnp.broadcast_to(frequencies, (sequence_length.shape[0], dim // 2)), attention_factor
 
 
@@ -74,8 +77,7 @@ def _llama3(frequencies: Array, settings: dict, config: ModelConfig) -> Array:
 
 def _yarn(frequencies: Array, settings: dict, config: ModelConfig) -> tuple[Array, float]:
     original = _original_length(settings, config)
-    factor = settings.get("factor") or config.max_position_embeddings / original
-    dim, theta = config.head_dim, settings["rope_theta"]
+    factor, dim, theta = settings["factor"], config.head_dim, settings["rope_theta"]
 
     def dimension_of(turns: float) -> float:
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -97,6 +99,16 @@ def _yarn_attention_factor(settings: dict, factor: float) -> float:
     if settings.get("mscale") and settings.get("mscale_all_dim"):
         return magnitude(settings["mscale"]) / magnitude(settings["mscale_all_dim"])
     return magnitude(1.0)
+
+
+def _longrope(frequencies: Array, settings: dict, config: ModelConfig, sequence_length: Array) -> tuple[Array, float]:
+    original = _original_length(settings, config)
+    is_long = (sequence_length > original)[:, None]
+    divisors = jnp.where(is_long, jnp.asarray(settings["long_factor"]), jnp.asarray(settings["short_factor"]))
+    factor = settings.get("factor") or config.max_position_embeddings / original
+    if settings.get("attention_factor") is not None:
+        return frequencies / divisors, settings["attention_factor"]
+    return frequencies / divisors, math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
 def sequence_lengths(positions: Array) -> Array:

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import einops
@@ -38,8 +38,14 @@ TENSORS = {
 }
 """Parameter: its Hugging Face name, with a place for the layer's number, and the change of axes when loading."""
 
-HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|lm_head\.weight")
-"""Tensors without information of their own: rotary frequencies, and the unembedding of a model that ties it."""
+HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""Tensors without information of their own: rotary frequencies."""
+
+WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile and FSDP put into names, anywhere."""
+
+PREFIX = re.compile(r"(?:(?:module|language_model|model)\.)*")
+"""What stands before the names of a model that is part of another, or is saved without its head."""
 
 
 class Tensor(NamedTuple):
@@ -86,19 +92,37 @@ def to_checkpoint(parameter: str, array: Any) -> Any:
     return einops.rearrange(array, f"{ours} -> {theirs}")
 
 
-def from_checkpoint(parameter: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a checkpoint in the axes of one layer's parameter, which has the given shape."""
-    pattern = TENSORS[parameter][1]
-    return einops.rearrange(tensor, pattern, **dict(zip(pattern.split(" -> ")[1].split(), shape, strict=True)))
+def plain_name(stored: str) -> str:
+    """The name of a tensor in the layout of transformers' causal language models, whatever was wrapped around it."""
+    name = PREFIX.sub("", WRAPPERS.sub("", stored), count=1)
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def check_tensors(expected: dict[str, Tensor], found: dict[str, tuple[int, ...]], source: Any) -> None:
+def plain_names(stored: Iterable[str], source: Any) -> dict[str, str]:
+    """The stored names by their plain ones.
+
+    Raises:
+      ValueError: two tensors that would be the same.
+    """
+    names: dict[str, str] = {}
+    for name in stored:
+        plain = plain_name(name)
+        if plain in names:
+            raise ValueError(f"{source}: tensors {names[plain]!r} and {name!r} are both {plain!r}; keep one of them")
+        names[plain] = name
+    return names
+
+
+def check_tensors(
+    expected: Mapping[str, Tensor], found: Mapping[str, tuple[int, ...]], source: Any, stored: Mapping[str, str]
+) -> None:
     """Refuses a checkpoint whose tensors are not those of the model.
 
     Args:
       expected: from `checkpoint_tensors`.
       found: shapes by name.
       source: the directory, for the messages.
+      stored: the names in the files by those in `found`, for the messages.
 
     Raises:
       ValueError: a tensor is missing, has another shape, or is one that the model does not know.
@@ -106,23 +130,30 @@ def check_tensors(expected: dict[str, Tensor], found: dict[str, tuple[int, ...]]
     missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(
-            f"{source}: the weights lack {_some(missing)}; the files are incomplete or belong to another config.json"
+            f"{source}: the weights lack {some(missing)}; the files are incomplete or belong to another config.json"
+            f"{_stored_instead(expected, stored)}"
         )
     for name, tensor in expected.items():
         if tuple(found[name]) != tensor.shape:
             raise ValueError(
-                f"{source}: tensor {name!r} has the wrong shape: found {tuple(found[name])}, expected {tensor.shape} "
-                "from config.json; weights and config.json belong to different models"
+                f"{source}: tensor {stored.get(name, name)!r} has the wrong shape: found {tuple(found[name])}, "
+                f"expected {tensor.shape} from config.json; weights and config.json belong to different models"
             )
-    unknown = [name for name in found if name not in expected and not HARMLESS.fullmatch(name)]
+    unknown = [stored.get(name, name) for name in found if name not in expected and not HARMLESS.fullmatch(name)]
     if unknown:
         raise ValueError(
-            f"{source}: unknown tensors {_some(unknown)}; ignoring them would change the model, so weights and "
+            f"{source}: unknown tensors {some(unknown)}; ignoring them would change the model, so weights and "
             "config.json must belong together (adapters must be merged first)"
         )
 
 
-def _some(names: Iterable[str], limit: int = 4) -> str:
+def _stored_instead(expected: Mapping[str, Tensor], stored: Mapping[str, str]) -> str:
+    others = [name for place, name in stored.items() if place not in expected and not HARMLESS.fullmatch(place)]
+    return f"; stored are {some(others)}" if others else ""
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """Names for a message, the first few of them."""
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + more
+    return ", ".join(repr(name[:200]) for name in names[:limit]) + more

@@ -56,6 +56,11 @@ ARCHITECTURES = {
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.2, 2.0, 4.0, 9.0],
+    "original_max_position_embeddings": 16,
+}
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 500.0},
@@ -67,6 +72,9 @@ ROPES = {
     "yarn, attention factor": {"rope_type": "yarn", "rope_theta": 2000.0, "attention_factor": 1.3} | YARN,
     "yarn, betas": {"rope_type": "yarn", "rope_theta": 99.0, "beta_fast": 2, "beta_slow": 0.5, "truncate": False}
     | YARN,
+    "longrope": {"rope_type": "longrope", "rope_theta": 2000.0} | LONGROPE,
+    "longrope, factor": {"rope_type": "longrope", "rope_theta": 2000.0, "factor": 3.0} | LONGROPE,
+    "longrope, attention factor": {"rope_type": "longrope", "rope_theta": 2000.0, "attention_factor": 0.8} | LONGROPE,
 }
 """`rope_parameters` of every scaling."""
 
@@ -118,7 +126,9 @@ def reference_logits(model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarra
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     arrays = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
     with torch.no_grad():
-        return model(**{name: torch.tensor(x, dtype=torch.long) for name, x in arrays.items()}).logits.float().numpy()
+        tensors = {name: torch.tensor(x, dtype=torch.long) for name, x in arrays.items()}
+        # a cache takes windows from the configuration, which the model itself may not have
+        return model(**tensors, use_cache=False).logits.float().numpy()
 
 
 def our_logits(model: Decoder, params, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Checkpoints for the command line: what cannot be loaded is a line that names the option."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -26,7 +27,10 @@ def load_checkpoint(
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     try:
-        loaded, params, tokenizer = load_model(model, jnp.dtype(dtype))
+        with warnings.catch_warnings():
+            # an error below, or what was asked for
+            warnings.filterwarnings("ignore", message=".* has no tokenizer")
+            loaded, params, tokenizer = load_model(model, jnp.dtype(dtype))
     except (OSError, ValueError, KeyError) as error:
         name = "" if model is None else f" {model!r}"
         reason = str(error).removeprefix(f"path_or_id={model!r} ")

@@ -12,9 +12,9 @@ from jax import Array
 from restkv_jax.caches.base import Cache
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.models.arguments import as_array, check_integer, check_mask, check_number, is_known
-from restkv_jax.models.checkpoint import check_params
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.saving import check_params
 from restkv_jax.models.tensors import flatten, parameter_shapes
 
 
@@ -164,11 +164,11 @@ def _check_vocabulary(model: Decoder, name: str, tokens: np.ndarray, mask: np.nd
 
 def _warn_beyond_context(model: Decoder, mask: Any, max_new_tokens: int) -> None:
     length = int(np.asarray(mask).astype(bool).sum(1).max()) if is_known(mask) else mask.shape[1]
-    limit = model.config.max_position_embeddings
+    limit = model.config.context_length
     if length + max_new_tokens > limit:
         warnings.warn(
             f"the prompt's {length} tokens and max_new_tokens={max_new_tokens} exceed the model's maximum of {limit} "
-            "positions (max_position_embeddings); expect the quality to fall",
+            "positions (max_position_embeddings and RoPE scaling); expect the quality to fall",
             stacklevel=5,
         )
 

@@ -18,7 +18,6 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from restkv_jax.commands.loading import load_checkpoint
 from restkv_jax.commands.options import UsageError, as_usage_error
@@ -29,6 +28,7 @@ from restkv_jax.evaluate.harness.model_args import ModelArgs, parse_model_args, 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import check_sampling
 from restkv_jax.generation.reading import bucket_length
+from restkv_jax.models.tokenizer import load_tokenizer
 
 EMBEDDED = str(importlib.resources.files("restkv_jax") / "embedded")
 """The directory of the model that comes with the package, for tasks that load a tokenizer by `pretrained`."""
@@ -91,7 +91,7 @@ class RestKV(TemplateLM):
         self.parsed = parse_model_args(model_args)
         args = self.parsed.general
         self.model, self.params, self.tokenizer = load_model_of(args)
-        self.max_length = args.max_length or self.model.config.max_position_embeddings
+        self.max_length = args.max_length or self.model.config.context_length
         self.batch_size = args.batch_size
 
     @classmethod
@@ -279,7 +279,7 @@ def load_model_of(args: ModelArgs) -> tuple[Any, Any, Any]:
     model, params, tokenizer = load_checkpoint(args.pretrained, args.dtype, "pretrained", args.tokenizer is not None)
     if args.tokenizer is not None:
         with as_usage_error(f"tokenizer={args.tokenizer!r} cannot be loaded: "):
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+            tokenizer = load_tokenizer(args.tokenizer)
     return model, params, tokenizer
 
 

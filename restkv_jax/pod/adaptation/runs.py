@@ -15,11 +15,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from restkv_jax.models.arguments import check_integer
-from restkv_jax.models.checkpoint import check_params, save_model
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.digest import checksum
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.mesh import make_mesh
+from restkv_jax.models.saving import check_params, save_model
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
 from restkv_jax.pod.adaptation.checkpoints import Position, open_checkpoints, restore, save
 from restkv_jax.pod.adaptation.data import Sequences, batches, check_vocabulary, make_batch, read_sequences

@@ -1,0 +1,123 @@
+"""Writing checkpoints that `load_model` and `transformers` load."""
+
+import os
+import pathlib
+import shutil
+import uuid
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from restkv_jax.models.config import to_hugging_face
+from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.files import write_json
+from restkv_jax.models.key_groups import FILE
+from restkv_jax.models.tensors import Tensor, checkpoint_tensors, flatten, parameter_shapes, to_checkpoint
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MODEL_FILES = ("model*.safetensors", INDEX, "config.json", "generation_config.json", FILE)
+"""What `save_model` replaces in a directory that exists."""
+
+
+def save_model(
+    directory: str | os.PathLike,
+    model: Decoder,
+    params: Any,
+    tokenizer: Any | None = None,
+    max_shard_bytes: int = 2**32,
+) -> None:
+    """Writes a checkpoint that `load_model` and `transformers` load: configuration, weights, tokenizer, sharing.
+
+    The files are written into a temporary directory beside, which then takes the place of `directory`: it is never
+    seen half-written. Of a directory that exists the model's files are replaced and all others kept.
+
+    Args:
+      directory: made if it does not exist.
+      model: a `Decoder`.
+      params: its parameters, stored in their own dtypes.
+      tokenizer: a tokenizer of `transformers`.
+      max_shard_bytes: weights larger than this are written into several files with an index.
+
+    Raises:
+      ValueError: parameters that are not the model's.
+      NotADirectoryError: `directory` is a file.
+    """
+    directory = pathlib.Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"directory={str(directory)!r} is a file; give the directory to write")
+    params = flatten(params)
+    check_params(params, parameter_shapes(model))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    unfinished.mkdir()
+    try:
+        fields = to_hugging_face(model.config) | {"dtype": str(params["embedding"].dtype)}
+        write_json(unfinished / "config.json", fields)
+        _write_weights(unfinished, checkpoint_tensors(model), params, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        if model.sharing is not None:
+            model.sharing.save(unfinished, model)
+        _replace_directory(unfinished, directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_params(params: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuses parameters, by dotted name, that are not those of the expected shapes.
+
+    Raises:
+      ValueError: names or a shape that differ.
+    """
+    if set(params) != set(expected):
+        raise ValueError(
+            f"params are not the model's: missing {sorted(set(expected) - set(params))}, "
+            f"unknown {sorted(set(params) - set(expected))}"
+        )
+    for name, shape in expected.items():
+        if params[name].shape != shape:
+            raise ValueError(f"params: {name!r} has the wrong shape: found {params[name].shape}, expected {shape}")
+
+
+def _write_weights(
+    directory: pathlib.Path, tensors: dict[str, Tensor], params: dict[str, Any], max_shard_bytes: int
+) -> None:
+    def size(name: str) -> int:
+        return int(np.prod(tensors[name].shape)) * params[tensors[name].parameter].dtype.itemsize
+
+    shards, room = [], 0
+    for name in tensors:
+        if size(name) > room or not shards:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size(name)
+
+    def array(name: str) -> np.ndarray:
+        whole = params[tensors[name].parameter]
+        one = whole if tensors[name].layer is None else whole[tensors[name].layer]
+        return np.ascontiguousarray(to_checkpoint(tensors[name].parameter, np.asarray(one)))
+
+    of = len(shards)
+    files = [WEIGHTS] if of == 1 else [f"model-{i:05d}-of-{of:05d}.safetensors" for i in range(1, of + 1)]
+    for file, names in zip(files, shards, strict=True):
+        save_file({name: array(name) for name in names}, directory / file, metadata={"format": "pt"})
+    if of > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(map(size, tensors))}, "weight_map": weight_map})
+
+
+def _replace_directory(new: pathlib.Path, directory: pathlib.Path) -> None:
+    """Renames `new` to `directory`, keeping those files of a directory there that are no part of a model."""
+    if not directory.exists():
+        new.rename(directory)
+        return
+    old = new.with_name(new.name + ".old")
+    directory.rename(old)
+    new.rename(directory)
+    for path in old.iterdir():
+        if not (directory / path.name).exists() and not any(path.match(pattern) for pattern in MODEL_FILES):
+            path.rename(directory / path.name)
+    shutil.rmtree(old)
