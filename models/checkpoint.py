@@ -29,6 +29,7 @@ from restkv_jax.models.tensors import (
     checkpoint_tensors,
     parameter_shapes,
     plain_names,
+    split_fused,
     to_checkpoint,
     unflatten,
 )
@@ -81,6 +82,7 @@ def load_model(
     config, tensors = _tie(config, {plain: stored[name] for plain, name in names.items()})
     model = Decoder(_with_end_of(config, tokenizer))
     expected = checkpoint_tensors(model)
+    tensors = split_fused(config.model_type, tensors, expected)
     check_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, path, names)
     _check_stored_dtypes({name: tensors[name] for name in expected})
     params = {

@@ -54,6 +54,67 @@ ARCHITECTURES = {
 }
 """One configuration per architecture and option."""
 
+GEMMA2 = BASE | {
+    "model_type": "gemma2",
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 7,
+    "attn_logit_softcapping": 2.5,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
+GEMMA3 = BASE | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 7,
+    "sliding_window_pattern": 3,
+    "rope_theta": 5000.0,
+    "rope_local_base_freq": 100.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    "tie_word_embeddings": True,
+}
+PHI3 = BASE | {"model_type": "phi3", "sliding_window": None}
+OLMO2 = BASE | {"model_type": "olmo2"}
+GRANITE = BASE | {
+    "model_type": "granite",
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 0.5,
+}
+SMOLLM3 = BASE | {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "rope_theta": 50.0}
+MINISTRAL = BASE | {
+    "model_type": "ministral",
+    "head_dim": 12,
+    "num_hidden_layers": 3,
+    "sliding_window": 6,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+}
+
+FAMILIES = {
+    "gemma 2": GEMMA2,
+    "gemma 2, no caps": GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "gemma 3": GEMMA3,
+    "gemma 3, layer types": GEMMA3
+    | {"layer_types": ["full_attention", *["sliding_attention"] * 3], "attention_bias": True},
+    "phi 3": PHI3,
+    "phi 3, window": PHI3 | {"sliding_window": 6},
+    "phi 4, part of the head": PHI3 | {"head_dim": 16, "partial_rotary_factor": 0.75},
+    "olmo 2": OLMO2,
+    "olmo 2, one key per query": OLMO2 | {"num_key_value_heads": 4, "attention_bias": True},
+    "granite": GRANITE,
+    "granite, biases, tied": GRANITE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "smollm3": SMOLLM3,
+    "smollm3, interval and window": SMOLLM3
+    | {"no_rope_layers": None, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+    "ministral": MINISTRAL,
+    "falcon 3": LLAMA | {"head_dim": 16, "rope_theta": 1000042},
+}
+"""One configuration per family that is a Llama but for some fields, and per option that is its own."""
+
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {
@@ -98,7 +159,8 @@ def random_model(config: dict, seed: int = 0, dtype: torch.dtype = torch.float32
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1 + 0.4 * noise)
+                # that of Gemma is added to one
+                parameter.copy_((0 if config["model_type"].startswith("gemma") else 1) + 0.4 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             else:
