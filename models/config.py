@@ -115,8 +115,8 @@ class ModelConfig:
                 raise ValueError(f"{name}={value} must be a finite number greater than 0, or null for no cap")
         if self.rotary_dim < 2 or self.rotary_dim > self.head_dim or self.rotary_dim % 2:
             raise ValueError(
-                f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} must be an even number "
-                "of dimensions"
+                f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} must give an even "
+                "number of dimensions"
             )
         for rope in {self.rope_parameters, *self.ropes} - {None}:
             check_rope(dict(rope), self.rotary_dim)

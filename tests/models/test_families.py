@@ -11,8 +11,13 @@ from transformers import AutoModelForCausalLM
 
 import restkv_jax as rk
 from restkv_jax.models.config import read_config, to_hugging_face
+from restkv_jax.pod import LayerGroups, Sharing
 
-LENGTHS = (40, 33, 1, 12)
+LENGTHS = (41, 33, 1, 12)
+NEW = 12
+PECULIAR = ["gemma 2", "gemma 3", "phi 4, part of the head", "olmo 2", "granite", "smollm3"]
+"""One of each family that computes something that Llama does not."""
+FIRST_IS_FAST = [PECULIAR[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PECULIAR[1:])]
 
 
 @functools.cache
@@ -57,3 +62,68 @@ def test_what_is_saved_is_what_was_loaded(name, loaded, tmp_path):
     tokens, mask = left_padded(2, (20, 9))
     expected = reference_logits(reference, tokens, mask)
     np.testing.assert_allclose(reference_logits(theirs, tokens, mask)[mask], expected[mask], atol=1e-5, rtol=0)
+
+
+def generate(model, params, tokens, mask, **options):
+    return rk.generate(model, params, tokens, mask, max_new_tokens=NEW, eos_token_ids=(), **options)
+
+
+def continued(tokens, mask, new):
+    """Prompts with the tokens that were generated, and their mask."""
+    return np.concatenate([tokens, new], axis=1), np.concatenate([mask, np.ones_like(new, bool)], axis=1)
+
+
+@pytest.mark.parametrize("name", PECULIAR)
+def test_greedy_tokens(name, loaded):
+    """Each is the likeliest that transformers sees after those before it, in rows of different lengths."""
+    reference, model, params = loaded(name)
+    tokens, mask = left_padded(3, LENGTHS)
+    ours = generate(model, params, tokens, mask, chunk_size=16)
+    theirs = reference_logits(reference, *continued(tokens, mask, ours.tokens))[:, -NEW - 1 : -1]
+    np.testing.assert_array_equal(ours.tokens, theirs.argmax(-1))
+    assert len(np.unique(ours.tokens)) > 5
+
+
+def policies(budget):
+    """Every method with that budget, and what else a cache can do."""
+    windows = {name: {} if name == "streaming_llm" else {"window": 8} for name in rk.METHODS if name != "full"}
+    methods = [rk.METHODS[name](budget=budget, **window) for name, window in windows.items()]
+    return *methods, rk.snapkv(budget, window=8).replace(refit=rk.LeastSquares())
+
+
+@pytest.mark.parametrize("name", FIRST_IS_FAST)
+def test_every_method(name, loaded):
+    """All that is kept gives the tokens of the full cache, and a small budget gives tokens."""
+    _, model, params = loaded(name)
+    tokens, mask = left_padded(3, LENGTHS)
+    full = generate(model, params, tokens, mask).tokens
+    options = {"max_new_tokens": NEW, "eos_token_ids": ()}
+    assert tokens.shape[1] < rk.bucket_length(tokens.shape[1]), "or nothing would be selected"
+    holding = (*policies(tokens.shape[1]), rk.restkv(tokens.shape[1] + NEW, window=8, while_generating=True))
+    for out in rk.generate_each(model, params, tokens, mask, policies=holding, **options):
+        np.testing.assert_array_equal(out.tokens, full)
+    small = (*policies(16), rk.restkv(16, window=8, while_generating=True))
+    for out in rk.generate_each(model, params, tokens, mask, policies=small, **options):
+        assert (out.lengths == NEW).all()
+        assert np.asarray(rk.kept_positions(out.cache) < 0).any()
+
+
+@pytest.mark.parametrize("name", FIRST_IS_FAST)
+def test_shared_keys(name, loaded):
+    """Decoding on the cache of a model that shares keys gives the tokens of the pass over whole sequences."""
+    _, model, params = loaded(name)
+    tokens, mask = left_padded(3, LENGTHS)
+    layers = model.config.num_hidden_layers
+    leaders = [[max(0, layer - layer % 2)] * 2 for layer in range(layers)]
+    sharing = Sharing(LayerGroups(leaders), sink=2, recent=9)
+    ours = generate(model, params, tokens, mask, sharing=sharing)
+    shared = model.clone(sharing=sharing)
+    whole, whole_mask = continued(tokens, mask, ours.tokens)
+    expected = our_logits(shared, params, whole, whole_mask)[:, -NEW - 1 : -1]
+    np.testing.assert_array_equal(ours.tokens, expected.argmax(-1))
+    alone = Sharing(LayerGroups.dense(layers, 2), sink=2, recent=9)
+    np.testing.assert_array_equal(
+        generate(model, params, tokens, mask, sharing=alone).tokens, generate(model, params, tokens, mask).tokens
+    )
+    evicting = generate(model, params, tokens, mask, sharing=sharing, policy=rk.snapkv(20, window=8))
+    assert (evicting.lengths == NEW).all()
