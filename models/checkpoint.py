@@ -259,7 +259,7 @@ def _read_parameter(
     for name, tensor in expected.items():
         if tensor.parameter == parameter:
             # A view of the parameter in the axes of the checkpoint.
-            place = to_checkpoint(parameter, stacked if tensor.layer is None else stacked[tensor.layer])
+            place = to_checkpoint(parameter, stacked[tensor.place])
             if not all(np.isfinite(rows).all() for rows in read_into(place, tensors[name])):
                 raise ValueError(f"tensor {name!r} holds NaN or infinity (read as {dtype}); the weights are unusable")
     return jax.device_put(stacked)

@@ -35,6 +35,10 @@ LARGEST = {
     "hidden_size": 2**24,
     "intermediate_size": 2**24,
     "vocab_size": 2**24,
+    "num_experts": 2**16,
+    "num_local_experts": 2**16,
+    "num_experts_per_tok": 2**16,
+    "moe_intermediate_size": 2**24,
     "max_position_embeddings": 2**31 - 1,
 }
 """Sizes that a configuration may ask for, each at least 1; far beyond those of any model."""
@@ -56,7 +60,8 @@ class ModelConfig:
     keys are normed over a `head`, or over the whole `projection`. Logits of attention are multiplied by
     `attention_multiplier`, None for `1 / sqrt(head_dim)`, and capped at `attn_logit_softcapping`; those of the next
     token are divided by `logits_scaling` and capped at `final_logit_softcapping`. RoPE turns the first
-    `partial_rotary_factor` of a head's dimensions.
+    `partial_rotary_factor` of a head's dimensions. With `num_experts`, the MLP is a mixture of experts of
+    `intermediate_size` each.
 
     Raises:
       ValueError: sizes, ids or settings that no model can have.
@@ -95,6 +100,10 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     partial_rotary_factor: float = 1.0
     layer_ropes: tuple[tuple[tuple[str, Any], ...] | None, ...] | None = None
+    llama_4_scaling_beta: float = 0.0
+    num_experts: int | None = None
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = True
 
     def __post_init__(self):
         _check_sizes(vars(self))
@@ -113,6 +122,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be a finite number greater than 0, or null for no cap")
+        if self.num_experts is not None and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must be from 1 to num_experts={self.num_experts}"
+            )
         if self.rotary_dim < 2 or self.rotary_dim > self.head_dim or self.rotary_dim % 2:
             raise ValueError(
                 f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} must give an even "
@@ -188,7 +201,7 @@ def read_config(source: Any) -> ModelConfig:
         model_type=model_type,
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
+        intermediate_size=getattr(hf, "moe_intermediate_size", None) or hf.intermediate_size,
         num_hidden_layers=hf.num_hidden_layers,
         num_attention_heads=hf.num_attention_heads,
         num_key_value_heads=hf.num_key_value_heads,

@@ -12,9 +12,10 @@ from jax import Array
 
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.config import ModelConfig
+from restkv_jax.models.experts import Experts, mix_experts
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.memory import Memory, PairMemory, SharedMemory, follow
-from restkv_jax.models.rope import Rope, apply_rope, layer_ropes, sequence_lengths
+from restkv_jax.models.rope import Rope, apply_rope, grow_with_position, layer_ropes, sequence_lengths
 
 
 class LayerView(NamedTuple):
@@ -95,9 +96,14 @@ class DecoderLayer(nn.Module):
         self.output_projection = self.param("output_projection", init, (heads, dim, hidden))
         self.post_attention_norm = norm("post_attention_norm", c.norms_before, hidden)
         self.mlp_output_norm = norm("mlp_output_norm", c.norms_after, hidden)
-        self.gate_projection = self.param("gate_projection", init, (hidden, c.intermediate_size))
-        self.up_projection = self.param("up_projection", init, (hidden, c.intermediate_size))
-        self.down_projection = self.param("down_projection", init, (c.intermediate_size, hidden))
+        if c.num_experts is not None:
+            self.router = self.param("router", init, (hidden, c.num_experts))
+        names = ("gate_projection", "up_projection", "down_projection")
+        shapes = (hidden, c.intermediate_size), (hidden, c.intermediate_size), (c.intermediate_size, hidden)
+        kind, stack = ("", ()) if c.num_experts is None else ("expert_", (c.num_experts,))
+        self.gate_projection, self.up_projection, self.down_projection = (
+            self.param(kind + name, init, (*stack, *shape)) for name, shape in zip(names, shapes, strict=True)
+        )
         self.query_bias = self.param("query_bias", zeros, (heads, dim)) if c.qkv_bias else 0
         self.key_bias = self.param("key_bias", zeros, (kv_heads, dim)) if c.qkv_bias else 0
         self.value_bias = self.param("value_bias", zeros, (kv_heads, dim)) if c.qkv_bias else 0
@@ -114,7 +120,7 @@ class DecoderLayer(nn.Module):
         projection, bias = (self._grouped(x, "d") for x in (self.query_projection, self.query_bias))
         x = jnp.einsum("btm,mkgd->btkgd", self._norm(hidden, self.input_norm), projection) + bias
         x = einops.rearrange(self._head_norm(x, self.query_norm), "b t k g d -> b k g t d")
-        return apply_rope(x, positions, rope, self.config.logit_scale)
+        return grow_with_position(self.config, apply_rope(x, positions, rope, self.config.logit_scale), positions)
 
     def keys(self, hidden: Array, positions: Array, rope: Rope) -> Array:
         """[B, T, M] to [B, K, T, D], turned by RoPE."""
@@ -139,7 +145,11 @@ class DecoderLayer(nn.Module):
         return hidden + self._branch(self._mlp(self._norm(hidden, self.post_attention_norm)), self.mlp_output_norm)
 
     def _mlp(self, x: Array) -> Array:
-        gate = ACTIVATIONS[self.config.activation](x @ self.gate_projection + self.gate_bias)
+        c, activation = self.config, ACTIVATIONS[self.config.activation]
+        if c.num_experts is not None:
+            experts = Experts(self.router, self.gate_projection, self.up_projection, self.down_projection)
+            return mix_experts(x, experts, c.num_experts_per_tok, c.norm_topk_prob, activation)
+        gate = activation(x @ self.gate_projection + self.gate_bias)
         return (gate * (x @ self.up_projection + self.up_bias)) @ self.down_projection + self.down_bias
 
     def _branch(self, output: Array, norm: Array | None) -> Array:

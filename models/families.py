@@ -148,6 +148,48 @@ def _write_smollm3(config: "ModelConfig") -> Fields:
     return _biases(config) | {"no_rope_layers": [int(settings is not None) for settings in config.ropes]}
 
 
+def _read_ministral3(hf: Any, rope: Fields) -> Fields:
+    beta, original = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < math.inf or original is None:
+        raise ValueError(
+            f"rope_parameters of model_type='ministral3' have llama_4_scaling_beta={reprlib.repr(beta)} and "
+            f"original_max_position_embeddings={reprlib.repr(original)}; numbers of at least 0 are needed"
+        )
+    return {"llama_4_scaling_beta": beta}
+
+
+def _write_ministral3(config: "ModelConfig") -> Fields:
+    rope = thaw_rope(config.rope_parameters)
+    return {"rope_parameters": rope | {"llama_4_scaling_beta": config.llama_4_scaling_beta}}
+
+
+def _read_qwen3_moe(hf: Any, rope: Fields) -> Fields:
+    if hf.decoder_sparse_step != 1 or hf.mlp_only_layers:
+        raise ValueError(
+            f"decoder_sparse_step={reprlib.repr(hf.decoder_sparse_step)} and "
+            f"mlp_only_layers={reprlib.repr(hf.mlp_only_layers)} are not supported: all layers must have experts"
+        )
+    experts = {name: getattr(hf, name) for name in ("num_experts", "num_experts_per_tok", "norm_topk_prob")}
+    return {"query_key_norm": "head"} | experts
+
+
+def _write_qwen3_moe(config: "ModelConfig") -> Fields:
+    return _attention_bias(config) | {
+        "moe_intermediate_size": config.intermediate_size,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+
+
+def _read_mixtral(hf: Any, rope: Fields) -> Fields:
+    return {"num_experts": hf.num_local_experts, "num_experts_per_tok": hf.num_experts_per_tok}
+
+
+def _write_mixtral(config: "ModelConfig") -> Fields:
+    return {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+
+
 ONE_WINDOW = ("sliding_window",)
 BY_LAYER = ("sliding_window", "layer_types")
 SWITCHED = ("sliding_window", "layer_types", "use_sliding_window")
@@ -171,5 +213,10 @@ FAMILIES = {
     "olmo2": Family("Olmo2ForCausalLM", _read_olmo2, _attention_bias),
     "granite": Family("GraniteForCausalLM", _read_granite, _write_granite),
     "smollm3": Family("SmolLM3ForCausalLM", _read_smollm3, _write_smollm3, windows=SWITCHED),
+    "ministral3": Family("Ministral3ForCausalLM", _read_ministral3, _write_ministral3, windows=ONE_WINDOW),
+    "mixtral": Family("MixtralForCausalLM", _read_mixtral, _write_mixtral, windows=ONE_WINDOW),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe, windows=("sliding_window", "use_sliding_window")
+    ),
 }
 """Supported model types."""

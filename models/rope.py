@@ -101,6 +101,22 @@ def apply_rope(x: Array, positions: Array, rope: Rope, scale: float = 1.0) -> Ar
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def grow_with_position(config: ModelConfig, queries: Array, positions: Array) -> Array:
+    """Queries times `1 + beta ln(1 + floor(p / original length))`, for longer texts than seen in pretraining (Llama 4).
+
+    Args:
+      config: `beta` is its `llama_4_scaling_beta`; of most models it is 0, and the queries stay as they are.
+      queries: [B, K, G, T, D].
+      positions: int32 [B, T].
+    """
+    if config.llama_4_scaling_beta == 0:
+        return queries
+    original = _original_length(dict(config.rope_parameters), config)
+    times = jnp.floor(jnp.maximum(positions, 0).astype(jnp.float32) / original)
+    growth = 1 + config.llama_4_scaling_beta * jnp.log1p(times)
+    return queries * growth[:, None, None, :, None].astype(queries.dtype)
+
+
 def _original_length(settings: dict, config: ModelConfig) -> int:
     return settings.get("original_max_position_embeddings") or config.max_position_embeddings
 

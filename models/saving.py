@@ -101,8 +101,8 @@ def _write_weights(
 
     def part(name: str) -> np.ndarray:
         whole = params[tensors[name].parameter]
-        one = whole if tensors[name].layer is None else whole[tensors[name].layer]
-        return np.ascontiguousarray(to_checkpoint(tensors[name].parameter, np.asarray(one)))
+        one = np.asarray(whole[tensors[name].place])
+        return np.ascontiguousarray(to_checkpoint(tensors[name].parameter, one))
 
     def array(name: str) -> np.ndarray:
         parts = [part(one) for one in stored[name]]

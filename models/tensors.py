@@ -36,16 +36,27 @@ TENSORS = {
     "layers.gate_projection": ("model.layers.{}.mlp.gate_proj.weight", "f m -> m f"),
     "layers.up_projection": ("model.layers.{}.mlp.up_proj.weight", "f m -> m f"),
     "layers.down_projection": ("model.layers.{}.mlp.down_proj.weight", "m f -> f m"),
+    "layers.router": ("model.layers.{}.mlp.gate.weight", "e m -> m e"),
+    "layers.expert_gate_projection": ("model.layers.{}.mlp.experts.{}.gate_proj.weight", "f m -> m f"),
+    "layers.expert_up_projection": ("model.layers.{}.mlp.experts.{}.up_proj.weight", "f m -> m f"),
+    "layers.expert_down_projection": ("model.layers.{}.mlp.experts.{}.down_proj.weight", "m f -> f m"),
     "layers.gate_bias": ("model.layers.{}.mlp.gate_proj.bias", "f -> f"),
     "layers.up_bias": ("model.layers.{}.mlp.up_proj.bias", "f -> f"),
     "layers.down_bias": ("model.layers.{}.mlp.down_proj.bias", "m -> m"),
 }
-"""Parameter: its Hugging Face name, with a place for the layer's number, and the change of axes when loading."""
+"""Parameter: its Hugging Face name, with places for the numbers of layer and expert, and the change of axes."""
 
 NORMS_AROUND = {"layers.post_attention_norm": "model.layers.{}.pre_feedforward_layernorm.weight"}
 """Where norms stand before and after, Llama's name is that of the one after attention."""
 
-RENAMED = {"gemma2": NORMS_AROUND, "gemma3_text": NORMS_AROUND}
+MIXTRAL = {
+    "layers.router": "model.layers.{}.block_sparse_moe.gate.weight",
+    "layers.expert_gate_projection": "model.layers.{}.block_sparse_moe.experts.{}.w1.weight",
+    "layers.expert_up_projection": "model.layers.{}.block_sparse_moe.experts.{}.w3.weight",
+    "layers.expert_down_projection": "model.layers.{}.block_sparse_moe.experts.{}.w2.weight",
+}
+
+RENAMED = {"gemma2": NORMS_AROUND, "gemma3_text": NORMS_AROUND, "mixtral": MIXTRAL}
 """Model type: parameters that have other names there."""
 
 FUSED = {
@@ -72,11 +83,14 @@ PREFIX = re.compile(r"(?:(?:module|language_model|model)\.)*")
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint: its `shape` there, the parameter it belongs to, its layer or None."""
+    """One tensor of a checkpoint: its `shape` there, the parameter it belongs to, its place in that.
+
+    The place is the numbers of layer and expert, as far as the parameter has such axes.
+    """
 
     shape: tuple[int, ...]
     parameter: str
-    layer: int | None
+    place: tuple[int, ...]
 
 
 @functools.cache
@@ -101,11 +115,11 @@ def checkpoint_tensors(model: Decoder) -> dict[str, Tensor]:
     tensors = {}
     for parameter, shape in parameter_shapes(model).items():
         name = RENAMED.get(model.config.model_type, {}).get(parameter, TENSORS[parameter][0])
-        stacked = "{}" in name
-        one = jax.ShapeDtypeStruct(shape[1:] if stacked else shape, np.float32)
+        stacked = name.count("{}")
+        one = jax.ShapeDtypeStruct(shape[stacked:], np.float32)
         found = jax.eval_shape(lambda x, parameter=parameter: to_checkpoint(parameter, x), one).shape
-        for layer in range(shape[0]) if stacked else [None]:
-            tensors[name.format(layer)] = Tensor(found, parameter, layer)
+        for place in np.ndindex(shape[:stacked]):
+            tensors[name.format(*place)] = Tensor(found, parameter, place)
     return tensors
 
 

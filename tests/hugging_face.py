@@ -54,6 +54,30 @@ ARCHITECTURES = {
 }
 """One configuration per architecture and option."""
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.2, 2.0, 4.0, 9.0],
+    "original_max_position_embeddings": 16,
+}
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 500.0},
+    "linear": {"rope_type": "linear", "rope_theta": 2000.0, "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 2000.0, "factor": 2.0},
+    "llama3": {"rope_type": "llama3", "rope_theta": 10000.0} | LLAMA3,
+    "yarn": {"rope_type": "yarn", "rope_theta": 2000.0} | YARN,
+    "yarn, mscale": {"rope_type": "yarn", "rope_theta": 2000.0, "mscale": 0.7, "mscale_all_dim": 0.2} | YARN,
+    "yarn, attention factor": {"rope_type": "yarn", "rope_theta": 2000.0, "attention_factor": 1.3} | YARN,
+    "yarn, betas": {"rope_type": "yarn", "rope_theta": 99.0, "beta_fast": 2, "beta_slow": 0.5, "truncate": False}
+    | YARN,
+    "longrope": {"rope_type": "longrope", "rope_theta": 2000.0} | LONGROPE,
+    "longrope, factor": {"rope_type": "longrope", "rope_theta": 2000.0, "factor": 3.0} | LONGROPE,
+    "longrope, attention factor": {"rope_type": "longrope", "rope_theta": 2000.0, "attention_factor": 0.8} | LONGROPE,
+}
+"""`rope_parameters` of every scaling."""
+
 GEMMA2 = BASE | {
     "model_type": "gemma2",
     "num_hidden_layers": 4,
@@ -93,6 +117,19 @@ MINISTRAL = BASE | {
     "sliding_window": 6,
     "layer_types": ["full_attention", "sliding_attention", "full_attention"],
 }
+MINISTRAL3 = BASE | {
+    "model_type": "ministral3",
+    "head_dim": 12,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 2000.0, "llama_4_scaling_beta": 0.3} | YARN,
+}
+MIXTRAL = BASE | {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2}
+QWEN3_MOE = BASE | {
+    "model_type": "qwen3_moe",
+    "head_dim": 12,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+}
 
 FAMILIES = {
     "gemma 2": GEMMA2,
@@ -111,33 +148,14 @@ FAMILIES = {
     "smollm3, interval and window": SMOLLM3
     | {"no_rope_layers": None, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
     "ministral": MINISTRAL,
+    "ministral 3": MINISTRAL3,
+    "mixtral": MIXTRAL,
+    "mixtral, window": MIXTRAL | {"sliding_window": 7},
+    "qwen3 moe": QWEN3_MOE,
+    "qwen3 moe, normed": QWEN3_MOE | {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 9},
     "falcon 3": LLAMA | {"head_dim": 16, "rope_theta": 1000042},
 }
 """One configuration per family that is a Llama but for some fields, and per option that is its own."""
-
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
-LONGROPE = {
-    "short_factor": [1.0, 1.1, 1.3, 1.6],
-    "long_factor": [1.2, 2.0, 4.0, 9.0],
-    "original_max_position_embeddings": 16,
-}
-
-ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 500.0},
-    "linear": {"rope_type": "linear", "rope_theta": 2000.0, "factor": 3.0},
-    "dynamic": {"rope_type": "dynamic", "rope_theta": 2000.0, "factor": 2.0},
-    "llama3": {"rope_type": "llama3", "rope_theta": 10000.0} | LLAMA3,
-    "yarn": {"rope_type": "yarn", "rope_theta": 2000.0} | YARN,
-    "yarn, mscale": {"rope_type": "yarn", "rope_theta": 2000.0, "mscale": 0.7, "mscale_all_dim": 0.2} | YARN,
-    "yarn, attention factor": {"rope_type": "yarn", "rope_theta": 2000.0, "attention_factor": 1.3} | YARN,
-    "yarn, betas": {"rope_type": "yarn", "rope_theta": 99.0, "beta_fast": 2, "beta_slow": 0.5, "truncate": False}
-    | YARN,
-    "longrope": {"rope_type": "longrope", "rope_theta": 2000.0} | LONGROPE,
-    "longrope, factor": {"rope_type": "longrope", "rope_theta": 2000.0, "factor": 3.0} | LONGROPE,
-    "longrope, attention factor": {"rope_type": "longrope", "rope_theta": 2000.0, "attention_factor": 0.8} | LONGROPE,
-}
-"""`rope_parameters` of every scaling."""
 
 
 def newer_spelling(config: dict, rope: dict) -> dict:
