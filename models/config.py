@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from restkv_jax.models.families import FAMILIES, text_part
+from restkv_jax.models.families import FAMILIES, prepare, text_part
 from restkv_jax.models.files import one_line, read_json
 from restkv_jax.models.ignored_options import warn_of_ignored, warn_of_partial_rotation
 from restkv_jax.models.rope_parameters import (
@@ -187,6 +187,7 @@ def read_config(source: Any) -> ModelConfig:
     family = FAMILIES[model_type]
     # transformers' own classes would divide by these sizes and make lists of that many entries
     _check_sizes(fields)
+    fields = prepare(fields)
     check_raw_rope(fields)
     hf = _hugging_face_config(model_type, fields)
     activation = getattr(hf, "hidden_activation", None) or getattr(hf, "hidden_act", None)

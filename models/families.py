@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,21 @@ SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that such a model may have instead of its language model."""
 
 
+def prepare(fields: Mapping) -> Fields:
+    """The fields as the config classes take them: early Phi-3 says `su` where transformers says `longrope`.
+
+    Raises:
+      ValueError: `no_rope_layers` of fewer layers than the model has.
+    """
+    kind, scaling, uses_rope = (fields.get(name) for name in ("model_type", "rope_scaling", "no_rope_layers"))
+    if kind == "phi3" and isinstance(scaling, Mapping) and scaling.get("type") == "su":
+        return dict(fields) | {"rope_scaling": dict(scaling) | {"type": "longrope"}}
+    layers = fields.get("num_hidden_layers", 0)
+    if kind == "smollm3" and isinstance(uses_rope, list) and len(uses_rope) < layers:
+        raise ValueError(f"no_rope_layers has {len(uses_rope)} entries for num_hidden_layers={layers}")
+    return dict(fields)
+
+
 def text_part(fields: Mapping) -> Fields:
     """The fields of the language model, where a configuration is that of a model that also sees images.
 
@@ -50,7 +66,7 @@ def text_part(fields: Mapping) -> Fields:
     if not isinstance(text, Mapping):
         raise ValueError(f"text_config={reprlib.repr(text)} of model_type={kind!r} must be an object")
     shared = {name: fields[name] for name in SHARED if fields.get(name) is not None}
-    return {"model_type": TEXT_PARTS[kind], "tie_word_embeddings": True, **text, **shared}
+    return {"model_type": TEXT_PARTS[kind], **text, "tie_word_embeddings": True, **shared}
 
 
 def _positive(name: str, value: Any) -> float:
@@ -83,7 +99,11 @@ def _write_gemma2(config: "ModelConfig") -> Fields:
 
 
 def _read_gemma3(hf: Any, rope: Fields) -> Fields:
-    """Attention has no soft cap here, whatever `attn_logit_softcapping` says, as in transformers."""
+    if hf.attn_logit_softcapping is not None:
+        warnings.warn(
+            f"attn_logit_softcapping={hf.attn_logit_softcapping} is ignored as in transformers: Gemma 3 has no such cap",
+            stacklevel=4,
+        )
     ropes = {
         kind: freeze_rope(hf.rope_parameters[kind], hf.max_position_embeddings) for kind in sorted(set(hf.layer_types))
     }
@@ -134,14 +154,8 @@ def _write_granite(config: "ModelConfig") -> Fields:
 
 
 def _read_smollm3(hf: Any, rope: Fields) -> Fields:
-    uses_rope = hf.no_rope_layers
-    if len(uses_rope) < hf.num_hidden_layers:
-        raise ValueError(
-            f"no_rope_layers has {len(uses_rope)} entries for num_hidden_layers={hf.num_hidden_layers}; expected one "
-            "per layer"
-        )
     settings = freeze_rope(rope, hf.max_position_embeddings)
-    return {"layer_ropes": tuple(settings if uses else None for uses in uses_rope[: hf.num_hidden_layers])}
+    return {"layer_ropes": tuple(settings if uses else None for uses in hf.no_rope_layers[: hf.num_hidden_layers])}
 
 
 def _write_smollm3(config: "ModelConfig") -> Fields:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from restkv_jax.models.decoder import Decoder, logits, read
 
@@ -157,6 +157,35 @@ FAMILIES = {
 }
 """One configuration per family that is a Llama but for some fields, and per option that is its own."""
 
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+GEMMA3_WITH_IMAGES = {
+    "model_type": "gemma3",
+    "text_config": GEMMA3,
+    "vision_config": VISION | {"model_type": "siglip_vision_model"},
+    "mm_tokens_per_image": 4,
+}
+MISTRAL3 = {
+    "model_type": "mistral3",
+    "text_config": MISTRAL,
+    "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8},
+    "tie_word_embeddings": False,
+}
+
+WITH_IMAGES = {
+    "gemma 3": GEMMA3_WITH_IMAGES,
+    "mistral 3": MISTRAL3,
+    "mistral 3, tied by default": {name: MISTRAL3[name] for name in ("model_type", "text_config", "vision_config")},
+    "mistral 3 of ministral 3": MISTRAL3 | {"text_config": MINISTRAL3},
+}
+"""Models that also see images, whose language model is read."""
+
 
 def newer_spelling(config: dict, rope: dict) -> dict:
     """The configuration with its RoPE settings in `rope_parameters`."""
@@ -171,7 +200,8 @@ def older_spelling(config: dict, rope: dict, type_key: str = "rope_type") -> dic
 
 def random_model(config: dict, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model with random weights, biases and norms, large enough for every part to matter."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager").eval()
+    auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(**config), attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

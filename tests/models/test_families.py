@@ -6,7 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hugging_face import FAMILIES, left_padded, our_logits, random_model, reference_logits, write_model
+from hugging_face import (
+    FAMILIES,
+    GEMMA2,
+    GRANITE,
+    LLAMA,
+    LONGROPE,
+    OLMO2,
+    PHI3,
+    QWEN3_MOE,
+    SMOLLM3,
+    WITH_IMAGES,
+    left_padded,
+    our_logits,
+    random_model,
+    reference_logits,
+    write_model,
+)
 from transformers import AutoModelForCausalLM
 
 import restkv_jax as rk
@@ -62,6 +78,72 @@ def test_what_is_saved_is_what_was_loaded(name, loaded, tmp_path):
     tokens, mask = left_padded(2, (20, 9))
     expected = reference_logits(reference, tokens, mask)
     np.testing.assert_allclose(reference_logits(theirs, tokens, mask)[mask], expected[mask], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_language_model_of_one_that_sees_images(name, tmp_path):
+    config = WITH_IMAGES[name]
+    reference = random_model(config)
+    model, params, _ = rk.load_model(write_model(tmp_path / "model", reference, config), jnp.float32)
+    assert model.config.model_type == config["text_config"]["model_type"]
+    assert model.config.tie_word_embeddings == reference.config.tie_word_embeddings
+    tokens, mask = left_padded(1, LENGTHS)
+    theirs = reference_logits(reference, tokens, mask)
+    np.testing.assert_allclose(our_logits(model, params, tokens, mask)[mask], theirs[mask], atol=1e-4, rtol=0)
+    rk.save_model(tmp_path / "saved", model, params)
+    assert rk.load_model(tmp_path / "saved", jnp.float32)[0] == model
+
+
+@pytest.mark.parametrize("spelled", ["longrope", "su"])
+def test_longrope_of_phi_4(spelled, tmp_path):
+    """Short factors up to the original length, which stands beside the settings; part of a head turns."""
+    factors = {name: LONGROPE[name][:3] for name in ("short_factor", "long_factor")}
+    config = PHI3 | {"rope_scaling": {"type": "longrope"} | factors, "partial_rotary_factor": 0.75}
+    config |= {"original_max_position_embeddings": 16, "rope_theta": 2000.0}
+    reference = random_model(config)
+    config |= {"rope_scaling": {"type": spelled} | factors}
+    model, params, _ = rk.load_model(write_model(tmp_path / "model", reference, config), jnp.float32)
+    for length in (12, 40):
+        tokens, mask = left_padded(1, (length,))
+        theirs = reference_logits(reference, tokens, mask)
+        np.testing.assert_allclose(our_logits(model, params, tokens, mask), theirs, atol=1e-4, rtol=0)
+    rk.save_model(tmp_path / "saved", model, params)
+    assert rk.load_model(tmp_path / "saved", jnp.float32)[0] == model
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
+    np.testing.assert_allclose(reference_logits(again, tokens, mask), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (GEMMA2 | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0 must be"),
+        (GEMMA2 | {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping=-1.0 must be"),
+        (GEMMA2 | {"final_logit_softcapping": 0.0}, "final_logit_softcapping=0.0 must be"),
+        (GEMMA2 | {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        (GRANITE | {"logits_scaling": 0}, "logits_scaling=0 must be"),
+        (GRANITE | {"residual_multiplier": float("nan")}, "residual_multiplier=nan must be"),
+        (SMOLLM3 | {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for num_hidden_layers=4"),
+        (PHI3 | {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 of head_dim=8 must"),
+        (PHI3 | {"partial_rotary_factor": -2}, "partial_rotary_factor=-2 "),
+        (OLMO2 | {"hidden_act": "relu"}, "hidden_act='relu' is not supported"),
+        (QWEN3_MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] are not supported"),
+        (QWEN3_MOE | {"num_experts_per_tok": 7}, "num_experts_per_tok=7 must be from 1 to num_experts=6"),
+        (QWEN3_MOE | {"num_experts": 10**12}, "num_experts=1000000000000 must be"),
+        ({"model_type": "gemma3", "text_config": None}, "text_config=None of model_type='gemma3' must be an object"),
+        ({"model_type": "mistral3", "text_config": LLAMA | {"model_type": "gpt2"}}, "model_type='gpt2' is not"),
+    ],
+)
+def test_what_no_model_has_is_refused_by_name(config, words):
+    with pytest.raises(ValueError, match=words):
+        rk.build_model(config)
+
+
+def test_fused_tensor_of_another_size_is_refused_by_name(tmp_path):
+    write_model(tmp_path, random_model(PHI3), PHI3 | {"intermediate_size": 40})
+    with pytest.raises(
+        ValueError, match=r"gate_up_proj.weight' has the wrong shape: found \(88, 32\), expected 80 rows"
+    ):
+        rk.load_model(tmp_path)
 
 
 def generate(model, params, tokens, mask, **options):
