@@ -286,7 +286,12 @@ def read(
 
     Returns:
       the residual stream before the final norm, [B, T, M], for `logits`; and the state.
+
+    Raises:
+      ValueError: groups of a model of another shape.
     """
+    if model.sharing is not None:
+        model.sharing.groups.check_model(model.config)
     if positions is None:
         positions = positions_of(mask if mask is not None else jnp.ones(tokens.shape, bool))
     arguments: Any = positions, hooks, state, chunk_size, checkpoint
