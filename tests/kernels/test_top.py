@@ -1,5 +1,6 @@
 """Choosing by counts equals choosing by a stable sort."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ SPECIAL = [-np.inf, np.inf, -1.0, -0.0, 0.0, 1e-40, 1.0, 3.5, -2e30, 2e30]
 VALUES = st.one_of(st.sampled_from(SPECIAL), st.floats(-2, 2, width=32).map(lambda x: round(x, 1)))
 
 
+marked = jax.jit(top_mask, static_argnums=(1, 2))
+
+
 def by_sort(values, count, num_axes):
     flat = values.reshape(*values.shape[: values.ndim - num_axes], -1)
     order = np.argsort(-flat, axis=-1, kind="stable")
@@ -23,12 +27,12 @@ def by_sort(values, count, num_axes):
 @settings(deadline=None, max_examples=60)
 @given(
     num_axes=st.integers(1, 3),
-    count=st.integers(1, 70),
+    count=st.sampled_from([1, 7, 61]),
     values=arrays.arrays(np.float32, (2, 3, 4, 5), elements=VALUES.map(np.float32)),
 )
 def test_marks_what_a_stable_sort_puts_first(num_axes, count, values):
     values = values + np.float32(0)  # -0 and 0 are equals for both
-    np.testing.assert_array_equal(top_mask(jnp.asarray(values), count, num_axes), by_sort(values, count, num_axes))
+    np.testing.assert_array_equal(marked(jnp.asarray(values), count, num_axes), by_sort(values, count, num_axes))
 
 
 @pytest.mark.parametrize("count", [1, 3, 6, 9])
