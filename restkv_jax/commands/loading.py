@@ -1,36 +1,59 @@
-"""Checkpoints for the command line: what cannot be loaded is a line that names the option."""
+"""The prompt of a command, and the model that reads it."""
 
-from typing import Any
+import sys
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
-from restkv_jax.commands.options import UsageError
-from restkv_jax.models import Decoder, load_model
+from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error
+from restkv_jax.evaluate.loading import Loaded, load_checkpoint
 
 
-def load_checkpoint(
-    model: str | None, dtype: str, option: str = "--model", without_tokenizer: bool = False
-) -> tuple[Decoder, Any, Any]:
-    """`load_model` for an option and `--dtype`; "auto" is bfloat16, but float32 on a CPU, slow with bfloat16.
+class LoadedPrompt(NamedTuple):
+    """A model with its parameters and tokenizer, a prompt, and the prompt's tokens, int32 [1, T]."""
 
-    Args:
-      model: directory or id; None is the model that comes with the package.
-      dtype: name of a dtype, or "auto".
-      option: what names the model, for messages.
-      without_tokenizer: whether a model without a tokenizer will do.
+    loaded: Loaded
+    text: str
+    tokens: np.ndarray
+
+
+def load_prompt(options: PromptOptions) -> LoadedPrompt:
+    """Reads the prompt, loads the model and encodes the one for the other.
 
     Raises:
-      UsageError: a model that cannot be loaded, or one without a tokenizer.
+      UsageError: a prompt or a model that cannot be read, or a prompt without tokens.
     """
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    text = read_prompt(options)
+    with as_usage_error("--model: "):
+        loaded = load_checkpoint(options.model, options.dtype)
+    ids = loaded.tokenizer(text)["input_ids"]
+    if not ids:
+        raise UsageError("the prompt is empty: the tokenizer makes no token of it")
+    return LoadedPrompt(loaded, text, np.asarray([ids], np.int32))
+
+
+def read_prompt(options: PromptOptions) -> str:
+    """The prompt from the argument, the file or standard input.
+
+    Raises:
+      UsageError: no prompt, two of them, an empty one, or one that is not text.
+    """
+    if options.prompt is not None and options.file is not None:
+        raise UsageError(f"PROMPT and --file {str(options.file)!r} are both given; leave one out")
+    source = "PROMPT" if options.file is None else f"--file {str(options.file)!r}"
     try:
-        loaded, params, tokenizer = load_model(model, jnp.dtype(dtype))
-    except (OSError, ValueError, KeyError) as error:
-        name = "" if model is None else f" {model!r}"
-        reason = str(error).removeprefix(f"path_or_id={model!r} ")
-        raise UsageError(f"{option}{name} cannot be loaded: {reason}") from error
-    if tokenizer is None and not without_tokenizer:
-        raise UsageError(f"{option} {model!r} has no tokenizer; add its tokenizer.json to the directory")
-    return loaded, params, tokenizer
+        if options.prompt is not None:
+            prompt = options.prompt
+        elif options.file is not None:
+            prompt = options.file.read_text(encoding="utf-8")
+        elif sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("no PROMPT; give it as an argument, with --file PATH, or on standard input")
+        else:
+            source, prompt = "standard input", sys.stdin.read()
+        # bytes that are not text come as lone surrogates from arguments and standard input
+        prompt.encode("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{source} cannot be read as text ({error}); give text in UTF-8") from error
+    if not prompt.strip():
+        raise UsageError(f"{source} is empty; give a prompt with some text")
+    return prompt

@@ -4,7 +4,8 @@ from matplotlib.figure import Figure
 
 from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.grid import Grid, parse_method, policies
-from restkv_jax.evaluate.sweep import Loaded, places, prompts_of
+from restkv_jax.evaluate.loading import Loaded
+from restkv_jax.evaluate.sweep import places, prompts_of
 from restkv_jax.generation.reading import prefill_each
 from restkv_jax.plot import plot_kept, token_span
 

@@ -7,9 +7,10 @@ import numpy as np
 
 from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.grid import Grid, is_file, policies
+from restkv_jax.evaluate.loading import Loaded
 from restkv_jax.evaluate.reconstruction import reconstruction_errors
 from restkv_jax.evaluate.results import LayerErrors
-from restkv_jax.evaluate.sweep import Loaded, Prompts, Work, places, prompts_of
+from restkv_jax.evaluate.sweep import Prompts, Work, places, prompts_of
 from restkv_jax.generation.reading import bucket_length
 
 

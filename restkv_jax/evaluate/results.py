@@ -10,9 +10,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from restkv_jax.commands.options import UsageError
 from restkv_jax.evaluate.accuracy import is_exact, match_share
-from restkv_jax.evaluate.grid import Entry, Grid, entries, from_mapping, grid_places, is_file
+from restkv_jax.evaluate.grid import Entry, Grid, entries, grid_places, is_file
 
 SWEEP = "sweep.json"
 COSTS = "costs.json"
@@ -113,7 +112,7 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
       weights: the checksum of the model's parameters.
 
     Raises:
-      UsageError: the directory holds a sweep of another grid or model; says what differs.
+      ValueError: the directory holds a sweep of another grid or model; says what differs.
     """
     directory.mkdir(parents=True, exist_ok=True)
     files = {task: _digest(pathlib.Path(task)) for task in grid.tasks if is_file(task)}
@@ -131,7 +130,7 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
         f"{name} {theirs.get(name)} there, {ours[name]} here" for name in ours if ours[name] != theirs.get(name)
     ]
     if different:
-        raise UsageError(
+        raise ValueError(
             f"{str(directory)!r} holds results of another sweep ({'; '.join(different)}); give another --output, or "
             "the same grid to go on"
         )
@@ -142,7 +141,7 @@ def _read_sweep(path: pathlib.Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
         return {"grid": dict(values["grid"]), "weights": values["weights"], "files": values.get("files", {})}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{str(path)!r} does not describe a sweep ({error!r}); give the directory of one") from error
+        raise ValueError(f"{str(path)!r} does not describe a sweep ({error!r}); give the directory of one") from error
 
 
 def _replace_text(path: pathlib.Path, text: str) -> None:
@@ -188,7 +187,7 @@ def read_lines(directory: pathlib.Path) -> dict[Item, Line]:
     """The results of all processes; an unfinished last line of a file counts as none.
 
     Raises:
-      UsageError: another line that cannot be read, with its place.
+      ValueError: another line that cannot be read, with its place.
     """
     found = {}
     for path in sorted(directory.glob("results-*.jsonl")):
@@ -199,7 +198,7 @@ def read_lines(directory: pathlib.Path) -> dict[Item, Line]:
                 item = Item(*(values[name] for name in Item._fields))
                 found[item] = Line(item, values["prompt_tokens"], tuple(values["answers"]), dict(values["said"]))
             except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"line {number} of {str(path)!r} is broken ({error!r}); remove it") from error
+                raise ValueError(f"line {number} of {str(path)!r} is broken ({error!r}); remove it") from error
     return found
 
 
@@ -207,10 +206,13 @@ def read_results(directory: pathlib.Path) -> Results:
     """Everything that a sweep has found so far.
 
     Raises:
-      UsageError: no sweep, or broken lines.
+      ValueError: no sweep, or broken lines.
     """
     values = _read_sweep(directory / SWEEP)["grid"]
-    grid = Grid(**from_mapping(values, str(directory / SWEEP)))
+    try:
+        grid = Grid(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"{str(directory / SWEEP)!r} is of another version: {error}") from error
     cells = score_lines(grid, read_lines(directory).values())
     return Results(grid, cells, read_costs(directory), read_errors(directory))
 

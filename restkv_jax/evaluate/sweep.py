@@ -21,23 +21,15 @@ from jax.sharding import PartitionSpec as P
 
 from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.grid import Entry, Grid, grid_places, is_file, policies
+from restkv_jax.evaluate.loading import Loaded
 from restkv_jax.evaluate.results import Item, Line, append_line, drop_broken_line, read_lines, results_path
 from restkv_jax.evaluate.tasks import Prompt, make_prompts
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import generate_each
 from restkv_jax.generation.reading import bucket_length
-from restkv_jax.models import Decoder
 
 ANSWER_STEP = 16
 """Answers are generated up to a multiple of this many tokens, so that few programs serve all tasks."""
-
-
-class Loaded(NamedTuple):
-    """A model, its parameters and its tokenizer."""
-
-    model: Decoder
-    params: Any
-    tokenizer: Any
 
 
 class Work(NamedTuple):

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jinja2
 from matplotlib.figure import Figure
 
-from restkv_jax.commands.options import UsageError
 from restkv_jax.evaluate.grid import Grid, grid_places, is_file
 from restkv_jax.evaluate.report.descriptions import describe
 from restkv_jax.evaluate.report.plots import plot_accuracy, plot_costs, plot_needle_map
@@ -64,11 +63,11 @@ def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str
       the path of report.html.
 
     Raises:
-      UsageError: no sweep in the directory, or none of its prompts measured yet.
+      ValueError: no sweep in the directory, or none of its prompts measured yet.
     """
     results = read_results(directory)
     if not results.cells:
-        raise UsageError(f"{str(directory)!r} has no results yet; run `restkv evaluate` first")
+        raise ValueError(f"{str(directory)!r} has no results yet; run `restkv evaluate` first")
     estimates = estimate_all(collect(results))
     content = _content(results, estimates) | _draw(directory, results, estimates, kept)
     content |= {"title": title, "command": rerun_command(results.grid, directory)}

@@ -73,8 +73,7 @@ def _interval_of_equal_scores(
     samples: Sequence[np.ndarray], confidence: float, limits: tuple[float, float]
 ) -> Interval:
     mean = float(_mean_of_means(*samples))
-    z = float(scipy.stats.norm.ppf((1 + confidence) / 2))
-    different = wilson_interval(0, sum(sample.size for sample in samples), z)[1]
+    different = wilson_interval(0, sum(sample.size for sample in samples), confidence)[1]
     return Interval(*(mean + different * (limit - mean) for limit in limits))
 
 
