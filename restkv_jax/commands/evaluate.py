@@ -26,7 +26,7 @@ from rich.table import Table
 from restkv_jax.commands.options import FLAT, UsageError, as_usage_error, parse
 from restkv_jax.evaluate.costs import measure_costs
 from restkv_jax.evaluate.example import plot_example
-from restkv_jax.evaluate.grid import Entry, Grid, check_grid
+from restkv_jax.evaluate.grid import CacheConfig, Grid, check_grid
 from restkv_jax.evaluate.layer_errors import measure_layer_errors
 from restkv_jax.evaluate.loading import Loaded, load_checkpoint
 from restkv_jax.evaluate.report.page import write_report
@@ -40,7 +40,7 @@ from restkv_jax.evaluate.results import (
     write_costs,
     write_errors,
 )
-from restkv_jax.evaluate.sweep import Work, run_sweep
+from restkv_jax.evaluate.sweep import RunSettings, run_sweep
 from restkv_jax.models.checksum import checksum
 
 COLUMNS = (
@@ -58,7 +58,7 @@ COLUMNS = (
 class EvaluateOptions:
     """Measures how well a model answers on small caches: tasks x methods x budgets x lengths in one sweep.
 
-    The same command goes on where one that was killed stopped. Several processes share the work.
+    The same command goes on where one that was killed stopped. Several processes share the settings.
 
     Args:
       output: directory of the results, made if there is none.
@@ -95,33 +95,33 @@ def run(args: Sequence[str]) -> None:
     """Runs a sweep, prints its table and writes its report.
 
     Raises:
-      UsageError: input that cannot work.
+      UsageError: input that cannot settings.
     """
     options, grid = parse_evaluate(args)
     with as_usage_error():
         check_grid(grid)
     _keep_programs(options.compilation_cache)
-    work = _join(options)
+    settings = _join(options)
     with as_usage_error():
         loaded = load_checkpoint(grid.model, grid.dtype)
         weights = checksum(loaded.params)
         try:
-            if work.process == 0:
+            if settings.process == 0:
                 open_sweep(options.output, grid, weights)
         finally:  # the others see for themselves what is wrong
-            _wait_for_all(work, "the sweep is opened")
+            _wait_for_all(settings, "the sweep is opened")
         open_sweep(options.output, grid, weights)
-        quiet = options.quiet or work.process > 0
+        quiet = options.quiet or settings.process > 0
         # a batch may take minutes, and the time left is estimated from several
         with Progress(*COLUMNS, console=Console(stderr=True), disable=quiet, speed_estimate_period=3600) as bar:
             shown = bar.add_task("", total=None)
             show = lambda done, total: bar.update(shown, completed=done, total=total)  # noqa: E731
-            run_sweep(loaded, grid, options.output, work, show)
-        _wait_for_all(work, "the sweep is done")
-        if work.process == 0:
+            run_sweep(loaded, grid, options.output, settings, show)
+        _wait_for_all(settings, "the sweep is done")
+        if settings.process == 0:
             _conclude(options, loaded, grid)
     # who leaves first ends the others
-    _wait_for_all(work, "the report is written")
+    _wait_for_all(settings, "the report is written")
 
 
 def _conclude(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> None:
@@ -135,17 +135,17 @@ def _conclude(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> None:
 
 
 def measure_once(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> None:
-    """Measures the entries' reconstruction errors and costs, unless they are there or not wanted."""
+    """Measures the configurations' reconstruction errors and costs, unless they are there or not wanted."""
 
     def show(name: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         return iter if options.quiet else functools.partial(track, description=name, console=Console(stderr=True))
 
     # on one device, and so on its share of a batch
-    work = Work(-(-options.batch_size // jax.local_device_count()), options.together)
+    settings = RunSettings(-(-options.batch_size // jax.local_device_count()), options.together)
     if options.errors and not read_errors(options.output):
-        write_errors(options.output, measure_layer_errors(loaded, grid, work, show("layer errors")))
+        write_errors(options.output, measure_layer_errors(loaded, grid, settings, show("layer errors")))
     if options.costs and read_costs(options.output) is None:
-        write_costs(options.output, measure_costs(loaded, grid, work, show("costs")))
+        write_costs(options.output, measure_costs(loaded, grid, settings, show("costs")))
 
 
 def parse_evaluate(args: Sequence[str]) -> tuple[EvaluateOptions, Grid]:
@@ -183,13 +183,13 @@ def _read_grid_file(app: cyclopts.App, commands: tuple[str, ...], arguments: cyc
 def score_tables(results: Results) -> list[Table]:
     """A table for each task and length: a line per method, a column per budget, mean scores in per cent."""
     columns, tables = [None, *results.grid.budgets], []
-    for place, by_entry in collect(results).items():
-        count = max(map(len, by_entry.values()))
-        title = f"{place.task}, {place.length:,} tokens, {count} prompts"
+    for scenario, by_config in collect(results).items():
+        count = max(map(len, by_config.values()))
+        title = f"{scenario.task}, {scenario.length:,} tokens, {count} prompts"
         table = Table("method", *(budget or "" for budget in columns), title=title)
-        means = {entry: f"{100 * np.mean(list(scores.values())):.1f}" for entry, scores in by_entry.items()}
+        means = {config: f"{100 * np.mean(list(scores.values())):.1f}" for config, scores in by_config.items()}
         for method in results.grid.methods:
-            table.add_row(method, *(means.get(Entry(method, budget), "") for budget in columns))
+            table.add_row(method, *(means.get(CacheConfig(method, budget), "") for budget in columns))
         tables.append(table)
     return tables
 
@@ -200,19 +200,19 @@ def _keep_programs(directory: str) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
 
 
-def _join(options: EvaluateOptions) -> Work:
+def _join(options: EvaluateOptions) -> RunSettings:
     """Joins the other processes, if there are any."""
-    work = Work(options.batch_size, options.together)
+    settings = RunSettings(options.batch_size, options.together)
     for name in ("batch_size", "together"):
-        if getattr(work, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(work, name)} must be at least 1")
+        if getattr(settings, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least 1")
     if not options.distributed:
-        return work
+        return settings
     with as_usage_error("--distributed: "):
         jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
-    return work._replace(process=jax.process_index(), num_processes=jax.process_count())
+    return settings._replace(process=jax.process_index(), num_processes=jax.process_count())
 
 
-def _wait_for_all(work: Work, name: str) -> None:
-    if work.num_processes > 1:
+def _wait_for_all(settings: RunSettings, name: str) -> None:
+    if settings.num_processes > 1:
         multihost_utils.sync_global_devices(name)

@@ -85,12 +85,13 @@ def parse_generate(args: Sequence[str]) -> tuple[GenerateOptions, dict[str, Any]
     method = first.parse_known_args(list(itertools.takewhile(lambda arg: arg != "--", args)))[0].method or ""
     with as_usage_error():
         method_class = _options_of(method)
-    group = Parameter(name="*", group=Group(f"Method {method}", help=_first_line(find_preset(method))))
+    group = Group(f"Method {method}", help=_first_line(find_preset(method)))
+    shown = Parameter(name="*", group=group, parse=None if dataclasses.fields(method_class) else False)
 
     def command(
         options: Annotated[GenerateOptions, FLAT] = GenerateOptions(),
         *,
-        method_options: Annotated[method_class, group] = method_class(),  # noqa: B008
+        method_options: Annotated[method_class, shown] = method_class(),  # noqa: B008
     ) -> tuple[GenerateOptions, dict[str, Any]]:
         parameters = inspect.signature(find_preset(method)).parameters
         return options, {name: getattr(method_options, _option_name(method, name)) for name in parameters}

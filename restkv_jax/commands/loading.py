@@ -24,7 +24,7 @@ def load_prompt(options: PromptOptions) -> LoadedPrompt:
       UsageError: a prompt or a model that cannot be read, or a prompt without tokens.
     """
     text = read_prompt(options)
-    with as_usage_error("--model: "):
+    with as_usage_error():
         loaded = load_checkpoint(options.model, options.dtype)
     ids = loaded.tokenizer(text)["input_ids"]
     if not ids:

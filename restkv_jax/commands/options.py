@@ -88,7 +88,7 @@ def parse(
         raise UsageError(f"{str(error).rstrip('.')}; see `{program} --help`") from error
     if chosen is not command:
         chosen(*bound.args, **bound.kwargs)
-        sys.exit()
+        sys.exit(0)
     return command(*bound.args, **bound.kwargs)
 
 

@@ -48,7 +48,7 @@ class Method(NamedTuple):
     options: dict[str, Any]
 
 
-class Entry(NamedTuple):
+class CacheConfig(NamedTuple):
     """One column of a sweep: the method and the budget as the grid has them; None for the full cache."""
 
     method: str
@@ -83,8 +83,8 @@ def check_grid(grid: Grid) -> None:
     for depth in grid.depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"depth {depth} must be between 0, the beginning of the prompt, and 1, its end")
-    entries(grid)
-    for length in grid.lengths if grid_places(grid) else ():
+    cache_configs(grid)
+    for length in grid.lengths if conditions(grid) else ():
         if length < 1:
             raise ValueError(f"length {length} must be at least 1 token")
         for budget in grid.budgets:
@@ -98,7 +98,7 @@ def is_file(task: str) -> bool:
     return task.endswith(".jsonl")
 
 
-def grid_places(grid: Grid) -> list[tuple[str, int, float | None]]:
+def conditions(grid: Grid) -> list[tuple[str, int, float | None]]:
     """Task, length and depth of the prompts that are made; tasks that ask for more than a needle have no depth."""
     found = []
     for task in grid.tasks:
@@ -108,18 +108,18 @@ def grid_places(grid: Grid) -> list[tuple[str, int, float | None]]:
     return found
 
 
-def entries(grid: Grid) -> list[Entry]:
+def cache_configs(grid: Grid) -> list[CacheConfig]:
     """The columns of a sweep, in the grid's order."""
     found = []
     for text in grid.methods:
         budgets = grid.budgets if takes_budget(parse_method(text).name) else (None,)
-        found += [Entry(text, budget) for budget in budgets]
+        found += [CacheConfig(text, budget) for budget in budgets]
     if len(set(found)) < len(found):
         raise ValueError("methods or budgets are given twice; leave one out")
     return found
 
 
-def policies(grid: Grid, length: int) -> dict[Entry, EvictionPolicy]:
+def policies(grid: Grid, length: int) -> dict[CacheConfig, EvictionPolicy]:
     """The policies of a sweep for prompts of `length` tokens.
 
     A window that the method has by default shrinks to half of a small budget.
@@ -127,24 +127,24 @@ def policies(grid: Grid, length: int) -> dict[Entry, EvictionPolicy]:
     Raises:
       ValueError: options or budgets that a method refuses.
     """
-    return {entry: policy_of(entry, length) for entry in entries(grid)}
+    return {config: policy_of(config, length) for config in cache_configs(grid)}
 
 
-def policy_of(entry: Entry, length: int) -> EvictionPolicy:
+def policy_of(config: CacheConfig, length: int) -> EvictionPolicy:
     """The policy of one column for prompts of `length` tokens."""
-    method, options = parse_method(entry.method)
+    method, options = parse_method(config.method)
     try:
-        if entry.budget is not None:
+        if config.budget is not None:
             window = inspect.signature(find_preset(method)).parameters.get("window")
             shrunk = (
                 {}
                 if window is None
-                else {"window": max(1, min(window.default, budget_slots(entry.budget, length) // 2))}
+                else {"window": max(1, min(window.default, budget_slots(config.budget, length) // 2))}
             )
-            options = shrunk | options | {"budget": entry.budget}
+            options = shrunk | options | {"budget": config.budget}
         return make_policy(method, options, length)
     except ValueError as error:
-        raise ValueError(f"method {entry.label!r} at {length:,} tokens: {error}") from error
+        raise ValueError(f"method {config.label!r} at {length:,} tokens: {error}") from error
 
 
 def parse_method(text: str) -> Method:

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import jinja2
 from matplotlib.figure import Figure
 
-from restkv_jax.evaluate.grid import Grid, grid_places, is_file
+from restkv_jax.evaluate.grid import Grid, conditions, is_file
 from restkv_jax.evaluate.report.descriptions import describe
 from restkv_jax.evaluate.report.plots import plot_accuracy, plot_costs, plot_needle_map
 from restkv_jax.evaluate.report.summary import (
     SIGNIFICANT,
     Estimates,
-    base_entries,
+    base_configs,
     collect,
     count_prompts,
     depth_cells,
     estimate_all,
     rank_overall,
-    variant_entries,
+    variant_configs,
 )
 from restkv_jax.evaluate.report.tables import (
     FROM_BEST,
@@ -100,9 +100,9 @@ def missing_prompts(results: Results) -> list[str]:
     counts = count_prompts(results)
     expected: dict[tuple[str, int], int] = {}
     found: dict[tuple[str, int], int] = {}
-    for place in grid_places(results.grid):
-        expected[place[:2]] = expected.get(place[:2], 0) + results.grid.prompts
-        found[place[:2]] = found.get(place[:2], 0) + counts.get(place, 0)
+    for condition in conditions(results.grid):
+        expected[condition[:2]] = expected.get(condition[:2], 0) + results.grid.prompts
+        found[condition[:2]] = found.get(condition[:2], 0) + counts.get(condition, 0)
     missing = [
         f"{task} at {length:,} tokens: {found[task, length]:,} of {number:,} prompts"
         for (task, length), number in expected.items()
@@ -125,7 +125,7 @@ def escape_markdown(text: Any) -> str:
 def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
     """What both templates fill in, apart from the pictures."""
     grid = results.grid
-    scores, columns = collect(results), base_entries(grid)
+    scores, columns = collect(results), base_configs(grid)
     rankings = {
         "Share of the answers said": rank_overall(scores, columns),
         "Prompts answered exactly: all answers and nothing else": rank_overall(collect(results, "exact"), columns),
@@ -134,7 +134,7 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
         "grid": grid,
         "tasks": {task: describe(task) for task in grid.tasks},
         "missing": missing_prompts(results),
-        "has_full": any(entry.budget is None for by_entry in scores.values() for entry in by_entry),
+        "has_full": any(config.budget is None for by_config in scores.values() for config in by_config),
         "has_percentages": any(budget.endswith("%") for budget in grid.budgets),
         "has_slots": any(not budget.endswith("%") for budget in grid.budgets),
         "from_full": FROM_FULL,
@@ -143,7 +143,7 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
         "findings": findings(grid, next(iter(rankings.values()))),
         "score_tables": score_tables(grid, scores, estimates),
         "rankings": [ranking_table(grid, ranking, name) for name, ranking in rankings.items() if ranking],
-        "variant_tables": variant_tables(grid, scores) if variant_entries(grid) else [],
+        "variant_tables": variant_tables(grid, scores) if variant_configs(grid) else [],
         "error_tables": error_tables(grid, results.errors),
         "cost_tables": cost_tables(grid, results.costs) if results.costs else [],
         "rate_table": rate_table(results.costs) if results.costs else None,
