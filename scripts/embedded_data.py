@@ -100,10 +100,10 @@ def make_batch(stage: Stage, vocabulary: Vocabulary, rng: np.random.Generator) -
 
 
 def _pack(stage: Stage, vocabulary: Vocabulary, rows: list[list[Segment]], rng: np.random.Generator) -> Batch:
-    shape, wanted, looked = (stage.batch, stage.length), (stage.batch, stage.targets), stage.length // 4
+    shape, target_shape, looked = (stage.batch, stage.length), (stage.batch, stage.targets), stage.length // 4
     tokens = np.full(shape, vocabulary.pad, np.int32)
     positions, log_copies = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    index, target, answer = (np.full(wanted, fill, np.int32) for fill in (0, 0, -1))
+    index, target, answer = (np.full(target_shape, fill, np.int32) for fill in (0, 0, -1))
     look_from = np.full((len(ROLES), stage.batch, looked), -1, np.int32)
     look_to = np.full((*look_from.shape, MOST_TARGETS), -1, np.int32)
     for b, row in enumerate(rows):

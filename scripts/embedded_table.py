@@ -6,8 +6,7 @@ and nothing else.
 
 import pathlib
 
-import tyro
-
+from restkv_jax.commands.options import parse
 from restkv_jax.evaluate.accuracy import wilson_interval
 from restkv_jax.evaluate.grid import CacheConfig, parse_method
 from restkv_jax.evaluate.results import read_results
@@ -41,7 +40,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
         print(f"| {' | '.join(row)} |")
 
 
-def main(directories: tyro.conf.Positional[tuple[pathlib.Path, ...]]) -> None:
+def main(directories: tuple[pathlib.Path, ...]) -> None:
     """Prints the full cache by length, then every length's methods by budget.
 
     Args:
@@ -76,4 +75,4 @@ def main(directories: tyro.conf.Positional[tuple[pathlib.Path, ...]]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    parse(main)

@@ -28,7 +28,6 @@ from restkv_jax.evaluate.costs import measure_costs
 from restkv_jax.evaluate.example import plot_example
 from restkv_jax.evaluate.grid import CacheConfig, Grid, check_grid
 from restkv_jax.evaluate.layer_errors import measure_layer_errors
-from restkv_jax.evaluate.loading import Loaded, load_checkpoint
 from restkv_jax.evaluate.report.page import write_report
 from restkv_jax.evaluate.report.summary import collect
 from restkv_jax.evaluate.results import (
@@ -41,6 +40,7 @@ from restkv_jax.evaluate.results import (
     write_errors,
 )
 from restkv_jax.evaluate.sweep import RunSettings, run_sweep
+from restkv_jax.loading import Loaded, load_checkpoint
 from restkv_jax.models.checksum import checksum
 
 COLUMNS = (

@@ -16,8 +16,8 @@ from transformers import TextStreamer
 
 from restkv_jax.caches.dense import cache_bytes
 from restkv_jax.caches.paged import PagedCache
-from restkv_jax.commands.loading import LoadedPrompt, load_prompt
 from restkv_jax.commands.options import FLAT, LONG_PROMPT, PromptOptions, UsageError, as_usage_error, parse
+from restkv_jax.commands.prompts import LoadedPrompt, load_prompt
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import find_preset, make_policy

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import cyclopts
 
-from restkv_jax.evaluate.loading import DType
 from restkv_jax.eviction.presets import suggest
+from restkv_jax.loading import DType
 
 Parsed = TypeVar("Parsed")
 
@@ -57,13 +57,17 @@ class PromptOptions:
 
 
 def parse(
-    command: Callable[..., Parsed], args: Sequence[str], program: str, owner: str = "", config: Any = None
+    command: Callable[..., Parsed],
+    args: Sequence[str] | None = None,
+    program: str = sys.argv[0],
+    owner: str = "",
+    config: Any = None,
 ) -> Parsed:
     """Calls a function or dataclass with the options that it has, or prints their help and exits.
 
     Args:
       command: what is called.
-      args: after the program's name.
+      args: after the program's name; those of the process by default.
       program: the command, for help and messages.
       owner: what an unknown option is not an option of, for the message.
       config: gives options that are not among `args`; see `cyclopts.App`.
@@ -71,12 +75,14 @@ def parse(
     Raises:
       UsageError: an unknown option, or a value of the wrong kind.
     """
-    defaults = cyclopts.Parameter(consume_multiple=True, negative_iterable=(), converter=_convert)
+    defaults = cyclopts.Parameter(consume_multiple=True, negative_iterable=(), allow_repeating=True, converter=_convert)
     app = cyclopts.App(name=program, default_parameter=defaults, version_flags=(), config=config)
     app["--help"].group = "Parameters"
     app.default(command)
     try:
-        chosen, bound, _ = app.parse_args(list(args), exit_on_error=False, print_error=False)
+        chosen, bound, _ = app.parse_args(
+            sys.argv[1:] if args is None else list(args), exit_on_error=False, print_error=False
+        )
     except cyclopts.UnknownOptionError as error:
         source = "" if error.token.source == "cli" else f"{error.token.source}: "
         name = (error.token.keyword or error.token.value).strip("[]")
@@ -95,5 +101,6 @@ def parse(
 def _convert(hint: Any, tokens: Sequence[cyclopts.Token]) -> Any:
     """As cyclopts does, which would round 2.5 to an integer."""
     if hint in (int, int | None, tuple[int, ...]) and any("." in token.value for token in tokens):
-        raise ValueError(f"{tokens[-1].value!r} is not an integer")
+        source = f" from {tokens[-1].source}" * (tokens[-1].source != "cli")
+        raise ValueError(f"{tokens[-1].value!r}{source} is not an integer")
     return cyclopts.convert(hint, tokens)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from matplotlib.backend_bases import FigureCanvasBase
 
-from restkv_jax.commands.loading import load_prompt
 from restkv_jax.commands.options import LONG_PROMPT, PromptOptions, UsageError, as_usage_error, parse
+from restkv_jax.commands.prompts import load_prompt
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import make_policy, takes_budget
 from restkv_jax.generation.reading import prefill

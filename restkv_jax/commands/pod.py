@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from restkv_jax.commands.options import FLAT, UsageError, as_usage_error, parse
-from restkv_jax.evaluate.loading import load_checkpoint
+from restkv_jax.loading import load_checkpoint
 from restkv_jax.models.key_groups import LayerGroups
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.models.shared_attention import Sharing

@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 from restkv_jax.caches.dense import cache_bytes
 from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.grid import CacheConfig, Grid, is_file, parse_method, policies
-from restkv_jax.evaluate.loading import Loaded
 from restkv_jax.evaluate.results import Cost, Costs, Rate
 from restkv_jax.evaluate.sweep import PromptSet, RunSettings, answer_batch, encode_prompts, prompt_sets
 from restkv_jax.eviction.methods import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import decode_step, generate
 from restkv_jax.generation.reading import cache_shapes, prefill, prefill_each
+from restkv_jax.loading import Loaded
 
 NEW_TOKENS = 16
 """Room for new tokens in the caches that are measured, and tokens that are timed."""
@@ -94,8 +94,8 @@ def _token_seconds(loaded: Loaded, by_structure: dict, tokens, mask, together: i
     for start in range(0, len(structures), together):
         group = structures[start : start + together]
         kept = tuple(by_structure[structure] for structure in group)
-        scores, caches = prefill_each(loaded.model, loaded.params, tokens, mask, kept, NEW_TOKENS)
-        token = scores.argmax(-1).astype(np.int32)
+        logits, caches = prefill_each(loaded.model, loaded.params, tokens, mask, kept, NEW_TOKENS)
+        token = logits.argmax(-1).astype(np.int32)
         for structure, policy, cache in zip(group, kept, caches, strict=True):
             found[structure] = _step_seconds(loaded, token, cache, policy)
     return found

@@ -6,10 +6,10 @@ import inspect
 import itertools
 from typing import Any, NamedTuple, get_args
 
-from restkv_jax.evaluate.loading import DType
 from restkv_jax.evaluate.tasks import TASKS
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import budget_slots, check_options, find_preset, make_policy, suggest, takes_budget
+from restkv_jax.loading import DType
 
 
 @dataclasses.dataclass(frozen=True)

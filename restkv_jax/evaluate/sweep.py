@@ -21,12 +21,12 @@ from jax.sharding import PartitionSpec as P
 
 from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.grid import CacheConfig, Grid, conditions, is_file, policies
-from restkv_jax.evaluate.loading import Loaded
 from restkv_jax.evaluate.results import PromptId, PromptResult, append_line, drop_broken_line, read_lines, results_path
 from restkv_jax.evaluate.tasks import Prompt, make_prompts
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import generate_each
 from restkv_jax.generation.reading import bucket_length
+from restkv_jax.loading import Loaded
 
 ANSWER_STEP = 16
 """Answers are generated up to a multiple of this many tokens, so that few programs serve all tasks."""

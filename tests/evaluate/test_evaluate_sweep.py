@@ -100,7 +100,7 @@ def test_own_prompts_are_bucketed_and_what_cannot_be_read_is_named(tmp_path, cap
     own.write_text("".join(json.dumps(value) + "\n" for value in values))
     missing, empty = str(tmp_path / "missing.jsonl"), tmp_path / "empty.jsonl"
     empty.write_text('{"prompt": "Who?", "answers": "nobody"}\n')
-    assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own), "--methods", "full") == 0
+    assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own)) == 0
     errors = capsys.readouterr().err
     assert f"task {missing!r} is left out" in errors
     assert f"task {str(empty)!r} is left out" in errors and '"answers", a list' in errors
@@ -109,7 +109,7 @@ def test_own_prompts_are_bucketed_and_what_cannot_be_read_is_named(tmp_path, cap
     for item, line in lines.items():
         assert line.prompt_tokens <= item.length == rk.bucket_length(line.prompt_tokens)
     own.write_text(own.read_text() + '{"prompt": "More?", "answers": ["no"]}\n')
-    assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own), "--methods", "full") == 2
+    assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own)) == 2
     assert "the files" in capsys.readouterr().err
 
 
@@ -172,7 +172,7 @@ def test_a_grid_comes_from_a_file_and_the_command_line_goes_before(tmp_path):
         ({"dtype": "bf16"}, "dtype 'bf16' is unknown; did you mean bfloat16"),
         ({"budgets": ("2000",)}, "budget 2000 is above the context of 1024 tokens"),
         ({"budgets": ("much",)}, "budget='much' is not a budget"),
-        ({"budgets": ("0.1%",)}, "at 1,024 tokens: budget=1"),
+        ({"budgets": ("0.1%",)}, "budget=0.1% of a prompt of 1,024 tokens is 1 slots: budget=1 must exceed"),
         ({"depths": (1.5,)}, "depth 1.5 must be between 0"),
         ({"prompts": 0}, "prompts=0 must be at least 1"),
         ({"lengths": ()}, "lengths is empty"),
@@ -190,7 +190,7 @@ def test_what_cannot_be_measured_is_refused_by_name(changes, message):
         ("task: [single]\n", "task is not an option; did you mean --tasks"),
         ("- single\n", "must be a mapping"),
         ("prompts: many\n", 'unable to convert "many" into int'),
-        ("prompts: 2.5\n", "'2.5' is not an integer"),
+        ("prompts: 2.5\n", "is not an integer"),
         ("depths: [deep]\n", 'unable to convert "deep" into float'),
         ("tasks: [", "cannot be read"),
     ],

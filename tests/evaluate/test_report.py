@@ -12,7 +12,6 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from restkv_jax.commands.main import main
-from restkv_jax.commands.options import UsageError
 from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs
 from restkv_jax.evaluate.report import write_report
 from restkv_jax.evaluate.report.page import missing_prompts, rerun_command
@@ -363,5 +362,5 @@ def test_directory_without_results_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "does not describe a sweep" in capsys.readouterr().err
     open_sweep(tmp_path, GRID, "checksum")
-    with pytest.raises(UsageError, match="has no results yet"):
+    with pytest.raises(ValueError, match="has no results yet"):
         write_report(tmp_path)

@@ -24,10 +24,10 @@ from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.harness.blocks import stream_blocks
 from restkv_jax.evaluate.harness.likelihood import score_continuation, score_text
 from restkv_jax.evaluate.harness.model_args import ModelArgs, parse_model_args, policy_for
-from restkv_jax.evaluate.loading import Loaded, load_checkpoint
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import check_sampling
 from restkv_jax.generation.reading import bucket_length
+from restkv_jax.loading import Loaded, load_checkpoint
 
 EMBEDDED = str(importlib.resources.files("restkv_jax") / "embedded")
 """The directory of the model that comes with the package, for tasks that load a tokenizer by `pretrained`."""
@@ -130,7 +130,7 @@ class RestKV(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids; unless told, with the tokenizer's special tokens where the text does not begin with them."""
+        """Token ids; by default with the tokenizer's special tokens where the text does not begin with them."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.bos_token)
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)

@@ -5,9 +5,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
-from restkv_jax.evaluate.loading import DType
 from restkv_jax.eviction.policy import EvictionPolicy, check_integer
 from restkv_jax.eviction.presets import budget_slots, check_options, find_preset, is_percentage, make_policy, suggest
+from restkv_jax.loading import DType
 
 FINENESS = 3
 """Bits of a percentage budget that count after the first: slots are rounded down by less than 1 in 2 ** FINENESS."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error
-from restkv_jax.evaluate.loading import Loaded, load_checkpoint
+from restkv_jax.loading import Loaded, load_checkpoint
 
 
 class LoadedPrompt(NamedTuple):
