@@ -12,7 +12,7 @@ from rich.table import Table
 
 import restkv_jax as rk
 from restkv_jax.commands.options import parse
-from restkv_jax.evaluate.tasks import Prompt, make_prompts
+from restkv_jax.evaluate import Prompt, make_prompts
 from restkv_jax.timing import CompilationClock
 
 

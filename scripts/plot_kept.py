@@ -7,7 +7,7 @@ import numpy as np
 
 import restkv_jax as rk
 from restkv_jax.commands.options import parse
-from restkv_jax.evaluate.tasks import make_prompts
+from restkv_jax.evaluate import make_prompts
 from restkv_jax.plot import plot_kept, token_span
 
 

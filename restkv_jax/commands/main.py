@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import types
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -84,7 +85,7 @@ def run_command(args: Sequence[str]) -> None:
         raise UsageError(f"{given}; known: {', '.join(COMMANDS)}; see `restkv --help`")
 
 
-def _import_command(name: str):
+def _import_command(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(f"restkv_jax.commands.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:

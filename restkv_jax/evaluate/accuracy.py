@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 
 from restkv_jax.evaluate.batching import pad_batch
-from restkv_jax.evaluate.tasks import Prompt
+from restkv_jax.evaluate.tasks.prompts import Prompt
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import generate_each
 from restkv_jax.generation.reading import bucket_length

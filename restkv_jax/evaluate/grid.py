@@ -6,7 +6,7 @@ import inspect
 import itertools
 from typing import Any, NamedTuple, get_args
 
-from restkv_jax.evaluate.tasks import TASKS
+from restkv_jax.evaluate.tasks.making import TASKS
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import budget_slots, check_options, find_preset, make_policy, suggest, takes_budget
 from restkv_jax.loading import DType

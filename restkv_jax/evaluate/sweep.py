@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.grid import CacheConfig, Grid, conditions, is_file, policies
 from restkv_jax.evaluate.results import PromptId, PromptResult, append_line, drop_broken_line, read_lines, results_path
-from restkv_jax.evaluate.tasks import Prompt, make_prompts
+from restkv_jax.evaluate.tasks.making import make_prompts
+from restkv_jax.evaluate.tasks.prompts import Prompt
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import generate_each
 from restkv_jax.generation.reading import bucket_length

@@ -12,7 +12,7 @@ import tiny
 
 import restkv_jax as rk
 from restkv_jax.commands.main import main
-from restkv_jax.timing import CompilationClock, union_length
+from restkv_jax.timing import CompilationClock
 
 PROMPT = "The sky is blue. One of the special magic numbers for quiet-fox is: 1234567. Here we go. " * 3
 TOKENS = len(PROMPT)
@@ -224,8 +224,3 @@ def assert_refused(capsys, args, message):
     assert (code, out) == (2, "")
     assert err.startswith("restkv: error: ") and err.count("\n") == 1
     assert message in err
-
-
-def test_intervals_that_overlap_count_once():
-    assert union_length([]) == 0
-    assert union_length([(0, 4), (1, 2), (3, 6), (8, 9)]) == 7

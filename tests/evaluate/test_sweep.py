@@ -19,11 +19,9 @@ pytest.importorskip("yaml")
 import jax.numpy as jnp
 
 import restkv_jax as rk
-from restkv_jax.commands.evaluate import parse_evaluate
 from restkv_jax.commands.main import main
-from restkv_jax.commands.options import UsageError
 from restkv_jax.evaluate import generate_texts, make_prompts
-from restkv_jax.evaluate.grid import Grid, cache_configs, check_grid, parse_method, policies
+from restkv_jax.evaluate.grid import Grid
 from restkv_jax.evaluate.results import read_lines, read_results
 from restkv_jax.evaluate.sweep import RunSettings, batches_of_process, encode_prompts, prompt_set_seed, prompt_sets
 
@@ -138,96 +136,6 @@ def test_processes_share_the_batches_without_rest():
     assert sorted(unit for part in shared for unit in part) == sorted(whole)
     assert sum(size for _, _, size in whole) == 23 * 2 * 3
     assert max(map(len, shared)) - min(map(len, shared)) <= 1
-
-
-def test_a_grid_comes_from_a_file_and_the_command_line_goes_before(tmp_path):
-    file = tmp_path / "grid.yaml"
-    file.write_text("tasks: [haystack]\nmethods: [full, restkv(temporal=mean)]\nbudgets: [2%, 64]\nprompts: 7\n")
-    options, grid = parse_evaluate(
-        ["--output", "out", "--grid", str(file), "--prompts", "9", "--lengths", "512", "1024"]
-    )
-    assert grid == Grid(("haystack",), ("full", "restkv(temporal=mean)"), ("2%", "64"), (512, 1024), prompts=9)
-    assert [config.label for config in cache_configs(grid)] == [
-        "full",
-        "restkv(temporal=mean) 2%",
-        "restkv(temporal=mean) 64",
-    ]
-    made = policies(grid, 1024)
-    assert [policy.budget for policy in made.values()] == [None, 20, 64]
-    assert [policy.window for policy in made.values()][1:] == [10, 32]
-    assert options.batch_size == 10
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tasks": ("singel",)}, "task 'singel' is unknown; did you mean single"),
-        ({"methods": ("snapkw",)}, "'snapkw' is unknown; did you mean snapkv"),
-        ({"methods": ("restkv(temporl=mean)",)}, "temporl is not an option of method=restkv; did you mean temporal"),
-        ({"methods": ("restkv(temporal=never)",)}, "temporal='never' is unknown"),
-        ({"methods": ("restkv(",)}, "must be a name, or a name with options"),
-        ({"methods": ("full", "full")}, "given twice"),
-        ({"tasks": ("single", "single")}, "tasks are given twice"),
-        ({"methods": ("restkv(use_output_projection=no)",)}, "use_output_projection='no' must be true or false"),
-        ({"dtype": "bf16"}, "dtype 'bf16' is unknown; did you mean bfloat16"),
-        ({"budgets": ("2000",)}, "budget 2000 is above the context of 1024 tokens"),
-        ({"budgets": ("much",)}, "budget='much' is not a budget"),
-        ({"budgets": ("0.1%",)}, "budget=0.1% of a prompt of 1,024 tokens is 1 slots: budget=1 must exceed"),
-        ({"depths": (1.5,)}, "depth 1.5 must be between 0"),
-        ({"prompts": 0}, "prompts=0 must be at least 1"),
-        ({"lengths": ()}, "lengths is empty"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_by_name(changes, message):
-    with pytest.raises(ValueError) as error:
-        check_grid(Grid(**changes))
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("task: [single]\n", "task is not an option; did you mean --tasks"),
-        ("- single\n", "must be a mapping"),
-        ("prompts: many\n", 'unable to convert "many" into int'),
-        ("prompts: 2.5\n", "is not an integer"),
-        ("depths: [deep]\n", 'unable to convert "deep" into float'),
-        ("tasks: [", "cannot be read"),
-    ],
-)
-def test_a_file_that_is_no_grid_is_refused(tmp_path, text, message):
-    file = tmp_path / "grid.yaml"
-    file.write_text(text)
-    with pytest.raises(UsageError, match=r"grid\.yaml") as error:
-        parse_evaluate(["--output", "out", "--grid", str(file)])
-    assert message in str(error.value)
-
-
-def test_options_of_methods_are_names_or_python_values():
-    assert parse_method("restkv(temporal=mean, alpha=0.5)") == ("restkv", {"temporal": "mean", "alpha": 0.5})
-    assert parse_method("laprox") == ("laprox", {})
-    assert parse_method("restkv(use_output_projection=false)").options == {"use_output_projection": False}
-    grid = Grid(methods=("restkv(refit=0.1, window=8)", "laprox(candidates=300, page_size=8)"), budgets=("64",))
-    refitted, laprox = policies(grid, 1024).values()
-    assert refitted == rk.restkv(64, window=8).replace(refit=rk.LeastSquares(0.1))
-    assert laprox == rk.laprox(64).replace(candidates=300, page_size=8)
-
-
-def test_the_commands_for_a_tpu_vm_are_those_that_there_are():
-    script = ROOT / "scripts" / "tpu_vm_evaluate.sh"
-    out = subprocess.run(
-        ["bash", script, "pod", "zone", "some/model"], capture_output=True, text=True, check=True
-    ).stdout
-    commands = [line.split('--command="')[1].rstrip('"') for line in out.splitlines() if "restkv evaluate" in line]
-    assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
-    assert len(commands) == 2
-    for command in commands:
-        program, subcommand, *arguments = shlex.split(command)
-        assert (program, subcommand) == ("env/bin/restkv", "evaluate")
-        arguments[arguments.index("--grid") + 1] = str(ROOT / "docs" / "report" / "grid.yaml")
-        options, grid = parse_evaluate(arguments)
-        assert grid.model == "some/model" and options.batch_size == 64
-    assert subprocess.run(["bash", script], capture_output=True).returncode == 2
 
 
 def start(output, *args, devices=1):

@@ -27,7 +27,7 @@ from restkv_jax.evaluate import (
     measure_accuracy,
     wilson_interval,
 )
-from restkv_jax.evaluate.tasks import NOISE
+from restkv_jax.evaluate.tasks.needles import NOISE
 from restkv_jax.evaluate.tasks.prompts import largest_fitting
 
 NEEDLE_TASKS = tuple(name for name, task in TASKS.items() if isinstance(task, Needles))
