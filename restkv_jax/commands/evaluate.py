@@ -58,18 +58,18 @@ COLUMNS = (
 class EvaluateOptions:
     """Measures how well a model answers on small caches: tasks x methods x budgets x lengths in one sweep.
 
-    The same command goes on where one that was killed stopped. Several processes share the settings.
+    The same command goes on where one that was killed stopped. Several processes share the work.
 
     Args:
-      output: directory of the results, made if there is none.
-      grid: YAML file with any of these options by name, such as tasks, methods, budgets and lengths; what is given on
-        the command line goes before.
+      output: directory of the results; created if missing.
+      grid: YAML file with any of these options by name, such as tasks, methods, budgets and lengths; the command line
+        takes precedence.
       batch_size: prompts generated at once.
       together: methods and budgets that share a prefill; their caches are in memory together, so lower it for large
         models.
       errors: also measure how far every layer's attention moves, on a batch of each task and length.
       costs: also measure bytes and times.
-      compilation_cache: directory in which JAX keeps compiled programs; "none" keeps none.
+      compilation_cache: directory in which JAX keeps compiled programs, or "none".
       distributed: join the other processes of a TPU slice, or those at --coordinator.
       coordinator: address and port of process 0, for --distributed where JAX does not find it by itself.
       num_processes: how many processes there are, with --coordinator.
@@ -95,7 +95,7 @@ def run(args: Sequence[str]) -> None:
     """Runs a sweep, prints its table and writes its report.
 
     Raises:
-      UsageError: input that cannot settings.
+      UsageError: input that cannot work.
     """
     options, grid = parse_evaluate(args)
     with as_usage_error():
@@ -135,7 +135,7 @@ def _conclude(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> None:
 
 
 def measure_once(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> None:
-    """Measures the configurations' reconstruction errors and costs, unless they are there or not wanted."""
+    """Measures the configurations' reconstruction errors and costs, unless they are there or not asked for."""
 
     def show(name: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         return iter if options.quiet else functools.partial(track, description=name, console=Console(stderr=True))
@@ -181,7 +181,7 @@ def _read_grid_file(app: cyclopts.App, commands: tuple[str, ...], arguments: cyc
 
 
 def score_tables(results: Results) -> list[Table]:
-    """A table for each task and length: a line per method, a column per budget, mean scores in per cent."""
+    """A table for each task and length: a line per method, a column per budget, mean scores in percent."""
     columns, tables = [None, *results.grid.budgets], []
     for scenario, by_config in collect(results).items():
         count = max(map(len, by_config.values()))

@@ -59,7 +59,11 @@ def _policies(options: PlotOptions, length: int) -> dict[str, EvictionPolicy]:
 
 def _check_output(path: pathlib.Path) -> None:
     if not path.resolve().parent.is_dir():
-        raise UsageError(f"--output {str(path)!r}: there is no directory {str(path.resolve().parent)!r}; make it first")
+        raise UsageError(
+            f"--output {str(path)!r}: the directory {str(path.resolve().parent)!r} does not exist; create it first"
+        )
     suffixes = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.removeprefix(".") not in suffixes:
-        raise UsageError(f"--output {str(path)!r} has no suffix of a picture; choose from {', '.join(suffixes)}")
+        raise UsageError(
+            f"--output {str(path)!r} does not end in the suffix of a picture; choose from {', '.join(suffixes)}"
+        )

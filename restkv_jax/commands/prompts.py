@@ -28,7 +28,7 @@ def load_prompt(options: PromptOptions) -> LoadedPrompt:
         loaded = load_checkpoint(options.model, options.dtype)
     ids = loaded.tokenizer(text)["input_ids"]
     if not ids:
-        raise UsageError("the prompt is empty: the tokenizer makes no token of it")
+        raise UsageError("the prompt is empty: the tokenizer turns it into no tokens")
     return LoadedPrompt(loaded, text, np.asarray([ids], np.int32))
 
 

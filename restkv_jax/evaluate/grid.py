@@ -17,12 +17,12 @@ class Grid:
     """Everything that the results of a sweep depend on.
 
     Args:
-      tasks: names in `TASKS`, or files of own prompts: JSON lines with "prompt" and "answers".
+      tasks: names in `TASKS`, or files with prompts of your own: JSON lines with "prompt" and "answers".
       methods: names in `METHODS`, with options in parentheses: `restkv(temporal=mean)`; besides the method's own,
         `refit=0.01` (the ridge of the least squares), `candidates` and `page_size`. "full" has no budgets.
       budgets: slots per layer and KV head, such as "128" or "5%" of the length.
       lengths: tokens of the prompts that tasks make.
-      depths: where the needle stands, from 0 to 1; with any, tasks with one needle are measured at each, as for a map.
+      depths: where the needle stands, from 0 to 1; tasks with one needle are measured at each of them.
       prompts: prompts per task, length and depth.
       seed: of the prompts.
       model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes with
@@ -64,8 +64,8 @@ def check_grid(grid: Grid) -> None:
     """Refuses what cannot be measured, before anything is loaded.
 
     Raises:
-      ValueError: an unknown task, method or option, with near ones; a budget that is none or above a length; numbers
-        out of range.
+      ValueError: an unknown task, method or option, with near ones; a budget that is not one, or is above a
+        length; numbers out of range.
     """
     for name in ("tasks", "methods", "lengths"):
         if not getattr(grid, name):
@@ -94,7 +94,7 @@ def check_grid(grid: Grid) -> None:
 
 
 def is_file(task: str) -> bool:
-    """Whether a task is a file of own prompts."""
+    """Whether a task is a file of prompts."""
     return task.endswith(".jsonl")
 
 
@@ -136,12 +136,10 @@ def policy_of(config: CacheConfig, length: int) -> EvictionPolicy:
     try:
         if config.budget is not None:
             window = inspect.signature(find_preset(method)).parameters.get("window")
-            shrunk = (
-                {}
-                if window is None
-                else {"window": max(1, min(window.default, budget_slots(config.budget, length) // 2))}
-            )
-            options = shrunk | options | {"budget": config.budget}
+            if window is not None:
+                shrunk = min(window.default, budget_slots(config.budget, length) // 2)
+                options = {"window": max(1, shrunk)} | options
+            options = options | {"budget": config.budget}
         return make_policy(method, options, length)
     except ValueError as error:
         raise ValueError(f"method {config.label!r} at {length:,} tokens: {error}") from error

@@ -122,7 +122,7 @@ def check_prompt_sets(grid: Grid, tokenizer: Any, found: Sequence[PromptSet], se
       ValueError: no prompts at all, a length too small for its task or budgets, or other prompts in other processes.
     """
     if not found:
-        raise ValueError("tasks: none is left")
+        raise ValueError("tasks: no prompts are left to measure")
     for prompt_set in found:
         policies(grid, prompt_set.length)
         if not is_file(prompt_set.task):
@@ -132,7 +132,7 @@ def check_prompt_sets(grid: Grid, tokenizer: Any, found: Sequence[PromptSet], se
         try:
             multihost_utils.assert_equal(digest, "prompt sets differ")
         except AssertionError as error:
-            raise ValueError("tasks: the processes read other prompts; give all of them the same files") from error
+            raise ValueError("tasks: the processes have read different prompts; give all the same files") from error
 
 
 @contextlib.contextmanager

@@ -166,8 +166,8 @@ BAD = {
     "missing model": (generate("--model", "./absent"), "model './absent' cannot be loaded: does not exist"),
     "dtype": (generate("--dtype", "int8"), 'Invalid value "int8" for --dtype'),
     "methods with arguments": (["methods", "restkv"], "unexpected argument 'restkv'"),
-    "picture without a directory": (["plot", "x", "--output", "absent/kept.png"], "there is no directory"),
-    "picture without a suffix": (["plot", "x", "--output", "kept"], "has no suffix of a picture"),
+    "picture without a directory": (["plot", "x", "--output", "absent/kept.png"], "does not exist; create it first"),
+    "picture without a suffix": (["plot", "x", "--output", "kept"], "does not end in the suffix of a picture"),
     "unknown method in a plot": (["plot", "x", "--methods", "snapkv", "all"], "method='all' is unknown"),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Prompts: sized, repeatable, answerable; and how answers are judged."""
+"""Prompts: sized, repeatable, answerable; and how answers are scored."""
 
 import collections
 import hashlib

@@ -91,7 +91,7 @@ def paired_test(a: np.ndarray, b: np.ndarray, num_resamples: int = 9999, seed: i
       seed: of these.
 
     Raises:
-      ValueError: scores that are no pairs, or none.
+      ValueError: scores that are not pairs, or none.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.ndim != 1 or a.shape != b.shape or not a.size:

@@ -40,7 +40,7 @@ def make_prompts(
 
     Raises:
       ValueError: an unknown task, `num_tokens` too small for what is asked and the question, or a depth out of [0, 1]
-        or of a task that does not ask for one needle.
+        or one for a task that does not ask for one needle.
     """
     name = task
     if isinstance(task, str):
@@ -49,7 +49,7 @@ def make_prompts(
         task = TASKS[task]
     if depth is not None:
         if not (isinstance(task, Needles) and task.asks_one):
-            raise ValueError(f"task={name!r} asks for no single needle, which depth={depth} would place; leave it out")
+            raise ValueError(f"task={name!r} does not ask for one needle that depth={depth} could place; leave it out")
         task = dataclasses.replace(task, depth=depth)
 
     @functools.lru_cache(maxsize=8)

@@ -52,15 +52,15 @@ TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True)
 class Needles:
-    """Numbers hidden under keys, some of which are asked.
+    """Numbers hidden under keys, some of which are asked for.
 
     Attributes:
       num_keys: keys, each with a needle per value.
       num_values: values of each key.
-      num_asked: keys asked.
+      num_asked: keys asked for.
       haystack: what the rest of the text is, "noise" or further "needles".
       depth: where the asked needle stands among the sentences, 0 at their beginning to 1 at their end; None anywhere.
-        Only where one needle is asked.
+        Only where one needle is asked for.
     """
 
     num_keys: int = 1
@@ -76,7 +76,7 @@ class Needles:
             raise ValueError(f"depth={self.depth} must be between 0, the beginning, and 1, the end")
         if not self.asks_one:
             asked = self.num_asked * self.num_values
-            raise ValueError(f"depth={self.depth} is of one needle, but {asked} are asked; leave it out")
+            raise ValueError(f"depth={self.depth} places one needle, but {asked} are asked for; leave it out")
 
     @property
     def asks_one(self) -> bool:
@@ -111,7 +111,7 @@ class Needles:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Variables assigned to one another, `num_hops` times, hidden in noise; all that hold the value are asked."""
+    """Variables assigned to one another, `num_hops` times, hidden in noise; all that hold the value are asked for."""
 
     num_hops: int
 
