@@ -6,7 +6,7 @@ import glob
 import sys
 from collections.abc import Iterator, Sequence
 
-from lm_eval._cli import HarnessCLI  # it has no public name
+from lm_eval._cli import HarnessCLI  # which has no public name
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import setup_logging
@@ -65,14 +65,16 @@ def _set_model(parsed: argparse.Namespace) -> None:
 def _loadable_tasks(config: EvaluatorConfig, left_out: dict[str, str]) -> list[str]:
     """Names and files of the tasks that can be loaded; the others go into `left_out`, by name with the reason."""
     metadata = dict(config.metadata)
-    if metadata.get("max_seq_lengths"):
-        metadata["max_seq_lengths"] = [min(TRIAL_TOKENS, *metadata["max_seq_lengths"])]
+    lengths = metadata.get("max_seq_lengths")
+    if isinstance(lengths, list):
+        metadata["max_seq_lengths"] = [min(TRIAL_TOKENS, *lengths)]
     manager = TaskManager(include_path=config.include_path, metadata=metadata)
     asked = config.tasks.split(",") if isinstance(config.tasks, str) else config.tasks
     found: dict[str, None] = {}
+    unreachable: set[str] = set()
     for task in asked:
         for name in manager.match_tasks([task]) or sorted(glob.glob(f"{task}/*.yaml") or glob.glob(task)) or [task]:
-            found |= dict.fromkeys(_load(manager, name, left_out, set()))
+            found |= dict.fromkeys(_load(manager, name, left_out, unreachable))
     if not found:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
         raise UsageError(f"--tasks: none can be loaded: {reasons}")
@@ -86,9 +88,9 @@ def _load(manager: TaskManager, name: str, left_out: dict[str, str], unreachable
     """
     entry = manager.task_index.get(name)
     settings = {} if entry is None or entry.cfg is None else entry.cfg
-    place = settings.get("dataset_path") or name
-    if place in unreachable:
-        left_out[name] = f"the host of {place} does not answer"
+    dataset = settings.get("dataset_path") or name
+    if dataset in unreachable:
+        left_out[name] = f"the host of {dataset} does not answer"
         return []
     try:
         manager.load([name])
@@ -98,7 +100,7 @@ def _load(manager: TaskManager, name: str, left_out: dict[str, str], unreachable
             return [one for member in members for one in _load(manager, member, left_out, unreachable)]
         left_out[name] = f"{type(error).__name__}: {error}"
         _warn(name, left_out[name])
-        unreachable |= {place} if isinstance(error, ConnectionError) else set()
+        unreachable |= {dataset} if isinstance(error, ConnectionError) else set()
         return []
     return [name]
 

@@ -194,7 +194,7 @@ def test_bad_input_that_needs_the_model_is_one_line_too(capsys, model, tmp_path)
 
 
 def test_bad_values_are_one_line_without_box_characters(model):
-    command = [sys.executable, "-m", "restkv_jax.commands.main", "generate", "x", "--window", "many"]
+    command = [sys.executable, "-m", "restkv_jax", "generate", "x", "--window", "many"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     expected = (
