@@ -91,11 +91,12 @@ def parse_generate(args: Sequence[str]) -> tuple[GenerateOptions, dict[str, Any]
     def command(
         options: Annotated[GenerateOptions, FLAT] = GenerateOptions(),
         *,
-        method_options: Annotated[method_class, shown] = method_class(),  # noqa: B008
+        method_options: Any = method_class(),  # noqa: B008
     ) -> tuple[GenerateOptions, dict[str, Any]]:
         parameters = inspect.signature(find_preset(method)).parameters
         return options, {name: getattr(method_options, _option_name(method, name)) for name in parameters}
 
+    command.__annotations__["method_options"] = Annotated[method_class, shown]
     command.__doc__ = _first_line(GenerateOptions)
     return parse(command, args, "restkv generate", f" of --method {method}")
 

@@ -89,7 +89,9 @@ def parse(
         known = [argument.name for argument in error.argument_collection if argument.name.startswith("--")]
         raise UsageError(f"{source}{name} is not an option{owner}; {suggest(name, known)}") from error
     except cyclopts.UnusedCliTokensError as error:
-        raise UsageError(f"unexpected argument {error.unused_tokens[0]!r}; quote a prompt that has spaces") from error
+        raise UsageError(
+            f"unexpected argument {(error.unused_tokens or ['?'])[0]!r}; quote a prompt that has spaces"
+        ) from error
     except (cyclopts.CycloptsError, OSError) as error:
         raise UsageError(f"{str(error).rstrip('.')}; see `{program} --help`") from error
     if chosen is not command:

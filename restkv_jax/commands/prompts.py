@@ -3,7 +3,8 @@
 import sys
 from typing import NamedTuple
 
-import numpy as np
+import jax.numpy as jnp
+from jax import Array
 
 from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error
 from restkv_jax.loading import Loaded, load_checkpoint
@@ -14,7 +15,7 @@ class LoadedPrompt(NamedTuple):
 
     loaded: Loaded
     text: str
-    tokens: np.ndarray
+    tokens: Array
 
 
 def load_prompt(options: PromptOptions) -> LoadedPrompt:
@@ -29,7 +30,7 @@ def load_prompt(options: PromptOptions) -> LoadedPrompt:
     ids = loaded.tokenizer(text)["input_ids"]
     if not ids:
         raise UsageError("the prompt is empty: the tokenizer turns it into no tokens")
-    return LoadedPrompt(loaded, text, np.asarray([ids], np.int32))
+    return LoadedPrompt(loaded, text, jnp.asarray([ids], jnp.int32))
 
 
 def read_prompt(options: PromptOptions) -> str:

@@ -210,9 +210,10 @@ def read_results(directory: pathlib.Path) -> Results:
     Raises:
       ValueError: no sweep, or broken lines.
     """
-    values = _read_sweep(directory / SWEEP)["grid"]
+    values: dict[str, Any] = _read_sweep(directory / SWEEP)["grid"]
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     try:
-        grid = Grid(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        grid = Grid(**values)
     except TypeError as error:
         raise ValueError(f"{str(directory / SWEEP)!r} is of another version: {error}") from error
     cells = score_lines(grid, read_lines(directory).values())

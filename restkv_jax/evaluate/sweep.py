@@ -180,7 +180,8 @@ def encode_prompts(grid: Grid, tokenizer: Any, prompt_set: PromptSet) -> Encoded
     if is_file(prompt_set.task):
         numbered = enumerate(zip(read_prompts(prompt_set.task), _encode_file(prompt_set.task, tokenizer), strict=True))
         chosen = {i: pair for i, pair in numbered if bucket_length(len(pair[1])) == prompt_set.length}
-        prompts, tokens = ({i: pair[k] for i, pair in chosen.items()} for k in (0, 1))
+        prompts = {i: prompt for i, (prompt, _) in chosen.items()}
+        tokens = {i: ids for i, (_, ids) in chosen.items()}
     else:
         where = prompt_set.task, tokenizer, prompt_set.length, prompt_set.num_prompts
         made = make_prompts(*where, prompt_set_seed(grid.seed, *prompt_set[:3]), prompt_set.depth)

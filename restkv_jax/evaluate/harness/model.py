@@ -159,7 +159,7 @@ class RestKV(TemplateLM):
         continuation = np.zeros((len(rows), _power(max(len(item.continuation) for item in rows))), np.int32)
         for row, item in zip(continuation, rows, strict=True):
             row[: len(item.continuation)] = item.continuation
-        found = score_continuation(self.model, self.params, tokens, mask, continuation, policy)
+        found = score_continuation(self.model, self.params, tokens, mask, jnp.asarray(continuation), policy)
         log_probabilities, is_greedy = (np.asarray(x) for x in found)
         for b, item in enumerate(batch):
             count = len(item.continuation)
@@ -293,7 +293,7 @@ def check_gen_kwargs(given: dict, max_gen_toks: int) -> dict[str, Any]:
     Raises:
       ValueError: an option that is not supported, or a value out of range.
     """
-    options = normalize_gen_kwargs(given, max_gen_toks)
+    options: dict[str, Any] = dict(normalize_gen_kwargs(given, max_gen_toks))
     for name, value in options.items():
         if name not in GEN_KWARGS and (name, value) != ("num_beams", 1):
             raise ValueError(f"gen_kwargs: {name}={value!r} is not supported; known: {', '.join(GEN_KWARGS)}")

@@ -72,7 +72,9 @@ def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str
     content = _content(results, estimates) | _draw(directory, results, estimates, kept)
     content |= {"title": title, "command": rerun_command(results.grid, directory)}
     templates = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (importlib.resources.files(__package__) / name).read_text("utf-8")),
+        loader=jinja2.FunctionLoader(
+            lambda name: (importlib.resources.files("restkv_jax.evaluate.report") / name).read_text("utf-8")
+        ),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -71,7 +71,7 @@ def plot_accuracy(
     columns = num_lengths * (4 // num_lengths) if 2 <= num_lengths <= 4 else min(3, len(estimates))
     figure, axes = _panels(len(estimates), columns, title)
     for axis, (scenario, by_config) in zip(axes, estimates.items(), strict=False):
-        if full in by_config:
+        if full is not None and full in by_config:
             axis.axhline(by_config[full].mean, color=FULL_COLOR, linestyle="--", linewidth=1.2, zorder=1)
             axis.axhspan(*by_config[full].interval, color=FULL_COLOR, alpha=0.1, linewidth=0, zorder=0)
         series = {method: _scores_of(results, by_config, method) for method in styles}

@@ -65,7 +65,7 @@ def bootstrap_interval(
     return Interval(float(found.low), float(found.high))
 
 
-def _mean_of_means(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+def _mean_of_means(*samples: np.ndarray, axis: int = -1) -> np.ndarray | float:
     return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
 
 
@@ -136,9 +136,9 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     Args:
       p_values: [M] of single comparisons.
     """
-    p_values = np.asarray(p_values, float)
-    order = np.argsort(p_values)
-    stepped = np.maximum.accumulate(p_values[order] * np.arange(p_values.size, 0, -1))
-    adjusted = np.empty_like(p_values)
+    given = np.asarray(p_values, float)
+    order = np.argsort(given)
+    stepped = np.maximum.accumulate(given[order] * np.arange(given.size, 0, -1))
+    adjusted = np.empty_like(given)
     adjusted[order] = np.minimum(stepped, 1)
     return adjusted

@@ -206,7 +206,8 @@ def compare_variants(
         pairs = [scores for scores in pairs if scores[0].size]
         if pairs:
             difference = estimate(*(a - b for a, b in pairs), limits=(-1.0, 1.0))
-            found[variant] = (difference, paired_test(*map(np.concatenate, zip(*pairs, strict=True))))
+            ours, theirs = (np.concatenate(scores) for scores in zip(*pairs, strict=True))
+            found[variant] = (difference, paired_test(ours, theirs))
     p_values = holm([p for _, p in found.values()])
     return {v: Comparison(d, float(p)) for (v, (d, _)), p in zip(found.items(), p_values, strict=True)}
 
