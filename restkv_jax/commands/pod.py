@@ -1,15 +1,13 @@
-"""The commands `restkv pod ...`."""
+"""`restkv pod`: keys of distant tokens shared across layers."""
 
 import dataclasses
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal
 
-import tyro
-
-from restkv_jax.commands.loading import load_checkpoint
-from restkv_jax.commands.options import UsageError, as_usage_error, parse
+from restkv_jax.commands.options import FLAT, UsageError, as_usage_error, parse
+from restkv_jax.loading import load_checkpoint
 from restkv_jax.models.key_groups import LayerGroups, Sharing
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.pod.adaptation.recipe import Adaptation
@@ -60,15 +58,8 @@ class AdaptOptions:
     quiet: bool = False
 
 
-class Command(NamedTuple):
-    """A parsed `restkv pod adapt`."""
-
-    options: AdaptOptions
-    adaptation: Adaptation
-
-
-def run_pod(args: Sequence[str]) -> None:
-    """`restkv pod`: runs one of its commands.
+def run(args: Sequence[str]) -> None:
+    """Runs one of the commands of `restkv pod`.
 
     Raises:
       UsageError: an unknown command, or input that the command cannot work with.
@@ -91,8 +82,8 @@ def run_adapt(args: Sequence[str]) -> None:
     with as_usage_error():
         mesh = make_mesh(options.model_parallel)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with its stack what it raises anyway
-    model, params, tokenizer = load_checkpoint(options.model, "float32")
     with as_usage_error():
+        model, params, tokenizer = load_checkpoint(options.model, "float32")
         sharing = None
         if options.groups is not None:
             sharing = Sharing(LayerGroups.load(options.groups, model), options.sink, options.recent)
@@ -113,7 +104,7 @@ def run_adapt(args: Sequence[str]) -> None:
         print(f"wrote {options.output / MODEL}")
 
 
-def parse_adapt(args: Sequence[str]) -> Command:
+def parse_adapt(args: Sequence[str]) -> tuple[AdaptOptions, Adaptation]:
     """Options of `restkv pod adapt`.
 
     Raises:
@@ -121,10 +112,12 @@ def parse_adapt(args: Sequence[str]) -> Command:
     """
 
     def command(
-        options: tyro.conf.OmitArgPrefixes[AdaptOptions], adaptation: tyro.conf.OmitArgPrefixes[Adaptation]
-    ) -> Command:
-        return Command(options, adaptation)
+        *,
+        options: Annotated[AdaptOptions, FLAT],
+        adaptation: Annotated[Adaptation, FLAT] = Adaptation(),  # noqa: B008
+    ) -> tuple[AdaptOptions, Adaptation]:
+        return options, adaptation
 
     command.__doc__ = AdaptOptions.__doc__
     with as_usage_error():
-        return parse(command, args, "restkv pod adapt", (AdaptOptions, Adaptation))
+        return parse(command, args, "restkv pod adapt")
