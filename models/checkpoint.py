@@ -105,7 +105,7 @@ def _find_checkpoint(path_or_id: str | os.PathLike | None) -> pathlib.Path:
             f"path_or_id={str(path_or_id)!r} does not exist; give a directory with config.json and safetensors, a "
             "GGUF file, or the id of a model on the Hugging Face hub such as 'owner/name'"
         )
-    return _download(path_or_id)
+    return _download(str(path_or_id))
 
 
 def _download(model_id: str) -> pathlib.Path:

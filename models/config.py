@@ -253,7 +253,7 @@ def _sliding_windows(hf: Any) -> tuple[int, ...]:
             "layer_types name 'sliding_attention', but the configuration has no width for it: sliding_window is null "
             "or use_sliding_window is false"
         )
-    return tuple(width if kind == "sliding_attention" else UNLIMITED for kind in kinds)
+    return tuple(UNLIMITED if kind == "full_attention" or width is None else width for kind in kinds)
 
 
 def _check_sizes(fields: Mapping) -> None:
