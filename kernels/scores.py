@@ -1,52 +1,120 @@
 """What the attention of a few queries says of every key: the hot path of eviction.
 
-All functions take `queries` [B, H, w, D] with `query_positions` int32 [B, w], `keys` and `values` [B, K, T, D] with
-`key_positions` int32 [B, K, T] (-1 where empty), and a `sliding_window` in tokens (int32 scalar).
-Probabilities and scores are float32.
+All functions take `Queries` [B, K, G, w, D] and `Pairs` [B, K, T, D]. Probabilities and scores are float32. Rows and KV
+heads stay axes throughout; the keys go through in tiles, so that temporaries follow the tile and not the prompt.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.heads import over_query_heads
+from restkv_jax.kernels.dispatch import Dispatched
+from restkv_jax.kernels.pairs import Pairs, Queries, take_columns, take_pairs, visible
+from restkv_jax.kernels.softmax import HIDDEN, Softmax, empty_softmax, join, logits_of, read_keys
+from restkv_jax.kernels.top import top_mask
+
+ELEMENTS_AT_ONCE = 2**22
+"""Bound on the float32 temporaries of one tile, `B * H * tile * max(w, D)` elements: 16 MiB."""
+
+LEAST_TILE = 128
+"""Keys of a tile at least."""
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
+einsum = functools.partial(jnp.einsum, precision=HIGHEST)
+
 
 def output_gram(output_projection: Array) -> Array:
-    """Gram matrices `W_h W_h^T` of the output projection: [H, D, M] to float32 [H, D, D].
+    """Gram matrices `W_h W_h^T` of the output projection: [K, G, D, M] to float32 [K, G, D, D].
 
     `||x W_h||^2 = x^T (W_h W_h^T) x`, so norms after the projection cost `D` instead of `M` per dimension.
     """
     wide = output_projection.astype(jnp.float32)
-    return jnp.einsum("hdm,hem->hde", wide, wide, precision=HIGHEST)
+    return einsum("kgdm,kgem->kgde", wide, wide)
 
 
-def probabilities(
-    queries: Array, keys: Array, query_positions: Array, key_positions: Array, sliding_window: Array
-) -> tuple[Array, Array]:
-    """Attention of one head, [w, D] on [T, D]: float32 [w, T], and which keys each query sees, bool [w, T]."""
-    past = query_positions[:, None] - key_positions[None, :]
-    visible = (past >= 0) & (past < sliding_window) & (key_positions >= 0)[None, :]
-    logits = jnp.einsum("wd,td->wt", queries, keys, preferred_element_type=jnp.float32, precision=HIGHEST)
-    logits = jnp.where(visible, logits * queries.shape[-1] ** -0.5, -1e30)
-    return jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0.0), visible
+class Peaks(NamedTuple):
+    """What turns logits into probabilities, float32 [B, K, G, w]: each query's largest logit and its normaliser."""
+
+    peak: Array
+    total: Array
 
 
-def attention_and_rest(queries, keys, query_positions, key_positions, sliding_window) -> tuple[Array, Array]:
-    """`probabilities` [w, T], and those of the other keys once each query's most attended one is deleted, [w, T].
+def probabilities(queries: Queries, pairs: Pairs, peaks: Peaks | None = None) -> Array:
+    """Attention of the queries, float32 [B, K, G, w, N]; over the pairs given, or over those that `peaks` are of."""
+    seen = visible(queries, pairs.positions)[:, :, None]
+    logits = _logits(queries, pairs, seen)
+    if peaks is None:
+        peaks = Peaks(logits.max(-1), jnp.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
+    weights = jnp.exp(logits - peaks.peak[..., None]) / peaks.total[..., None]
+    return jnp.where(seen, weights, 0.0)
 
-    The second softmax is taken over logits: from the first one, small probabilities would have underflowed.
+
+def _logits(queries: Queries, pairs: Pairs, seen: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return jnp.where(seen, logits_of(queries.vectors, pairs.keys), HIDDEN)
+
+
+def find_peaks(queries: Queries, pairs: Pairs) -> Peaks:
+    """The `Peaks` of the queries over all pairs, tile by tile."""
+
+    def read(peaks: Peaks, tile: Pairs, is_new: Array, _) -> Peaks:
+        logits = _logits(queries, tile, visible(queries, tile.positions)[:, :, None] & is_new)
+        peak = jnp.maximum(peaks.peak, logits.max(-1))
+        weights = jnp.where(is_new, jnp.exp(logits - peak[..., None]), 0.0)
+        return Peaks(peak, peaks.total * jnp.exp(peaks.peak - peak) + weights.sum(-1))
+
+    nothing = jnp.full(queries.vectors.shape[:-1], HIDDEN, jnp.float32)
+    return _fold_tiles(read, Peaks(nothing, jnp.zeros_like(nothing)), queries, pairs)
+
+
+class Outputs(NamedTuple):
+    """What queries get from all pairs and, once the most attended one is deleted, from the others.
+
+    `output`, `output_rest` float32 [B, K, G, w, D]; `top` int32 [B, K, G, w], the place of that pair.
     """
-    attention, visible = probabilities(queries, keys, query_positions, key_positions, sliding_window)
-    others = visible & (jnp.arange(keys.shape[0]) != attention.argmax(-1, keepdims=True))
-    logits = jnp.einsum("wd,td->wt", queries, keys, preferred_element_type=jnp.float32, precision=HIGHEST)
-    logits = jnp.where(others, logits * queries.shape[-1] ** -0.5, -1e30)
-    return attention, jnp.where(others, jax.nn.softmax(logits, axis=-1), 0.0)
+
+    output: Array
+    output_rest: Array
+    top: Array
 
 
-def removal_error(attention: Array, output_rest: Array, values: Array, gram: Array) -> Array:
+def find_outputs(queries: Queries, pairs: Pairs) -> Outputs:
+    """The `Outputs` of the queries.
+
+    The softmax of the others is taken over logits: from that of all, small probabilities would have underflowed.
+    """
+
+    def find_top(best, tile: Pairs, is_new: Array, start: Array):
+        logits = _logits(queries, tile, visible(queries, tile.positions)[:, :, None] & is_new)
+        largest, place = logits.max(-1), start + logits.argmax(-1).astype(jnp.int32)
+        return jnp.maximum(best[0], largest), jnp.where(largest > best[0], place, best[1])
+
+    shape = queries.vectors.shape[:-1]
+    _, top = _fold_tiles(find_top, (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)), queries, pairs)
+
+    def read(state: tuple[Softmax, Softmax], tile: Pairs, is_new: Array, start: Array):
+        seen = visible(queries, tile.positions)[:, :, None] & is_new
+        others = seen & (start + jnp.arange(tile.keys.shape[2]) != top[..., None])
+        with jax.default_matmul_precision("highest"):
+            values = tile.values.astype(jnp.float32)
+            return tuple(
+                join(one, read_keys(queries.vectors, tile.keys, values, columns))
+                for one, columns in zip(state, (seen, others), strict=True)
+            )
+
+    empty = empty_softmax(queries.vectors)
+    every, rest = _fold_tiles(read, (empty, empty), queries, pairs)
+    return Outputs(every.context(), rest.context(), top)
+
+
+def removal_error(
+    attention: Array, output: Array, output_rest: Array, is_top: Array, values: Array, gram: Array
+) -> Array:
     """How far a head's projected output moves when one key is deleted and the softmax renormalised, for every key.
 
     `A / (1 - A) * ||(o - v) W||_2` with `o = sum_n A[n] v[n]`, exact for a single head (ReST-KV, arXiv 2605.08840,
@@ -55,148 +123,190 @@ def removal_error(attention: Array, output_rest: Array, values: Array, gram: Arr
     `o_rest` the output once it is deleted.
 
     Args:
-      attention: float32 [T].
-      output_rest: float32 [D], the output once the most attended key is deleted.
-      values: [T, D].
-      gram: float32 [D, D], `W W^T`.
+      attention: float32 [B, K, G, N].
+      output: float32 [B, K, G, D].
+      output_rest: float32 [B, K, G, D], the output once the most attended key is deleted.
+      is_top: bool [B, K, G, N], which key that is.
+      values: [B, K, N, D].
+      gram: float32 [K, G, D, D], `W W^T`.
 
     Returns:
-      float32 [T].
+      float32 [B, K, G, N].
     """
-    values = values.astype(jnp.float32)
-    is_top = jnp.arange(len(attention)) == attention.argmax()
-    output = jnp.einsum("t,td->d", attention, values, precision=HIGHEST)
-    moved = jnp.where(is_top[:, None], output_rest, output) - values
-    squared = jnp.einsum("td,de,te->t", moved, gram, moved, precision=HIGHEST)
-    factor = attention / jnp.where(is_top, 1.0, 1 - attention)
-    return factor * jnp.sqrt(jnp.maximum(squared, 0.0))
+    outputs = jnp.where(is_top[..., None], output_rest[..., None, :], output[..., None, :])
+    moved = outputs - values.astype(jnp.float32)[:, :, None]
+    squared = einsum("bkgnd,kgde,bkgne->bkgn", moved, gram, moved)
+    return attention / jnp.where(is_top, 1.0, 1 - attention) * jnp.sqrt(jnp.maximum(squared, 0.0))
 
 
-def rest_of_attention(attention: Array, top: Array) -> Array:
-    """`1 - A` of key `top` for every query, summed over the other keys: [w, T] to [w]."""
-    return jnp.where(jnp.arange(attention.shape[-1]) == top, 0.0, attention).sum(-1)
+def _column_sums(queries: Queries, pairs: Pairs, weights: Array) -> Array:
+    """`sum_t weights[t] A[t, n]`: attention received by every key, `weights` float32 [w]; float32 [B, K, G, T]."""
+    peaks = find_peaks(queries, pairs)
+
+    def tile_sums(tile: Pairs, _) -> Array:
+        return einsum("w,bkgwn->bkgn", weights, probabilities(queries, tile, peaks))
+
+    return _map_tiles(tile_sums, queries, pairs)
 
 
-def column_sums(queries, keys, query_positions, key_positions, sliding_window, weights) -> Array:
-    """`sum_t weights[t] A[t, n]`: attention received by every key, `weights` float32 [w]; float32 [B, H, T]."""
+def _column_row_norms(queries: Queries, pairs: Pairs, gram: Array) -> Array:
+    """`||A[:, n]||_2 ||v[n] W_h||_2` over the queries, `gram` float32 [K, G, D, D] (LaProx); float32 [B, K, G, T]."""
+    peaks = find_peaks(queries, pairs)
 
-    def one_head(queries, keys, _, query_positions, key_positions):
-        attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
-        return jnp.einsum("w,wt->t", weights, attention, precision=HIGHEST)
+    def tile_norms(tile: Pairs, _) -> Array:
+        values = tile.values.astype(jnp.float32)
+        squared = einsum("bknd,kgde,bkne->bkgn", values, gram, values)
+        attention = jnp.linalg.norm(probabilities(queries, tile, peaks), axis=3)
+        return attention * jnp.sqrt(jnp.maximum(squared, 0.0))
 
-    return over_query_heads(one_head, queries, keys, keys, _per_head(query_positions, queries), key_positions)
-
-
-def column_row_norms(queries, keys, values, query_positions, key_positions, sliding_window, gram) -> Array:
-    """`||A[:, n]||_2 ||v[n] W_h||_2` over the queries, `gram` float32 [H, D, D] (LaProx); float32 [B, H, T]."""
-
-    def one_head(queries, keys, values, query_positions, key_positions, gram):
-        attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
-        values = values.astype(jnp.float32)
-        squared = jnp.einsum("td,de,te->t", values, gram, values, precision=HIGHEST)
-        return jnp.linalg.norm(attention, axis=0) * jnp.sqrt(jnp.maximum(squared, 0.0))
-
-    return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
+    return _map_tiles(tile_norms, queries, pairs)
 
 
-def removal_errors(queries, keys, values, query_positions, key_positions, sliding_window, gram) -> Array:
-    """`removal_error` of every query and key, `gram` float32 [H, D, D]; float32 [B, H, w, T], zero where unseen."""
+def _removal_errors(queries: Queries, pairs: Pairs, gram: Array) -> Array:
+    """`removal_error` of every query and key, `gram` float32 [K, G, D, D]; float32 [B, K, G, w, T], 0 where unseen."""
 
-    def one_head(queries, keys, values, query_positions, key_positions, gram):
-        rows = attention_and_rest(queries, keys, query_positions, key_positions, sliding_window)
-        return jax.lax.map(lambda row: _row_error(*row, values, gram), rows)
+    def tile_errors(tile: Pairs, row_errors: Callable) -> Array:
+        return jnp.moveaxis(jax.lax.map(row_errors, jnp.arange(queries.vectors.shape[3])), 0, 3)
 
-    return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
+    return _map_tiles(*_by_query(queries, pairs, gram, tile_errors))
 
 
-def averaged_removal_error(queries, keys, values, query_positions, key_positions, sliding_window, gram, weights):
+def _averaged_removal_error(queries: Queries, pairs: Pairs, gram: Array, weights: Array) -> Array:
     """`sum_t weights[t] I[t, n]` with `I` the `removal_error` of query `t` and key `n` (ReST-KV's formula).
 
-    `gram` float32 [H, D, D], `weights` float32 [w]; float32 [B, H, T].
+    `gram` float32 [K, G, D, D], `weights` float32 [w]; float32 [B, K, G, T].
     """
 
-    def one_head(queries, keys, values, query_positions, key_positions, gram):
-        rows = attention_and_rest(queries, keys, query_positions, key_positions, sliding_window)
-
+    def tile_errors(tile: Pairs, row_errors: Callable) -> Array:
         def add_row(total, row):
-            attention, rest, weight = row
-            return total + weight * _row_error(attention, rest, values, gram), None
+            return total + weights[row] * row_errors(row), None
 
-        return jax.lax.scan(add_row, jnp.zeros(keys.shape[0], jnp.float32), (*rows, weights))[0]
+        empty = jnp.zeros((*queries.vectors.shape[:3], tile.keys.shape[2]), jnp.float32)
+        return jax.lax.scan(add_row, empty, jnp.arange(queries.vectors.shape[3]))[0]
 
-    return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
+    return _map_tiles(*_by_query(queries, pairs, gram, tile_errors))
 
 
-def averaged_attention_removal_error(
-    queries, keys, values, query_positions, key_positions, sliding_window, gram, weights
-):
+def _by_query(queries: Queries, pairs: Pairs, gram: Array, tile_errors: Callable):
+    """The arguments of `_map_tiles` for `tile_errors(tile, row_errors)`, with the errors of one query after another.
+
+    `row_errors(t)` is float32 [B, K, G, n]: projected differences of all queries would be `w` times as much.
+    """
+    peaks, outputs = find_peaks(queries, pairs), find_outputs(queries, pairs)
+
+    def of_tile(tile: Pairs, start: Array) -> Array:
+        attention = probabilities(queries, tile, peaks)
+        is_top = start + jnp.arange(tile.keys.shape[2]) == outputs.top[..., None]
+
+        def row_errors(row: Array) -> Array:
+            take = functools.partial(jax.lax.dynamic_index_in_dim, index=row, axis=3, keepdims=False)
+            arrays = attention, outputs.output, outputs.output_rest, is_top
+            return removal_error(*map(take, arrays), tile.values, gram)
+
+        return tile_errors(tile, row_errors)
+
+    return of_tile, queries, pairs
+
+
+def _averaged_attention_removal_error(queries: Queries, pairs: Pairs, gram: Array, weights: Array) -> Array:
     """`removal_error` of the attention averaged over the queries, on the keys before the window.
 
     `A'[n] = sum_t weights[t] A[t, n]` on the `T - w` keys before the queries' own, `o' = sum_n A'[n] v[n]` over
-    the same keys (the ReST-KV authors' `metric_mode="after"`). `gram` float32 [H, D, D], `weights` float32 [w];
-    float32 [B, H, T - w].
+    the same keys (the ReST-KV authors' `metric_mode="after"`). `gram` float32 [K, G, D, D], `weights` float32 [w];
+    float32 [B, K, G, T - w].
     """
-    prefix = keys.shape[2] - queries.shape[2]
+    num_prefix = pairs.keys.shape[2] - queries.vectors.shape[3]
+    received = _column_sums(queries, pairs, weights)
+    averaged = received[..., :num_prefix]
+    is_top = jnp.arange(num_prefix) == averaged.argmax(-1, keepdims=True)
+    prefix = take_pairs(pairs, 0, num_prefix)
+    others = jnp.where(is_top, 0.0, averaged)
+    # `1 - A'` of the top key, summed over all other keys: a difference from 1 would cancel
+    rest = others.sum(-1, keepdims=True) + received[..., num_prefix:].sum(-1, keepdims=True)
+    others = others / jnp.maximum(rest, jnp.finfo(jnp.float32).tiny)
 
-    def one_head(queries, keys, values, query_positions, key_positions, gram):
-        attention, _ = probabilities(queries, keys, query_positions, key_positions, sliding_window)
-        averaged = jnp.einsum("w,wt->t", weights, attention[:, :prefix], precision=HIGHEST)
-        top = averaged.argmax()
-        rest = jnp.dot(weights, rest_of_attention(attention, top), precision=HIGHEST)
-        others = jnp.where(jnp.arange(prefix) == top, 0.0, averaged) / jnp.maximum(rest, jnp.finfo(jnp.float32).tiny)
-        output_rest = jnp.einsum("t,td->d", others, values[:prefix].astype(jnp.float32), precision=HIGHEST)
-        return removal_error(averaged, output_rest, values[:prefix], gram)
+    def read(total, tile: Pairs, is_new: Array, start: Array):
+        part = [jnp.where(is_new, take_columns(x, start, tile.keys.shape[2], axis=3), 0) for x in (averaged, others)]
+        return tuple(
+            t + einsum("bkgn,bknd->bkgd", x, tile.values.astype(jnp.float32)) for t, x in zip(total, part, strict=True)
+        )
 
-    return _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram)
+    nothing = jnp.zeros((*queries.vectors.shape[:3], queries.vectors.shape[4]), jnp.float32)
+    outputs = _fold_tiles(read, (nothing, nothing), queries, prefix)
+
+    def tile_errors(tile: Pairs, start: Array) -> Array:
+        attention, top = (take_columns(x, start, tile.keys.shape[2], axis=3) for x in (averaged, is_top))
+        return removal_error(attention, *outputs, top, tile.values, gram)
+
+    return _map_tiles(tile_errors, queries, prefix)
 
 
-def attention_centres(queries, keys, query_positions, key_positions, sliding_window, *, count: int) -> Array:
-    """Mean position of each query's `count` most attended keys; float32 [B, H, w]."""
+def _attention_centres(queries: Queries, pairs: Pairs, *, count: int) -> Array:
+    """Mean position of each query's `count` most attended keys; float32 [B, K, G, w]."""
+    batch, num_kv_heads, group, num_queries, _ = queries.vectors.shape
+    key_positions = pairs.positions[:, :, None, None]
 
-    def one_head(queries, keys, _, query_positions, key_positions):
-        attention, visible = probabilities(queries, keys, query_positions, key_positions, sliding_window)
-        top = visible & top_mask(jnp.where(visible, attention, -1.0), count)
+    def of_queries(one: tuple[Array, Array]) -> Array:
+        some = Queries(one[0][:, :, :, None], one[1][:, None], queries.sliding_window)
+        attention = probabilities(some, pairs, find_peaks(some, pairs))
+        seen = visible(some, pairs.positions)[:, :, None]
+        top = seen & top_mask(jnp.where(seen, attention, -1.0), count)
         # Summed as integers in two parts, exact at any length and so the same with any padding.
         high, low = (jnp.where(top, part, 0).sum(-1) for part in (key_positions >> 10, key_positions & 1023))
-        return (high * 1024.0 + low) / jnp.maximum(top.sum(-1), 1)
+        return ((high * 1024.0 + low) / jnp.maximum(top.sum(-1), 1))[..., 0]
 
-    return over_query_heads(one_head, queries, keys, keys, _per_head(query_positions, queries), key_positions)
+    at_once = max(1, ELEMENTS_AT_ONCE // (batch * num_kv_heads * group * pairs.keys.shape[2]))
+    by_query = jnp.moveaxis(queries.vectors, 3, 0), queries.positions.T
+    centres = jax.lax.map(of_queries, by_query, batch_size=min(at_once, num_queries))
+    return jnp.moveaxis(centres, 0, 3)
 
 
-def top_mask(values: Array, count: int) -> Array:
-    """Marks the `count` largest entries of each row, of equals the first ones, as `jax.lax.top_k` chooses them.
+def _tile_size(queries: Queries, length: int) -> int:
+    """Keys of a tile: as many as the bound allows, in tiles of nearly the same size."""
+    batch, num_kv_heads, group, num_queries, dim = queries.vectors.shape
+    at_once = ELEMENTS_AT_ONCE // (batch * num_kv_heads * group * max(num_queries, dim))
+    count = -(-length // max(LEAST_TILE, at_once))
+    return -(-length // count)
 
-    The threshold is found bit by bit, in 30 passes that count; a sort of the row would cost several times more.
 
-    Args:
-      values: float32 [..., T], at most 1; negative ones are taken as equals.
-      count: entries to mark.
+def _fold_tiles(step: Callable, state: Any, queries: Queries, pairs: Pairs) -> Any:
+    """Takes a state through the tiles: `step(state, tile, is_new, start)`, `is_new` bool [n] marks each pair once.
 
-    Returns:
-      bool [..., T].
+    The last tile begins early enough to be whole and repeats some pairs.
     """
-    ordered = jnp.where(values >= 0, jax.lax.bitcast_convert_type(values, jnp.int32) + 1, 0)
+    length = pairs.keys.shape[2]
+    size = _tile_size(queries, length)
 
-    def raise_threshold(bit, threshold):
-        candidate = threshold | (1 << (29 - bit))
-        return jnp.where((ordered >= candidate).sum(-1, keepdims=True) >= count, candidate, threshold)
+    def one_tile(state, first):
+        start = jnp.minimum(first, length - size)
+        is_new = start + jnp.arange(size) >= first
+        return step(state, take_pairs(pairs, start, size), is_new, start), None
 
-    threshold = jax.lax.fori_loop(0, 30, raise_threshold, jnp.zeros((*values.shape[:-1], 1), jnp.int32))
-    above, equal = ordered > threshold, ordered == threshold
-    return above | (equal & (jnp.cumsum(equal, axis=-1) <= count - above.sum(-1, keepdims=True)))
-
-
-def _row_error(attention: Array, rest: Array, values: Array, gram: Array) -> Array:
-    """`removal_error` of one query, [T], from its attention and that of the other keys without the top one."""
-    output_rest = jnp.einsum("t,td->d", rest, values.astype(jnp.float32), precision=HIGHEST)
-    return removal_error(attention, output_rest, values, gram)
+    if size == length:
+        return one_tile(state, jnp.int32(0))[0]
+    return jax.lax.scan(one_tile, state, jnp.arange(0, length, size))[0]
 
 
-def _over_heads_with_gram(one_head, queries, keys, values, query_positions, key_positions, gram) -> Array:
-    grams = jnp.broadcast_to(gram, (queries.shape[0], *gram.shape))
-    return over_query_heads(one_head, queries, keys, values, _per_head(query_positions, queries), key_positions, grams)
+def _map_tiles(function: Callable[[Pairs, Array], Array], queries: Queries, pairs: Pairs) -> Array:
+    """`function(tile, start)` [..., n] of all tiles, put together along the last axis."""
+    length = pairs.keys.shape[2]
+    size = _tile_size(queries, length)
+    if size == length:
+        return function(pairs, jnp.int32(0))
+    shape = jax.eval_shape(function, jax.eval_shape(lambda: take_pairs(pairs, 0, size)), jnp.int32(0))
+
+    def one_tile(whole, first):
+        start = jnp.minimum(first, length - size)
+        part = function(take_pairs(pairs, start, size), start)
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=-1), None
+
+    empty = jnp.zeros((*shape.shape[:-1], length), shape.dtype)
+    return jax.lax.scan(one_tile, empty, jnp.arange(0, length, size))[0]
 
 
-def _per_head(positions: Array, queries: Array) -> Array:
-    """[B, w] to [B, H, w]."""
-    return jnp.broadcast_to(positions[:, None], queries.shape[:3])
+attention_centres = Dispatched(_attention_centres)
+averaged_attention_removal_error = Dispatched(_averaged_attention_removal_error)
+averaged_removal_error = Dispatched(_averaged_removal_error)
+column_row_norms = Dispatched(_column_row_norms)
+column_sums = Dispatched(_column_sums)
+removal_errors = Dispatched(_removal_errors)

@@ -7,53 +7,79 @@ import jax.numpy as jnp
 from jax import Array
 
 HIDDEN = -1e30
-"""Logit of a key that is not seen: finite, so that differences of two are no NaN."""
+"""Logit of a key that is not seen: finite, so that differences of two are never NaN."""
 
 wide_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 """`einsum` with sums and results in float32."""
 
 
 class Softmax(NamedTuple):
-    """An online softmax of queries [..., T, D]: maximum and normaliser [..., T], weighted sum of values [..., T, D]."""
+    """What queries [..., T, D] have read so far, float32.
+
+    `peak` [..., T], the largest logit; `total` [..., T], the sum of `exp(logit - peak)`; `weighted` [..., T, D], the
+    sum of the values with these weights.
+    """
 
     peak: Array
     total: Array
     weighted: Array
 
     def context(self) -> Array:
-        """The attention output, float32; zeros where nothing was seen."""
+        """The attention output; zeros where nothing was seen."""
         return self.weighted / jnp.where(self.total > 0, self.total, 1.0)[..., None]
 
     def normaliser(self) -> Array:
-        """The logarithm of the sum of all exponentials, float32; `-HIDDEN` where nothing was seen."""
+        """The logarithm of the sum of all exponentials; `-HIDDEN` where nothing was seen."""
         return jnp.where(self.total > 0, self.peak + jnp.log(jnp.maximum(self.total, 1e-38)), -HIDDEN)
 
 
-def empty_softmax(queries: Array) -> Softmax:
+def empty_softmax(vectors: Array) -> Softmax:
     """Nothing read yet, for queries [..., T, D]."""
-    peak = jnp.full(queries.shape[:-1], HIDDEN, jnp.float32)
-    return Softmax(peak, jnp.zeros_like(peak), jnp.zeros(queries.shape, jnp.float32))
+    peak = jnp.full(vectors.shape[:-1], HIDDEN, jnp.float32)
+    return Softmax(peak, jnp.zeros_like(peak), jnp.zeros(vectors.shape, jnp.float32))
 
 
-def add_keys(state: Softmax, queries: Array, keys: Array, values: Array, seen: Array) -> Softmax:
-    """Reads a block of keys.
+def logits_of(vectors: Array, keys: Array) -> Array:
+    """Products of queries [..., G, T, D] and keys [..., N, D]: float32 [..., G, T, N]."""
+    return wide_einsum("...gtd,...nd->...gtn", vectors, keys)
+
+
+def read_keys(vectors: Array, keys: Array, values: Array, seen: Array) -> Softmax:
+    """The softmax of one block of keys.
 
     Args:
-      state: what has been read so far.
-      queries: [B, K, G, T, D].
-      keys: [B, K, n, D].
-      values: [B, K, n, D].
-      seen: bool, broadcast to [B, K, G, T, n].
+      vectors: [..., G, T, D], queries.
+      keys: [..., N, D].
+      values: [..., N, D].
+      seen: bool, broadcast to [..., G, T, N].
     """
-    peak, total, weighted = state
-    logits = jnp.where(seen, logits_of(queries, keys), HIDDEN)
-    new_peak = jnp.maximum(peak, logits.max(-1))
-    weights = jnp.where(seen, jnp.exp(logits - new_peak[..., None]), 0.0)
-    decay = jnp.exp(peak - new_peak)
-    update = wide_einsum("bkgtn,bknd->bkgtd", weights.astype(values.dtype), values)
-    return Softmax(new_peak, total * decay + weights.sum(-1), weighted * decay[..., None] + update)
+    logits = jnp.where(seen, logits_of(vectors, keys), HIDDEN)
+    peak = logits.max(-1)
+    weights = jnp.where(seen, jnp.exp(logits - peak[..., None]), 0.0)
+    weighted = wide_einsum("...gtn,...nd->...gtd", weights.astype(values.dtype), values)
+    return Softmax(peak, weights.sum(-1), weighted)
 
 
-def logits_of(queries: Array, keys: Array) -> Array:
-    """Scaled products of queries [B, K, G, T, D] and keys [B, K, n, D]: float32 [B, K, G, T, n]."""
-    return wide_einsum("bkgtd,bknd->bkgtn", queries, keys) * queries.shape[-1] ** -0.5
+def join(first: Softmax, second: Softmax) -> Softmax:
+    """The softmax over the keys of both."""
+    peak = jnp.maximum(first.peak, second.peak)
+    return Softmax(peak, *(sum(terms) for terms in zip(_at(first, peak), _at(second, peak), strict=True)))
+
+
+def join_by_owner(state: Softmax, parts: Softmax, owner: Array) -> Softmax:
+    """Adds blocks to the queries that they are of.
+
+    Args:
+      state: of `S` sets of queries, [S, ...].
+      parts: of `n` blocks of keys, [n, ...].
+      owner: int32 [n], which set each block was read by.
+    """
+    peak = state.peak.at[owner].max(parts.peak)
+    before, new = _at(state, peak), _at(parts, peak[owner])
+    return Softmax(peak, *(x.at[owner].add(y) for x, y in zip(before, new, strict=True)))
+
+
+def _at(state: Softmax, peak: Array) -> tuple[Array, Array]:
+    """Total and weighted sum relative to another peak."""
+    decay = jnp.exp(state.peak - peak)
+    return state.total * decay, state.weighted * decay[..., None]

@@ -3,8 +3,10 @@
 import jax
 from jax import Array
 
+from restkv_jax.kernels.dispatch import Dispatched, Implementation, never
 
-def solve_positive_definite(systems: Array, targets: Array) -> Array:
+
+def _solve_positive_definite(systems: Array, targets: Array) -> Array:
     """Solves `systems @ x = targets` by Cholesky's factors.
 
     Args:
@@ -17,6 +19,8 @@ def solve_positive_definite(systems: Array, targets: Array) -> Array:
     return jax.scipy.linalg.solve(systems, targets, assume_a="pos")
 
 
-solve_positive_definite_cpu = jax.custom_batching.sequential_vmap(solve_positive_definite)
+_one_by_one = jax.custom_batching.sequential_vmap(_solve_positive_definite)
 """One system after the other. XLA's CPU calls of LAPACK spread a batch over the threads that run the program and wait
 for them: independent batches in one program, such as those of two policies, can wait for each other forever."""
+
+solve_positive_definite = Dispatched(_solve_positive_definite, one_by_one=Implementation(_one_by_one, "cpu", never))

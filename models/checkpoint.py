@@ -18,6 +18,7 @@ from restkv_jax.models.config import ModelConfig, as_ids, read_config
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.files import one_line, read_json, refuse_pointer
 from restkv_jax.models.gguf import gguf_within, read_gguf
+from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.quantised import FLOAT8, dequantised, read_float8
 from restkv_jax.models.refused import missing_weights, refuse_adapter, refuse_pickled, refuse_quantised
 from restkv_jax.models.saving import INDEX, WEIGHTS
@@ -61,8 +62,8 @@ def load_model(
       dtype: of every parameter: float32, bfloat16 or float16.
 
     Returns:
-      the model; its parameters, a dict of arrays where those of the layers carry a leading axis `L`; the tokenizer
-      of `transformers`, None, with a warning, if the directory has none.
+      the model, with the sharing that it was adapted to; its parameters, a dict of arrays where those of the layers
+      carry a leading axis `L`; the tokenizer of `transformers`, None, with a warning, if the directory has none.
 
     Raises:
       FileNotFoundError: no such path or model, or a file is missing from the directory.
@@ -82,11 +83,12 @@ def load_model(
     expected = checkpoint_tensors(model)
     check_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, path, names)
     _check_stored_dtypes({name: tensors[name] for name in expected})
+    sharing = Sharing.load(path, model) if path.is_dir() else None
     params = {
         parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), tensors, expected)
         for parameter, shape in parameter_shapes(model).items()
     }
-    return model, unflatten(params), tokenizer
+    return model.clone(sharing=sharing), unflatten(params), tokenizer
 
 
 def _find_checkpoint(path_or_id: str | os.PathLike | None) -> pathlib.Path:

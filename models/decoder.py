@@ -9,59 +9,41 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels import attention
+from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.config import ModelConfig
+from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.memory import Memory, PairMemory, SharedMemory, follow
 from restkv_jax.models.rope import apply_rope, rope_frequencies, sequence_lengths
 
 
-class Memory(NamedTuple):
-    """What the queries of one layer attend to: keys and values [B, K, N, D], positions int32 [B, N] or [B, K, N]."""
+class LayerView(NamedTuple):
+    """What a layer shows of itself to those who keep its state or judge its keys.
 
-    keys: Array
-    values: Array
-    positions: Array
-
-    def attend(self, queries: Array, query_positions: Array, sliding_window: Array) -> tuple[Array, None]:
-        """Causal attention of queries [B, H, T, D] at positions int32 [B, T]: [B, H, T, D], and nothing to note."""
-        return attention(queries, self.keys, self.values, query_positions, self.positions, sliding_window), None
-
-
-class Layer(NamedTuple):
-    """What a layer shows of itself to the functions that keep its state.
-
-    `index` int32 scalar; `queries` [B, H, w, D] of the last tokens and their `positions` int32 [B, w];
-    `output_projection` [H, D, M]; `sliding_window` int32 scalar; `noted`, what the memory's `attend` returned besides
-    the context, of the last chunk.
+    `index` int32 scalar; `queries`, those of the last tokens; `output_projection` [K, G, D, M]; `aux`, what the
+    memory's `attend` returned besides the context for the last chunk.
     """
 
-    index: Array
-    queries: Array
-    positions: Array
+    index: Array | int
+    queries: Queries
     output_projection: Array
-    sliding_window: Array
-    noted: Any = None
+    aux: Any = None
 
-    def last(self, count: int) -> "Layer":
+    def last(self, count: int) -> "LayerView":
         """The same with the last `count` queries only."""
-        return self._replace(queries=self.queries[:, :, -count:], positions=self.positions[:, -count:])
+        return self._replace(queries=self.queries.last(count))
 
 
-class StateFunctions(NamedTuple):
+class Hooks(NamedTuple):
     """How a state goes through the layers: pure functions that the decoder calls once per layer.
 
-    `remember(index, memory, state) -> (memory, state)` takes the new tokens' keys and values and says what the
-    queries attend to: a `Memory`, or what else has its `attend`, which may also return arrays for `revise` to see as
-    `layer.noted`. `revise(layer, memory, state) -> state` runs after the layer's attention. `num_queries` of the last
-    tokens are shown to it.
+    `make_memory(index, pairs, state) -> (memory, state)` takes the new tokens' pairs and says what the queries attend
+    to; without it, these pairs, as the model's sharing has it. `observe(view, memory, state) -> state` runs after the
+    layer's attention; `num_queries` of the last tokens are shown to it.
     """
 
-    remember: Callable[[Array, Memory, Any], tuple[Memory, Any]]
-    revise: Callable[[Layer, Memory, Any], Any]
+    make_memory: Callable[[Array, Pairs, Any], tuple[Memory, Any]] | None = None
+    observe: Callable[[LayerView, Any, Any], Any] = lambda view, memory, state: state
     num_queries: int = 1
-
-
-STATELESS = StateFunctions(lambda index, memory, state: (memory, state), lambda layer, memory, state: state)
-"""Plain causal attention over the tokens given."""
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -100,38 +82,54 @@ class DecoderLayer(nn.Module):
         self.key_norm = self.param("key_norm", ones, (dim,)) if c.query_key_norm else None
 
     def queries(self, hidden: Array, positions: Array, rope: tuple[Array, float]) -> Array:
-        """[B, T, M] to [B, H, T, D], turned by RoPE."""
-        return self._project(hidden, self.query_projection, self.query_bias, self.query_norm, positions, rope)
+        """[B, T, M] to [B, K, G, T, D], turned by RoPE and times the scale of the logits, `1 / sqrt(D)`."""
+        projection, bias = (self._grouped(x, "d") for x in (self.query_projection, self.query_bias))
+        x = jnp.einsum("btm,mkgd->btkgd", self._normed(hidden), projection) + bias
+        x = einops.rearrange(self._head_norm(x, self.query_norm), "b t k g d -> b k g t d")
+        frequencies, factor = rope
+        return apply_rope(x, positions, frequencies, factor * self.config.head_dim**-0.5)
 
     def keys(self, hidden: Array, positions: Array, rope: tuple[Array, float]) -> Array:
         """[B, T, M] to [B, K, T, D], turned by RoPE."""
-        return self._project(hidden, self.key_projection, self.key_bias, self.key_norm, positions, rope)
+        x = jnp.einsum("btm,mkd->btkd", self._normed(hidden), self.key_projection) + self.key_bias
+        return apply_rope(einops.rearrange(self._head_norm(x, self.key_norm), "b t k d -> b k t d"), positions, *rope)
 
     def values(self, hidden: Array) -> Array:
         """[B, T, M] to [B, K, T, D]."""
-        hidden = rms_norm(hidden, self.input_norm, self.config.rms_norm_eps)
-        values = jnp.einsum("btm,mkd->btkd", hidden, self.value_projection) + self.value_bias
+        values = jnp.einsum("btm,mkd->btkd", self._normed(hidden), self.value_projection) + self.value_bias
         return einops.rearrange(values, "b t k d -> b k t d")
 
+    def grouped_output_projection(self) -> Array:
+        """[K, G, D, M]."""
+        return self._grouped(self.output_projection, "d m")
+
     def finish(self, hidden: Array, context: Array) -> Array:
-        """Adds the projected attention output, context [B, H, T, D], and the MLP to the residual stream [B, T, M]."""
-        hidden = hidden + jnp.einsum("bhtd,hdm->btm", context, self.output_projection) + self.output_bias
+        """Adds the projected context [B, K, G, T, D], and the MLP, to the residual stream [B, T, M]."""
+        projected = jnp.einsum("bkgtd,kgdm->btm", context, self.grouped_output_projection())
+        hidden = hidden + projected + self.output_bias
         x = rms_norm(hidden, self.post_attention_norm, self.config.rms_norm_eps)
         gate = nn.silu(x @ self.gate_projection + self.gate_bias)
         return hidden + (gate * (x @ self.up_projection + self.up_bias)) @ self.down_projection + self.down_bias
 
-    def _project(self, hidden, projection, bias, norm, positions, rope):
-        hidden = rms_norm(hidden, self.input_norm, self.config.rms_norm_eps)
-        x = jnp.einsum("btm,mhd->bthd", hidden, projection) + bias
-        if norm is not None:
-            x = rms_norm(x, norm, self.config.rms_norm_eps)
-        return apply_rope(einops.rearrange(x, "b t h d -> b h t d"), positions, *rope)
+    def _normed(self, hidden: Array) -> Array:
+        return rms_norm(hidden, self.input_norm, self.config.rms_norm_eps)
+
+    def _head_norm(self, x: Array, weight: Array | None) -> Array:
+        return x if weight is None else rms_norm(x, weight, self.config.rms_norm_eps)
+
+    def _grouped(self, x: Any, after: str) -> Any:
+        """Divides the axis of the query heads by KV heads; a bias that is not there stays so."""
+        if isinstance(x, int):
+            return x
+        pattern = f"... (k g) {after} -> ... k g {after}"
+        return einops.rearrange(x, pattern, k=self.config.num_key_value_heads)
 
 
 class Decoder(nn.Module):
     """The decoder stack: embedding, `num_hidden_layers` scanned `DecoderLayer`s, final norm, unembedding."""
 
     config: ModelConfig
+    sharing: Sharing | None = None
 
     def setup(self):
         c = self.config
@@ -146,7 +144,7 @@ class Decoder(nn.Module):
         self,
         tokens: Array,
         positions: Array,
-        functions: StateFunctions = STATELESS,
+        hooks: Hooks = Hooks(),  # noqa: B008
         state: Any = None,
         chunk_size: int | None = None,
         checkpoint: bool = False,
@@ -155,28 +153,27 @@ class Decoder(nn.Module):
 
         Layers are scanned, and within a layer the tokens go through in chunks: keys and values of all chunks first,
         then queries, attention and MLP chunk by chunk. So besides the residual stream only one layer's keys and
-        values exist for the whole prompt.
+        values exist for the whole prompt, and with a sharing those of the leaders.
 
         Args:
           tokens: int32 [B, T].
           positions: int32 [B, T], -1 for padding.
-          functions: how `state` is read and written in each layer.
+          hooks: how `state` is read and written in each layer.
           state: any pytree, carried through the layers.
           chunk_size: tokens per chunk, a divisor of `T`; None takes the whole sequence at once.
           checkpoint: whether a backward pass recomputes each layer from its input instead of storing what is in it.
 
         Returns:
-          the normed hidden states [B, T, M] and the next state.
+          the residual stream before the final norm, [B, T, M], and the next state.
         """
         c = self.config
         rope = rope_frequencies(c, sequence_lengths(positions))
+        batch, length = tokens.shape
+        heads = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
 
         def layer_step(layer, carry, scanned):
-            hidden, state = carry
+            hidden, leader_keys, state = carry
             index, sliding_window = scanned
-
-            batch, length, _ = hidden.shape
-            heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
             def project(layer, pairs, take, put):
                 part, places = take(hidden), take(positions)
@@ -185,22 +182,26 @@ class Decoder(nn.Module):
             def attend(layer, carry, take, put):
                 hidden, last = carry
                 part, places = take(hidden), take(positions)
-                queries = layer.queries(part, places, rope)
-                context, noted = memory.attend(queries, places, sliding_window)
-                if functions.num_queries == length:
-                    last = put(last, queries, axis=2)
+                vectors = layer.queries(part, places, rope)
+                context, aux = memory.attend(Queries(vectors, places, sliding_window))
+                if hooks.num_queries == length:
+                    last = put(last, vectors, axis=3)
                 else:
-                    last = jnp.concatenate([last, queries], axis=2)[:, :, -functions.num_queries :]
-                return (put(hidden, layer.finish(part, context), axis=1), last), noted
+                    last = jnp.concatenate([last, vectors], axis=3)[:, :, :, -hooks.num_queries :]
+                return (put(hidden, layer.finish(part, context), axis=1), last), aux
 
-            empty = jnp.zeros((batch, kv_heads, length, dim), hidden.dtype)
+            empty = jnp.zeros((batch, heads[0], length, c.head_dim), hidden.dtype)
             (keys, values), _ = _over_chunks(project, layer, (empty, empty), length, chunk_size)
-            memory, state = functions.remember(index, Memory(keys, values, positions), state)
-            last = jnp.zeros((batch, heads, functions.num_queries, dim), hidden.dtype)
-            (hidden, last), noted = _over_chunks(attend, layer, (hidden, last), length, chunk_size)
-            last_positions = positions[:, -functions.num_queries :]
-            shown = Layer(index, last, last_positions, layer.output_projection, sliding_window, noted)
-            return (hidden, functions.revise(shown, memory, state)), None
+            pairs = Pairs(keys, values, positions[:, None])
+            if hooks.make_memory is not None:
+                memory, state = hooks.make_memory(index, pairs, state)
+            else:
+                memory, leader_keys = self._own_memory(index, pairs, leader_keys)
+            last = jnp.zeros((batch, *heads, hooks.num_queries, c.head_dim), hidden.dtype)
+            (hidden, last), aux = _over_chunks(attend, layer, (hidden, last), length, chunk_size)
+            queries = Queries(last, positions[:, -hooks.num_queries :], sliding_window)
+            view = LayerView(index, queries, layer.grouped_output_projection(), aux)
+            return (hidden, leader_keys, hooks.observe(view, memory, state)), None
 
         scan = nn.scan(
             nn.checkpoint(layer_step, prevent_cse=False) if checkpoint else layer_step,
@@ -208,12 +209,25 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             length=c.num_hidden_layers,
         )
+        hidden = self.embedding[tokens]
+        leader_keys = None
+        if self.sharing is not None and hooks.make_memory is None:
+            leader_keys = jnp.zeros((batch, heads[0], length, c.head_dim), hidden.dtype)
         scanned = jnp.arange(c.num_hidden_layers), jnp.asarray(c.sliding_windows, jnp.int32)
-        (hidden, state), _ = scan(self.layers, (self.embedding[tokens], state), scanned)
-        return rms_norm(hidden, self.final_norm, c.rms_norm_eps), state
+        (hidden, _, state), _ = scan(self.layers, (hidden, leader_keys, state), scanned)
+        return hidden, state
+
+    def _own_memory(self, index: Array, pairs: Pairs, leader_keys: Array | None) -> tuple[Memory, Array | None]:
+        """What queries attend to over the tokens given, and the leaders' keys for the next layer."""
+        if self.sharing is None or leader_keys is None:
+            return PairMemory(pairs), leader_keys
+        leads = jnp.asarray(self.sharing.groups.is_leader)[index]
+        leader_keys = follow(leads, pairs.keys, leader_keys)
+        return SharedMemory(pairs, leader_keys, self.sharing.sink, self.sharing.recent), leader_keys
 
     def logits(self, hidden: Array) -> Array:
-        """Scores of the next token, [..., M] to float32 [..., V]."""
+        """Logits of the next token from the residual stream, normed here: [..., M] to float32 [..., V]."""
+        hidden = rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
         unembedding = self.embedding if self.config.tie_word_embeddings else self.unembedding
         return jnp.einsum("...m,vm->...v", hidden, unembedding, preferred_element_type=jnp.float32)
 
@@ -242,29 +256,48 @@ def _over_chunks(function, layer: DecoderLayer, carry: Any, length: int, chunk_s
     return carry, jax.tree.map(lambda note: note[-1], notes)
 
 
-def hidden_states(
-    model: Decoder, params: Any, tokens: Array, mask: Array | None = None, positions: Array | None = None
-) -> Array:
-    """Hidden states of every token under plain causal attention; differentiable.
+def read(
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array | None = None,
+    hooks: Hooks = Hooks(),  # noqa: B008
+    state: Any = None,
+    *,
+    positions: Array | None = None,
+    chunk_size: int | None = None,
+    checkpoint: bool = False,
+) -> tuple[Array, Any]:
+    """Runs the layers over whole sequences with the model's own attention, that of its sharing if it has one.
+
+    Differentiable. With `checkpoint` a backward pass stores a layer's input, and the leaders' keys, and recomputes what
+    is in the layer; attention within it stores no probabilities.
 
     Args:
       model: a `Decoder`.
       params: its parameters.
       tokens: int32 [B, T].
-      mask: bool [B, T], False on left padding.
+      mask: bool [B, T], False on left padding; None if there is none.
+      hooks: what to do with a `state` in each layer; nothing by default.
+      state: any pytree.
       positions: int32 [B, T] for RoPE and order, ascending in each row; from the mask if not given.
+      chunk_size: tokens whose activations exist at one time, a divisor of `T`; all by default.
+      checkpoint: whether a backward pass recomputes each layer.
 
     Returns:
-      [B, T, M].
+      the residual stream before the final norm, [B, T, M], for `logits`; and the state.
     """
     if positions is None:
         positions = positions_of(mask if mask is not None else jnp.ones(tokens.shape, bool))
-    return model.apply({"params": params}, tokens, positions)[0]
+    arguments: Any = positions, hooks, state, chunk_size, checkpoint
+    found: Any = model.apply({"params": params}, tokens, *arguments)
+    return found
 
 
 def logits(model: Decoder, params: Any, hidden: Array) -> Array:
-    """Scores of the next token from hidden states, [..., M] to float32 [..., V]."""
-    return model.apply({"params": params}, hidden, method=Decoder.logits)
+    """Logits of the next token from the residual stream, [..., M] to float32 [..., V]."""
+    found: Any = model.apply({"params": params}, hidden, method=Decoder.logits)
+    return found
 
 
 def positions_of(mask: Array) -> Array:

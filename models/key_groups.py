@@ -1,16 +1,18 @@
-"""Which layers share the keys of distant tokens: blocks of neighbouring layers, per KV head."""
+"""Which layers share the keys of distant tokens, and which tokens are distant (PoD, arXiv 2412.02252)."""
 
 import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from restkv_jax.eviction.policy import check_integer
+from restkv_jax.models.arguments import check_integer, check_number
 from restkv_jax.models.config import ModelConfig
-from restkv_jax.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from restkv_jax.models.decoder import Decoder
 
 FILE = "layer_groups.json"
 """The name under which groups stand beside a checkpoint."""
@@ -62,6 +64,18 @@ class LayerGroups:
         return int(self.is_leader.sum())
 
     @property
+    def blocks(self) -> np.ndarray:
+        """int32 [L, K], the number of each layer and head's block, from 0 to `R - 1`; leaders' ascend."""
+        return self.in_parts(1)[0]
+
+    def in_parts(self, parts: int) -> tuple[np.ndarray, int]:
+        """Blocks numbered within each of `parts` parts of the KV heads, int32 [L, K], and how many the largest has."""
+        by_part = np.split(self.is_leader, parts, axis=1)
+        numbers = [np.cumsum(part).reshape(part.shape) - 1 for part in by_part]
+        blocks = np.take_along_axis(np.concatenate(numbers, axis=1), np.array(self.leader), axis=0)
+        return blocks.astype(np.int32), max(int(part.sum()) for part in by_part)
+
+    @property
     def longest_block(self) -> int:
         """Layers of the longest block."""
         return int((np.arange(self.num_layers)[:, None] - np.array(self.leader)).max()) + 1
@@ -70,12 +84,6 @@ class LayerGroups:
     def is_leader(self) -> np.ndarray:
         """bool [L, K]."""
         return np.array(self.leader) == np.arange(self.num_layers)[:, None]
-
-    @property
-    def blocks(self) -> np.ndarray:
-        """int32 [L, K], the number of each layer and head's block, from 0 to `R - 1`; leaders' ascend."""
-        numbers = np.cumsum(self.is_leader).reshape(self.is_leader.shape) - 1
-        return np.take_along_axis(numbers, np.array(self.leader), axis=0).astype(np.int32)
 
     def cache_fraction(self, tokens: int, sink: int = 16, recent: int = 4080) -> float:
         """What the cache of a sequence holds, as a fraction of the full one's.
@@ -106,7 +114,7 @@ class LayerGroups:
                 f"{theirs[1]}; find its own with restkv_jax.pod.attention_similarity and group_layers"
             )
 
-    def save(self, path: str | os.PathLike, model: Decoder, name: str | None = None) -> None:
+    def save(self, path: str | os.PathLike, model: "Decoder", name: str | None = None) -> None:
         """Writes the groups as JSON, with what tells their model from others; the file appears whole or not at all.
 
         Args:
@@ -117,18 +125,10 @@ class LayerGroups:
         Raises:
           ValueError: groups that cannot be of this model.
         """
-        self.check_model(model.config)
-        path = _file(path)
-        fields = {"name": name, **_description(model.config), "leader": self.leader}
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_text(json.dumps(fields, indent=1) + "\n")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        _write(path, self, model, {"name": name})
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model: Decoder | None = None, name: str | None = None) -> "LayerGroups":
+    def load(cls, path: str | os.PathLike, model: "Decoder | None" = None, name: str | None = None) -> "LayerGroups":
         """Reads groups that `save` wrote.
 
         Args:
@@ -140,22 +140,115 @@ class LayerGroups:
           FileNotFoundError: no such file.
           ValueError: a damaged file, or groups made for another model.
         """
-        path = _file(path)
+        return _read(path, model, {} if name is None else {"name": name})[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """How a model shares keys, static under `jax.jit`.
+
+    For a query at position `q`, proximal are the first `sink` tokens and the last `recent`, `q - recent < p <= q`: the
+    layer reads them by its own keys. The rest of the past is distant and read by the leader's. Values are always the
+    layer's own, and one softmax goes over both.
+
+    Attributes:
+      groups: who leads whom.
+      sink: tokens at the beginning whose keys each layer keeps.
+      recent: tokens at the end, the newest included, whose keys each layer keeps.
+      skip_threshold: while decoding, leaves a layer's distant tokens out where its leader found them unimportant: for
+        each row and KV head that is not a leader, if in its leader the proximal tokens held at least this share of
+        the attention of every query head of the group. Leaders, and prompts, are read whole. The leader stands for
+        the layer because a layer's own share is known only after the distant keys were read, which is what skipping
+        saves; blocks are made of layers that attend alike. None never skips.
+    """
+
+    groups: LayerGroups
+    sink: int = 16
+    recent: int = 4080
+    skip_threshold: float | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.groups, LayerGroups):
+            raise TypeError(f"groups={self.groups!r} must be LayerGroups, such as LayerGroups.load(directory) gives")
+        check_integer("sink", self.sink, 0, "tokens at the beginning")
+        check_integer("recent", self.recent, 1, "a token reads itself by its own layer's key")
+        if self.skip_threshold is not None:
+            check_number("skip_threshold", self.skip_threshold, "a share of attention")
+            if not 0 <= self.skip_threshold <= 1:
+                raise ValueError(f"skip_threshold={self.skip_threshold} must be a share of attention, from 0 to 1")
+
+    @property
+    def proximal(self) -> int:
+        """Tokens that each layer reads by its own keys, at most."""
+        return self.sink + self.recent
+
+    def distant(self, length: int) -> int:
+        """Distant tokens of a sequence of `length` as its last token sees them."""
+        return max(length - self.proximal, 0)
+
+    def save(self, path: str | os.PathLike, model: "Decoder") -> None:
+        """Writes groups and sizes beside an adapted model's weights, from where `load_model` brings them back.
+
+        Args:
+          path: the checkpoint's directory.
+          model: the one that shares keys in this way.
+        """
+        sizes = {name: getattr(self, name) for name in SIZES}
+        _write(path, self.groups, model, sizes)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: "Decoder") -> "Sharing | None":
+        """What `save` wrote; None where there is no such file, or groups alone, which no model was adapted to.
+
+        Raises:
+          ValueError: a damaged file, or one of another model.
+        """
+        if not _file(path).is_file():
+            return None
+        groups, fields = _read(path, model, {})
+        if not fields.keys() >= set(SIZES):
+            return None
         try:
-            fields = json.loads(path.read_text())
-            groups = cls(fields["leader"])
-        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} holds no layer groups ({error}); write them with LayerGroups.save") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        expected = ({} if model is None else _description(model.config)) | ({} if name is None else {"name": name})
-        for field, value in expected.items():
-            if fields.get(field) != value:
-                raise ValueError(
-                    f"{path}: these groups were made for another model: {field} is {fields.get(field)!r} there, "
-                    f"{value!r} here"
-                )
-        return groups
+            return cls(groups, **{name: fields[name] for name in SIZES})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{_file(path)}: {error}") from error
+
+
+SIZES = "sink", "recent", "skip_threshold"
+"""What a file of an adapted model says besides its groups."""
+
+
+def _write(path: str | os.PathLike, groups: LayerGroups, model: "Decoder", fields: dict[str, Any]) -> None:
+    groups.check_model(model.config)
+    path = _file(path)
+    text = json.dumps({**fields, **_description(model.config), "leader": groups.leader}, indent=1)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read(
+    path: str | os.PathLike, model: "Decoder | None", expected: dict[str, Any]
+) -> tuple[LayerGroups, dict[str, Any]]:
+    """The groups of a file and all that it says."""
+    path = _file(path)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        groups = LayerGroups(fields["leader"])
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no layer groups ({error}); write them with LayerGroups.save") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for field, value in (({} if model is None else _description(model.config)) | expected).items():
+        if fields.get(field) != value:
+            raise ValueError(
+                f"{path}: these groups were made for another model: {field} is {fields.get(field)!r} there, "
+                f"{value!r} here"
+            )
+    return groups, fields
 
 
 def _description(config: ModelConfig) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Where parameters live on a mesh of devices with the axes `data` and `model`."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -53,3 +55,20 @@ def parameter_shardings(model: Decoder, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return unflatten({name: sharding(name, shape) for name, shape in parameter_shapes(model).items()})
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh with the axes `data` and `model` that parameters lie on; None for one device, or under a transform."""
+    for leaf in jax.tree.leaves(params):
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and {"data", "model"} <= set(sharding.mesh.axis_names):
+            return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+    return None
+
+
+@contextlib.contextmanager
+def beside(params: Any) -> Iterator[None]:
+    """Programs that are called inside divide what they make as the parameters are divided."""
+    mesh = mesh_of(params)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(automatic(mesh)):
+        yield

@@ -45,20 +45,21 @@ def rope_frequencies(config: ModelConfig, sequence_length: Array) -> tuple[Array
     return jnp.broadcast_to(frequencies, (sequence_length.shape[0], dim // 2)), attention_factor
 
 
-def apply_rope(x: Array, positions: Array, frequencies: Array, attention_factor: float) -> Array:
+def apply_rope(x: Array, positions: Array, frequencies: Array, factor: float) -> Array:
     """Turns queries or keys by their positions, the first half of the dimensions paired with the second.
 
     Args:
-      x: [B, heads, T, D].
+      x: [B, ..., T, D], any axes of heads between.
       positions: int32 [B, T].
       frequencies: float32 [B, D/2].
-      attention_factor: multiplies cosine and sine.
+      factor: multiplies cosine and sine.
 
     Returns:
-      [B, heads, T, D] in the dtype of `x`; the rotation is computed in float32.
+      [B, ..., T, D] in the dtype of `x`; the rotation is computed in float32.
     """
-    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies[:, None, None, :]
-    cos, sin = jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[:, None, :]
+    angles = jnp.expand_dims(angles, tuple(range(1, x.ndim - 2)))
+    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

@@ -12,11 +12,12 @@ from safetensors.numpy import save_file
 from restkv_jax.models.config import to_hugging_face
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.files import write_json
+from restkv_jax.models.key_groups import FILE
 from restkv_jax.models.tensors import Tensor, checkpoint_tensors, flatten, parameter_shapes, to_checkpoint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MODEL_FILES = ("model*.safetensors", INDEX, "config.json", "generation_config.json")
+MODEL_FILES = ("model*.safetensors", INDEX, "config.json", "generation_config.json", FILE)
 """What `save_model` replaces in a directory that exists."""
 
 
@@ -27,7 +28,7 @@ def save_model(
     tokenizer: Any | None = None,
     max_shard_bytes: int = 2**32,
 ) -> None:
-    """Writes a checkpoint that `load_model` and `transformers` load: configuration, weights, tokenizer.
+    """Writes a checkpoint that `load_model` and `transformers` load: configuration, weights, tokenizer, sharing.
 
     The files are written into a temporary directory beside, which then takes the place of `directory`: it is never
     seen half-written. Of a directory that exists the model's files are replaced and all others kept.
@@ -57,6 +58,8 @@ def save_model(
         _write_weights(unfinished, checkpoint_tensors(model), params, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+        if model.sharing is not None:
+            model.sharing.save(unfinished, model)
         _replace_directory(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

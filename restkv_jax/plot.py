@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from restkv_jax.caches.dense import KVCache, kept_positions
+from restkv_jax.caches.base import Cache, kept_positions
 
 SPAN_COLORS = ("#D55E00", "#009E73", "#CC79A7")
 """Of Okabe and Ito's colours for all kinds of colour vision, those that stand out from blue."""
 
 
-def kept_shares(cache: KVCache, row: int = 0) -> np.ndarray:
+def kept_shares(cache: Cache, row: int = 0) -> np.ndarray:
     """The share of a layer's KV heads that hold each position of a prompt.
 
     Args:
@@ -69,7 +69,7 @@ def token_span(tokenizer: Any, text: str, part: str) -> tuple[int, int]:
 
 
 def plot_kept(
-    caches: KVCache | Mapping[str, KVCache],
+    caches: Cache | Mapping[str, Cache],
     spans: Mapping[str, tuple[int, int]] | None = None,
     row: int = 0,
     title: str = "What the cache keeps of the prompt",

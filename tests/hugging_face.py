@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from restkv_jax.models import Decoder, hidden_states, logits
+from restkv_jax.models.decoder import Decoder, logits, read
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: compares with transformers' own models")
 torch.set_num_threads(1)
@@ -136,6 +136,6 @@ def our_logits(model: Decoder, params, tokens: np.ndarray, mask: np.ndarray) -> 
 
     @jax.jit
     def run(params, tokens, mask):
-        return logits(model, params, hidden_states(model, params, tokens, mask))
+        return logits(model, params, read(model, params, tokens, mask)[0])
 
     return np.asarray(run(params, jnp.asarray(tokens), jnp.asarray(mask)))

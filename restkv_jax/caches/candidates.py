@@ -1,20 +1,28 @@
 """Selection across layers: the best pairs of each layer wait until all are scored, then the budget is shared out."""
 
+import functools
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax.caches.base import Keeper
+from restkv_jax.caches.dense import put_layer
 from restkv_jax.caches.paged import PagedCache, fill_pages, pool_shape
-from restkv_jax.eviction.layer import keep_shares, score_prefix, select, take, weighed_scores
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import window_outputs
-from restkv_jax.models.config import UNLIMITED, ModelConfig
+from restkv_jax.eviction.select import keep_shares, places_to_keep, prefix_scores, score_once, weighed_scores
+from restkv_jax.kernels.gather import gather_pairs
+from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.partition import divide, each_part, on_mesh, parts_of_mesh, undivide
+from restkv_jax.models.config import UNLIMITED
+from restkv_jax.models.decoder import Decoder, LayerView
+from restkv_jax.models.memory import PairMemory
 
 
-@flax.struct.dataclass
-class Candidates:
+class Candidates(flax.struct.PyTreeNode):
     """The best pairs of every layer, row and KV head, `N` places each.
 
     Attributes:
@@ -23,8 +31,8 @@ class Candidates:
       positions: int32 [L, B, K, N], ascending, then -1 where empty.
       scores: float32 [L, B, K, N]; inf in the window, -inf where empty.
       prompt_lengths: int32 [B].
-      queries: [L, B, H, w, D], the window's, where the values are refitted, else None.
-      outputs: float32 [L, B, H, w, D], what these queries got from the whole prompt, else None.
+      queries: [L, B, K, G, w, D], the window's, where the values are refitted, else None.
+      outputs: float32 [L, B, K, G, w, D], what these queries got from the whole prompt, else None.
     """
 
     keys: Array
@@ -36,86 +44,89 @@ class Candidates:
     outputs: Array | None = None
 
 
-def empty_candidates(
-    config: ModelConfig, policy: EvictionPolicy, prompt_lengths: Array, length: int, dtype
-) -> Candidates:
-    """No candidates yet, with room for those of prompts of `length` tokens; `prompt_lengths` int32 [B]."""
-    layers, dim, window = config.num_hidden_layers, config.head_dim, policy.window_of(length)
-    places = policy.num_candidates(length) + window
-    shape = layers, prompt_lengths.shape[0], config.num_key_value_heads, places
-    shown = layers, prompt_lengths.shape[0], config.num_attention_heads, window, dim
-    return Candidates(
-        keys=jnp.zeros((*shape, dim), dtype),
-        values=jnp.zeros((*shape, dim), dtype),
-        positions=jnp.full(shape, -1, jnp.int32),
-        scores=jnp.full(shape, -jnp.inf, jnp.float32),
-        prompt_lengths=prompt_lengths,
-        queries=jnp.zeros(shown, dtype) if policy.refit else None,
-        outputs=jnp.zeros(shown, jnp.float32) if policy.refit else None,
-    )
+class PagedKeeper(Keeper):
+    """Shares that differ among layers and KV heads: the budget is given out once all layers are in."""
 
+    @staticmethod
+    def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:
+        return policy.is_ragged(length)
 
-def offer_layer(
-    candidates: Candidates, policy: EvictionPolicy, observation: Observation, judged: Array | None = None
-) -> Candidates:
-    """Enters the best pairs of one layer, `observation.layer`; `judged` as for `evict`."""
-    window = policy.window_of(observation.keys.shape[2])
-    scores = score_prefix(policy, observation, window, judged)
-    indices = select(scores, observation.positions, window, candidates.keys.shape[3])
-    best = take(observation, scores, indices)
-    entries = {"keys": best.keys, "values": best.values, "positions": best.positions}
-    entries["scores"] = weighed_scores(policy, scores, observation.positions, indices)
-    if policy.refit is not None:
-        shown = observation._replace(queries=observation.queries[:, :, -window:])
-        entries |= {"queries": shown.queries, "outputs": window_outputs(*shown.attention_arguments)}
+    @property
+    def window(self) -> int:
+        return self.policy.window_of(self.length)
 
-    def put(array, part):
-        return jax.lax.dynamic_update_slice(
-            array, part[None].astype(array.dtype), (observation.layer, *[0] * part.ndim)
+    def start(self, prompt_lengths: Array, dtype: Any) -> Candidates:
+        config, batch = self.model.config, prompt_lengths.shape[0]
+        places = self.policy.num_candidates(self.length) + self.window
+        heads = config.num_hidden_layers, batch, config.num_key_value_heads
+        shown = config.num_attention_heads // config.num_key_value_heads, self.window, config.head_dim
+        is_refitted = self.policy.refit is not None
+
+        def full(value: float, *shape: int, dtype: Any) -> Array:
+            return on_mesh(jnp.full((*heads, *shape), value, dtype), rows=1, heads=2)
+
+        return Candidates(
+            keys=full(0, places, config.head_dim, dtype=dtype),
+            values=full(0, places, config.head_dim, dtype=dtype),
+            positions=full(-1, places, dtype=jnp.int32),
+            scores=full(-jnp.inf, places, dtype=jnp.float32),
+            prompt_lengths=prompt_lengths,
+            queries=full(0, *shown, dtype=dtype) if is_refitted else None,
+            outputs=full(0, *shown, dtype=jnp.float32) if is_refitted else None,
         )
 
-    return candidates.replace(**{name: put(getattr(candidates, name), part) for name, part in entries.items()})
+    def add(self, candidates: Candidates, view: LayerView, memory: PairMemory, scored: dict) -> Candidates:
+        policy, pairs, view = self.policy, memory.pairs, view.last(self.num_queries)
+        scores = prefix_scores(policy, view, pairs, score_once(scored, policy, view, pairs))
+        indices = places_to_keep(scores, pairs.positions, self.window, candidates.keys.shape[3])
+        best = gather_pairs(pairs, indices)
+        entries = {"keys": best.keys, "values": best.values, "positions": best.positions}
+        entries["scores"] = weighed_scores(policy, scores, pairs.positions, indices)
+        if policy.refit is not None:
+            queries = view.queries.last(self.window)
+            entries |= {"queries": queries.vectors, "outputs": window_outputs(queries, pairs)}
+        return candidates.replace(
+            **{name: put_layer(getattr(candidates, name), view.index, part) for name, part in entries.items()}
+        )
 
+    def finish(self, candidates: Candidates) -> PagedCache:
+        """Shares the budget among layers and KV heads and packs what they keep into pages."""
+        c, policy, config = candidates, self.policy, self.model.config
+        layers, batch, num_kv_heads, places, _ = c.keys.shape
+        prefix_lengths = jnp.maximum(c.prompt_lengths - self.window, 0)
+        keep = keep_shares(policy, c.scores, prefix_lengths, jnp.arange(layers), layers)
+        values = c.values if policy.refit is None else self._refitted(c, keep)
 
-def share_budget(
-    candidates: Candidates, policy: EvictionPolicy, config: ModelConfig, length: int, max_new_tokens: int
-) -> PagedCache:
-    """Shares the budget among layers and KV heads and packs what they keep into pages.
+        parts = parts_of_mesh(batch, num_kv_heads)
+        # A part holds all pairs that its KV heads may win, at most those of its rows.
+        rows, heads = batch // parts.rows, layers * (batch // parts.rows) * (num_kv_heads // parts.heads)
+        most = policy.allocation.most(policy.slots_given, self.window, layers, num_kv_heads)
+        total = rows * (most + layers * num_kv_heads * self.window)
+        shape = pool_shape(min(total, heads * places), places, heads, self.max_new_tokens, policy.page_size)
+        fill = functools.partial(fill_pages, shape, max_new_tokens=self.max_new_tokens)
+        filled = each_part(fill, *(divide(x, parts, "l") for x in (c.keys, values, c.positions, keep)))
+        by_head = {name: undivide(filled.pop(name), "l") for name in ("page_table", "lengths")}
+        return PagedCache(
+            **filled,
+            **by_head,
+            prompt_lengths=c.prompt_lengths,
+            next_positions=c.prompt_lengths,
+            is_windowed=min(config.sliding_windows) < UNLIMITED,
+        )
 
-    Args:
-      candidates: of all layers.
-      policy: its allocation says how many each keeps, its refit corrects the values.
-      config: of the model.
-      length: tokens of the padded prompts.
-      max_new_tokens: slots to reserve for tokens to come.
-    """
-    layers, batch, num_kv_heads, places, _ = candidates.keys.shape
-    window = policy.window_of(length)
-    prefix_lengths = jnp.maximum(candidates.prompt_lengths - window, 0)
-    keep = keep_shares(policy, candidates.scores, prefix_lengths, jnp.arange(layers), layers)
-    most = policy.allocation.most(policy.budget, window, layers, num_kv_heads) + layers * num_kv_heads * window
-    heads = layers * batch * num_kv_heads
-    shape = pool_shape(min(batch * most, heads * places), places, heads, max_new_tokens, policy.page_size)
-    values = candidates.values if policy.refit is None else _refitted(candidates, policy, config, keep, window)
-    pages = fill_pages(shape, candidates.keys, values, candidates.positions, keep, max_new_tokens)
-    return PagedCache(
-        **pages,
-        prompt_lengths=candidates.prompt_lengths,
-        next_positions=candidates.prompt_lengths,
-        windowed=min(config.sliding_windows) < UNLIMITED,
-    )
+    def _refitted(self, candidates: Candidates, keep: Array) -> Array:
+        """The values of all layers, corrected for the loss of those that are not kept."""
+        query_positions = candidates.prompt_lengths[:, None] + jnp.arange(-self.window, 0)
+        query_positions = jnp.where(query_positions >= 0, query_positions, -1)
 
+        refit = self.policy.refit
+        assert refit is not None
 
-def _refitted(candidates: Candidates, policy: EvictionPolicy, config: ModelConfig, keep: Array, window: int) -> Array:
-    """The values of all layers, corrected for the loss of those that are not kept."""
-    query_positions = candidates.prompt_lengths[:, None] + jnp.arange(-window, 0)
-    query_positions = jnp.where(query_positions >= 0, query_positions, -1)
+        def one_layer(layer: tuple) -> Array:
+            vectors, outputs, keys, values, positions, sliding_window = layer
+            queries = Queries(vectors, query_positions, sliding_window)
+            return refit(queries, outputs, Pairs(keys, values, positions))
 
-    def one_layer(layer):
-        queries, outputs, keys, values, positions, sliding_window = layer
-        return policy.refit(queries, outputs, keys, values, query_positions, positions, sliding_window)
-
-    c = candidates
-    positions = jnp.where(keep, c.positions, -1)
-    windows = jnp.asarray(config.sliding_windows, jnp.int32)
-    return jax.lax.map(one_layer, (c.queries, c.outputs, c.keys, c.values, positions, windows))
+        c, windows = candidates, jnp.asarray(self.model.config.sliding_windows, jnp.int32)
+        positions = jnp.where(keep, c.positions, -1)
+        return jax.lax.map(one_layer, (c.queries, c.outputs, c.keys, c.values, positions, windows))

@@ -1,32 +1,23 @@
-"""The key-value cache: a pytree of arrays, the only state of generation."""
+"""The dense cache: as many slots for every layer, row and KV head."""
 
-from collections.abc import Sequence
+from typing import Any, Self
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.caches.paged import PagedCache
-from restkv_jax.models import Memory
+from restkv_jax.caches.base import Cache, Keeper, check_shape, check_unshared
+from restkv_jax.eviction.layer import evict
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.select import score_once
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.partition import on_mesh
 from restkv_jax.models.config import ModelConfig
+from restkv_jax.models.decoder import Decoder, LayerView
+from restkv_jax.models.memory import PairMemory
 
 
-@flax.struct.dataclass
-class Importance:
-    """What a cache needs to evict while generating.
-
-    Attributes:
-      scores: float32 [L, B, K, N], moving average of each slot's removal error; NaN until the slot is first seen.
-      gram: float32 [L, H, D, D], Gram matrices of the output projection.
-    """
-
-    scores: Array
-    gram: Array
-
-
-@flax.struct.dataclass
-class KVCache:
+class KVCache(Cache):
     """Kept keys and values of all layers, with `N` slots per layer, row and KV head.
 
     Attributes:
@@ -34,146 +25,123 @@ class KVCache:
       values: [L, B, K, N, D].
       positions: int32 [L, B, K, N], of the token in its sequence; -1 where a slot is empty.
       lengths: int32 [L, B, K], slots in use.
-      prompt_lengths: int32 [B], tokens of each prompt.
-      next_positions: int32 [B], position of the next token.
-      importance: where the cache evicts while generating, else None.
     """
 
     keys: Array
     values: Array
     positions: Array
     lengths: Array
-    prompt_lengths: Array
-    next_positions: Array
-    importance: Importance | None = None
 
     @property
     def num_slots(self) -> int:
         """`N`."""
         return self.keys.shape[3]
 
-    def is_full(self) -> Array:
-        """bool scalar: some layer, row and KV head has no place for another pair."""
-        return (self.lengths >= self.num_slots).any() & (self.importance is None)
+    def memory(self, layer: Array) -> PairMemory:
+        return PairMemory(Pairs(self.keys[layer], self.values[layer], self.positions[layer]))
 
-    def memory(self, layer: Array) -> Memory:
-        """What the queries of a layer, int32 scalar, attend to."""
-        return Memory(self.keys[layer], self.values[layer], self.positions[layer])
-
-    def slot_positions(self) -> Array:
-        """int32 [L, B, K, N], position of every slot, -1 where empty."""
-        return self.positions
-
-    def append(self, layer: Array, keys: Array, values: Array, active: Array, window: int) -> "KVCache":
-        """Puts one new pair per row and KV head into a layer, in place under jit.
-
-        The pair takes the first free slot; a full cache that evicts while generating gives it the slot of least
-        importance outside the last `window` positions.
-
-        Args:
-          layer: int32 scalar.
-          keys: [B, K, D].
-          values: [B, K, D].
-          active: bool [B]; rows that are not stay as they are.
-          window: positions that are never overwritten, counted back from the new one.
-
-        Returns:
-          the next state.
-        """
+    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> Self:
         used = self.lengths[layer]
-        slots = used
-        if self.importance is not None:
-            positions = self.positions[layer]
-            recent = positions > self.next_positions[:, None, None] - window
-            candidates = jnp.where(recent, jnp.inf, self.importance.scores[layer])
-            slots = jnp.where(used < self.num_slots, used, jnp.argmin(candidates, axis=-1))
-        slots = jnp.where(active[:, None], slots, self.num_slots)
-        batch, num_kv_heads = slots.shape
-        place = layer, jnp.arange(batch)[:, None], jnp.arange(num_kv_heads)[None, :], slots
-
-        def put(array, new):
-            return array.at[place].set(new.astype(array.dtype), mode="drop", unique_indices=True)
-
-        importance = self.importance
-        if importance is not None:
-            importance = importance.replace(scores=put(importance.scores, jnp.full(used.shape, jnp.nan)))
-        positions = jnp.broadcast_to(self.next_positions[:, None], used.shape)
+        slots = jnp.where(active[:, None], self.next_slots(layer), self.num_slots)
         lengths = jnp.where(active[:, None], jnp.minimum(used + 1, self.num_slots), used)
         return self.replace(
-            keys=put(self.keys, keys),
-            values=put(self.values, values),
-            positions=put(self.positions, positions),
+            keys=put_pair(self.keys, layer, slots, keys),
+            values=put_pair(self.values, layer, slots, values),
+            positions=put_pair(
+                self.positions, layer, slots, jnp.broadcast_to(self.next_positions[:, None], used.shape)
+            ),
             lengths=jax.lax.dynamic_update_index_in_dim(self.lengths, lengths, layer, 0),
-            importance=importance,
         )
 
+    def next_slots(self, layer: Array) -> Array:
+        """Where the next pair of each row and KV head goes, int32 [B, K]; `N` where there is no room."""
+        return self.lengths[layer]
 
-def empty_cache(config: ModelConfig, prompt_lengths: Array, num_slots: int, dtype, evicts: bool = False) -> KVCache:
-    """A cache of empty slots for prompts of the given lengths, int32 [B]; `evicts` gives it an `Importance`."""
+    def is_full(self) -> Array:
+        return (self.lengths >= self.num_slots).any()
+
+    def slot_positions(self) -> Array:
+        return self.positions
+
+    def row_axes(self) -> "KVCache | None":
+        return jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self)
+
+    def check_model(self, model: Decoder) -> None:
+        num_layers, _, num_kv_heads, _, dim = self.keys.shape
+        check_shape(model, num_layers, num_kv_heads, dim)
+        check_unshared(model)
+
+
+def put_pair(array: Array, layer: Array, slots: Array, new: Array) -> Array:
+    """Writes [B, K, ...] into slots int32 [B, K] of one layer of [L, B, K, N, ...]; those beyond `N` are dropped."""
+    # Rows and KV heads as batches of the scatter: as indices they would be gathered from all devices.
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, new.ndim)),
+        inserted_window_dims=(0, 3),
+        scatter_dims_to_operand_dims=(0, 3),
+        operand_batching_dims=(1, 2),
+        scatter_indices_batching_dims=(0, 1),
+    )
+    places = jnp.stack([jnp.broadcast_to(layer, slots.shape), slots], axis=-1)
+    mode = jax.lax.GatherScatterMode.FILL_OR_DROP
+    return jax.lax.scatter(array, places, new.astype(array.dtype), numbers, unique_indices=True, mode=mode)
+
+
+def put_layer(array: Array, layer: Array | int, part: Array) -> Array:
+    """Writes the first places of one layer, in place under jit: [B, K, C, ...] into [L, B, K, N, ...]."""
+    return jax.lax.dynamic_update_slice(array, part[None].astype(array.dtype), (layer, *[0] * part.ndim))
+
+
+def empty_cache(config: ModelConfig, prompt_lengths: Array, num_slots: int, dtype: Any) -> KVCache:
+    """A cache of empty slots for prompts of the given lengths, int32 [B]."""
     shape = (config.num_hidden_layers, prompt_lengths.shape[0], config.num_key_value_heads, num_slots)
     return KVCache(
-        keys=jnp.zeros((*shape, config.head_dim), dtype),
-        values=jnp.zeros((*shape, config.head_dim), dtype),
-        positions=jnp.full(shape, -1, jnp.int32),
-        lengths=jnp.zeros(shape[:3], jnp.int32),
+        keys=on_mesh(jnp.zeros((*shape, config.head_dim), dtype), rows=1, heads=2),
+        values=on_mesh(jnp.zeros((*shape, config.head_dim), dtype), rows=1, heads=2),
+        positions=on_mesh(jnp.full(shape, -1, jnp.int32), rows=1, heads=2),
+        lengths=on_mesh(jnp.zeros(shape[:3], jnp.int32), rows=1, heads=2),
         prompt_lengths=prompt_lengths,
         next_positions=prompt_lengths,
-        importance=_empty_importance(config, shape) if evicts else None,
     )
 
 
-def _empty_importance(config: ModelConfig, shape: tuple[int, ...]) -> Importance:
-    gram_shape = config.num_hidden_layers, config.num_attention_heads, config.head_dim, config.head_dim
-    return Importance(jnp.full(shape, jnp.nan, jnp.float32), jnp.zeros(gram_shape, jnp.float32))
+class DenseKeeper(Keeper):
+    """Equal shares: what the policy chooses of a layer goes straight into the cache."""
 
+    @staticmethod
+    def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:
+        return True
 
-def write_layer(cache: KVCache, layer: Array, keys: Array, values: Array, positions: Array) -> KVCache:
-    """Fills the first `C` slots of one layer: keys and values [B, K, C, D], positions int32 [B, K, C]."""
+    @property
+    def evicting(self) -> EvictionPolicy:
+        """The policy, without its judgement where prompts fit."""
+        is_needed = self.policy.slots(self.length) < self.length
+        return self.policy if is_needed else EvictionPolicy(window=self.policy.window)
 
-    def put(array, part):
-        return jax.lax.dynamic_update_slice(array, part[None].astype(array.dtype), (layer, *[0] * part.ndim))
+    @property
+    def num_queries(self) -> int:
+        return self.evicting.num_queries(self.length)
 
-    return cache.replace(
-        keys=put(cache.keys, keys),
-        values=put(cache.values, values),
-        positions=put(cache.positions, positions),
-        lengths=put(cache.lengths, (positions >= 0).sum(-1)),
-    )
+    def start(self, prompt_lengths: Array, dtype: Any) -> KVCache:
+        num_slots = self.policy.slots(self.length) + self.max_new_tokens
+        return empty_cache(self.model.config, prompt_lengths, num_slots, dtype)
 
+    def add(self, cache: KVCache, view: LayerView, memory: PairMemory, scored: dict) -> KVCache:
+        return self.write(cache, view, self.choose(view, memory, scored))
 
-ROW_AXIS = {"keys": 1, "values": 1, "positions": 1, "lengths": 1, "prompt_lengths": 0, "next_positions": 0}
-"""Where the rows of a batch lie in the arrays of a `KVCache`."""
+    def choose(self, view: LayerView, memory: PairMemory, scored: dict) -> Pairs:
+        """The pairs of a layer that are kept, [B, K, C]."""
+        policy, pairs, view = self.evicting, memory.pairs, view.last(self.num_queries)
+        scores = score_once(scored, policy, view, pairs)
+        slots, num_layers = self.policy.slots(self.length), self.model.config.num_hidden_layers
+        kept = evict(policy, view, pairs, slots, num_layers, scores)
+        return Pairs(kept.keys, kept.values, kept.positions)
 
-
-def join_rows(caches: Sequence[KVCache]) -> KVCache:
-    """The rows of caches of one shape, none of which evicts while generating, as one batch."""
-    return KVCache(
-        **{name: jnp.concatenate([getattr(c, name) for c in caches], axis) for name, axis in ROW_AXIS.items()}
-    )
-
-
-def split_rows(cache: KVCache, count: int) -> list[KVCache]:
-    """The caches that `join_rows` joined."""
-    parts = {name: jnp.split(getattr(cache, name), count, axis) for name, axis in ROW_AXIS.items()}
-    return [KVCache(**dict(zip(parts, each, strict=True))) for each in zip(*parts.values(), strict=True)]
-
-
-def kept_positions(cache: KVCache | PagedCache) -> Array:
-    """Prompt positions still held in every layer and KV head.
-
-    Args:
-      cache: as `prefill`, `decode_step` or `generate` return it.
-
-    Returns:
-      int32 [L, B, K, N], ascending, then -1 where a slot is empty or holds a generated token.
-    """
-    positions = cache.slot_positions()
-    of_prompt = (positions >= 0) & (positions < cache.prompt_lengths[:, None, None])
-    last = jnp.iinfo(jnp.int32).max
-    ascending = jnp.sort(jnp.where(of_prompt, positions, last), axis=-1)
-    return jnp.where(ascending == last, -1, ascending)
-
-
-def cache_bytes(cache: KVCache | PagedCache) -> int:
-    """Bytes of all arrays of the cache; also for the shapes that `jax.eval_shape` returns."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    def write(self, cache: KVCache, view: LayerView, kept: Pairs) -> KVCache:
+        """Puts them into the first slots of the layer."""
+        return cache.replace(
+            keys=put_layer(cache.keys, view.index, kept.keys),
+            values=put_layer(cache.values, view.index, kept.values),
+            positions=put_layer(cache.positions, view.index, kept.positions),
+            lengths=put_layer(cache.lengths, view.index, (kept.positions >= 0).sum(-1)),
+        )

@@ -6,45 +6,37 @@ import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax import kernels
+from restkv_jax.caches.base import Cache, check_shape, check_unshared
+from restkv_jax.kernels.paged import Pages, attend_pages
+from restkv_jax.kernels.pairs import Queries
+from restkv_jax.kernels.partition import Parts, divide, each_part, undivide
+from restkv_jax.models.decoder import Decoder
 
 
 class PagedMemory(NamedTuple):
-    """What the queries of one layer attend to: the whole pool, and which pages are the layer's.
+    """The whole pool and which pages are a layer's; `is_windowed`, static: whether any layer has a sliding window."""
 
-    `keys`, `values` [pages, page_size, D], `positions` int32 [pages, page_size], `page_table` int32 [B, K, J],
-    `lengths` int32 [B, K]; `windowed`, static, whether any layer of the model has a sliding window.
-    """
+    pages: Pages
+    is_windowed: bool
 
-    keys: Array
-    values: Array
-    positions: Array
-    page_table: Array
-    lengths: Array
-    windowed: bool
-
-    def attend(self, queries: Array, query_positions: Array, sliding_window: Array) -> tuple[Array, None]:
-        """Causal attention of one query per row, [B, H, 1, D], and nothing to note."""
-        arrays = self.keys, self.values, self.positions, self.page_table, self.lengths
-        return kernels.paged_attention(queries, *arrays, query_positions, sliding_window, windowed=self.windowed), None
+    def attend(self, queries: Queries) -> tuple[Array, None]:
+        return attend_pages(queries, self.pages, is_windowed=self.is_windowed), None
 
 
-@flax.struct.dataclass
-class PagedCache:
+class PagedCache(Cache):
     """Kept keys and values of all layers in one pool of pages: memory follows their sum, not the longest head.
 
     Slot `i` of a layer, row and KV head is place `i % page_size` of page `page_table[..., i // page_size]`. The pages
-    for tokens to come are given out with the rest, so decoding allocates nothing.
+    for tokens to come are given out with the rest, so decoding allocates nothing. On a mesh the pool is in `A x M`
+    parts, one per place along `data` and `model`, for the rows and KV heads that are there.
 
     Attributes:
-      keys: [pages, page_size, D], after RoPE.
-      values: [pages, page_size, D].
-      positions: int32 [pages, page_size], of the token in its sequence; -1 where a slot is empty.
-      page_table: int32 [L, B, K, J]; `pages` where there is no further page.
+      keys: [A, M, pages, page_size, D], after RoPE.
+      values: [A, M, pages, page_size, D].
+      positions: int32 [A, M, pages, page_size], of the token in its sequence; -1 where a slot is empty.
+      page_table: int32 [L, B, K, J], numbered within the part; `pages` where there is no further page.
       lengths: int32 [L, B, K], slots in use.
-      prompt_lengths: int32 [B], tokens of each prompt.
-      next_positions: int32 [B], position of the next token.
-      windowed: static; whether any layer of the model has a sliding window.
+      is_windowed: static; whether any layer of the model has a sliding window.
     """
 
     keys: Array
@@ -52,56 +44,67 @@ class PagedCache:
     positions: Array
     page_table: Array
     lengths: Array
-    prompt_lengths: Array
-    next_positions: Array
-    windowed: bool = flax.struct.field(pytree_node=False, default=False)
+    is_windowed: bool = flax.struct.field(pytree_node=False, default=False)
 
-    importance = None
+    @property
+    def parts(self) -> Parts:
+        """How the pool is cut."""
+        return Parts(*self.keys.shape[:2])
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of a part."""
+        return self.keys.shape[2]
 
     @property
     def page_size(self) -> int:
         """Slots of a page."""
-        return self.keys.shape[1]
+        return self.keys.shape[3]
 
     @property
     def num_slots(self) -> int:
-        """Slots per layer, row and KV head, on average and rounded up."""
         return -(-self.positions.size // self.lengths.size)
 
-    def is_full(self) -> Array:
-        """bool scalar: some layer, row and KV head has no place for another pair."""
-        return (self._page_of(self.page_table, self.lengths) >= len(self.keys)).any()
-
     def memory(self, layer: Array) -> PagedMemory:
-        """What the queries of a layer, int32 scalar, attend to."""
-        return PagedMemory(
-            self.keys, self.values, self.positions, self.page_table[layer], self.lengths[layer], self.windowed
-        )
+        pages = Pages(self.keys, self.values, self.positions, self.page_table[layer], self.lengths[layer])
+        return PagedMemory(pages, self.is_windowed)
 
-    def append(self, layer: Array, keys: Array, values: Array, active: Array, window: int) -> "PagedCache":
-        """Puts one new pair per row and KV head into a layer; arguments as for `KVCache.append`."""
+    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> "PagedCache":
         used = self.lengths[layer]
-        pages = jnp.where(active[:, None], self._page_of(self.page_table[layer], used), len(self.keys))
-
-        def put(array, new):
-            return array.at[pages, used % self.page_size].set(new.astype(array.dtype), mode="drop")
-
+        pages = jnp.where(active[:, None], self._page_of(self.page_table[layer], used), self.num_pages)
         positions = jnp.broadcast_to(self.next_positions[:, None], used.shape)
+
+        def put(pool: Array, new: Array) -> Array:
+            def one_part(pool, pages, slots, new):
+                return pool.at[pages, slots].set(new.astype(pool.dtype), mode="drop")
+
+            return each_part(one_part, pool, *(divide(x, self.parts) for x in (pages, used % self.page_size, new)))
+
         return self.replace(
             keys=put(self.keys, keys),
             values=put(self.values, values),
             positions=put(self.positions, positions),
-            lengths=self.lengths.at[layer].set(used + (pages < len(self.keys))),
+            lengths=self.lengths.at[layer].set(used + (pages < self.num_pages)),
         )
 
+    def is_full(self) -> Array:
+        return (self._page_of(self.page_table, self.lengths) >= self.num_pages).any()
+
     def slot_positions(self) -> Array:
-        """int32 [L, B, K, N], position of every slot, -1 where empty."""
-        by_page = self.positions.at[self.page_table].get(mode="fill", fill_value=-1)
+        def one_part(positions, table):
+            return positions.at[table].get(mode="fill", fill_value=-1)
+
+        by_page = undivide(each_part(one_part, self.positions, divide(self.page_table, self.parts, "l")), "l")
         return by_page.reshape(*self.lengths.shape, -1)
+
+    def check_model(self, model: Decoder) -> None:
+        num_layers, _, num_kv_heads = self.lengths.shape
+        check_shape(model, num_layers, num_kv_heads, self.keys.shape[-1])
+        check_unshared(model)
 
     def _page_of(self, page_table: Array, slots: Array) -> Array:
         """The page of a slot, `pages` where there is none."""
-        wide = jnp.pad(page_table, [(0, 0)] * (page_table.ndim - 1) + [(0, 1)], constant_values=len(self.keys))
+        wide = jnp.pad(page_table, [(0, 0)] * (page_table.ndim - 1) + [(0, 1)], constant_values=self.num_pages)
         place = jnp.minimum(slots // self.page_size, page_table.shape[-1])
         return jnp.take_along_axis(wide, place[..., None], axis=-1)[..., 0]
 
@@ -129,18 +132,19 @@ def pool_shape(total: int, most: int, heads: int, max_new_tokens: int, page_size
 
 
 def fill_pages(shape: PoolShape, keys: Array, values: Array, positions: Array, keep: Array, max_new_tokens: int):
-    """Packs the pairs to keep into pages, in their order.
+    """Packs the pairs to keep into the pages of one part, in their order.
 
     Args:
       shape: of the pool.
-      keys: [L, B, K, N, D].
-      values: [L, B, K, N, D].
-      positions: int32 [L, B, K, N].
-      keep: bool [L, B, K, N].
+      keys: [L, b, k, N, D].
+      values: [L, b, k, N, D].
+      positions: int32 [L, b, k, N].
+      keep: bool [L, b, k, N].
       max_new_tokens: further slots for every layer, row and KV head.
 
     Returns:
-      the fields `keys`, `values`, `positions`, `page_table` and `lengths` of a `PagedCache`, as a dict.
+      the fields `keys`, `values` [pages, page_size, D], `positions`, `page_table` and `lengths` of a `PagedCache`, as a
+      dict.
     """
     num_pages, page_size, pages_per_head = shape
     lengths = keep.sum(-1, dtype=jnp.int32)

@@ -2,19 +2,23 @@
 
 from typing import Any, NamedTuple
 
-import einops
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax import kernels
+from restkv_jax.caches.base import Cache, check_shape
+from restkv_jax.caches.dense import put_pair
+from restkv_jax.kernels.distant import read_distant
+from restkv_jax.kernels.pairs import Queries, visible
+from restkv_jax.kernels.partition import Parts, divide, each_part, on_mesh, parts_of_mesh
+from restkv_jax.kernels.softmax import read_keys
 from restkv_jax.models.config import ModelConfig
-from restkv_jax.models.decoder import Layer
-from restkv_jax.models.shared_attention import Sharing
+from restkv_jax.models.decoder import Decoder, LayerView
+from restkv_jax.models.key_groups import Sharing
 
 
-@flax.struct.dataclass
-class Skips:
+class Skips(flax.struct.PyTreeNode):
     """What skipping needs to know and to report.
 
     Attributes:
@@ -29,8 +33,7 @@ class Skips:
     total: Array
 
 
-@flax.struct.dataclass
-class SharedCache:
+class SharedCache(Cache):
     """Keys and values of a model whose layers share the keys of distant tokens (PoD).
 
     A token at position `p < sink` has proximal slot `p`, later ones share the other slots as a ring, `recent` long. The
@@ -40,12 +43,11 @@ class SharedCache:
     Attributes:
       keys: [L, B, K, P, D], proximal, after RoPE; `P = sink + recent`, less where no sequence gets that long.
       values: [L, B, K, P, D].
-      distant_keys: [R, B, N, D], once per block.
+      distant_keys: [A, M, R, B / A, N, D], once per block; `R` blocks of the KV heads of each of `M` parts, which
+        belong to the rows of each of `A` parts (on a mesh, the places along `model` and `data`).
       distant_values: [L, B, K, N, D].
-      distant_positions: int32 [R, B, N], -1 where empty.
+      distant_positions: int32 [A, M, R, B / A, N], -1 where empty.
       kept: int32 [B], distant tokens of the prompt that are held.
-      prompt_lengths: int32 [B], tokens of each prompt.
-      next_positions: int32 [B], position of the next token.
       skips: where distant tokens may be skipped, else None.
       sharing: static.
     """
@@ -56,17 +58,18 @@ class SharedCache:
     distant_values: Array
     distant_positions: Array
     kept: Array
-    prompt_lengths: Array
-    next_positions: Array
     skips: Skips | None
     sharing: Sharing = flax.struct.field(pytree_node=False)
-
-    importance = None
 
     @property
     def num_slots(self) -> int:
         """`P + N`."""
-        return self.keys.shape[3] + self.distant_keys.shape[2]
+        return self.keys.shape[3] + self.distant_values.shape[3]
+
+    @property
+    def parts(self) -> Parts:
+        """How the distant keys are cut."""
+        return Parts(*self.distant_keys.shape[:2])
 
     @property
     def skipped_share(self) -> Array:
@@ -83,19 +86,38 @@ class SharedCache:
         return self.kept + left_ring
 
     def is_full(self) -> Array:
-        """bool scalar: some row has no place for another token."""
         return self._is_row_full().any()
 
     def memory(self, layer: Array) -> "DecodingMemory":
-        """What the queries of a layer, int32 scalar, attend to once `append` has put their own pair there."""
         return DecodingMemory(self, layer)
 
     def slot_positions(self) -> Array:
         """int32 [L, B, K, P + N], position of every slot, -1 where empty."""
-        distant = self.distant_positions[jnp.asarray(self.sharing.groups.blocks)]  # [L, K, B, N]
+        groups, parts = self.sharing.groups, self.parts
+        part = jnp.arange(groups.num_kv_heads) // (groups.num_kv_heads // parts.heads)
+        blocks = jnp.asarray(groups.in_parts(parts.heads)[0])
+        distant = self.distant_positions[:, part, blocks]  # [A, L, K, b, N]
+        distant = jnp.moveaxis(distant, (0, 3), (1, 2)).reshape(
+            *blocks.shape[:1], -1, *distant.shape[2:3], distant.shape[4]
+        )
         proximal = self.proximal_positions(self.next_positions - 1)
         proximal = jnp.broadcast_to(proximal[None, :, None], self.keys.shape[:4])
-        return jnp.concatenate([proximal, jnp.swapaxes(distant, 1, 2)], axis=-1)
+        return jnp.concatenate([proximal, distant], axis=-1)
+
+    def row_axes(self) -> "SharedCache | None":
+        if self.parts.rows > 1:
+            return None
+        distant = {"distant_keys": 3, "distant_positions": 3}
+        axes = jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self).replace(**distant)
+        return axes if self.skips is None else axes.replace(skips=jax.tree.map(lambda x: 0, self.skips))
+
+    def check_model(self, model: Decoder) -> None:
+        num_layers, _, num_kv_heads, _, dim = self.keys.shape
+        check_shape(model, num_layers, num_kv_heads, dim)
+        if model.sharing is not None and model.sharing != self.sharing:
+            raise ValueError(
+                "sharing is not the one that the cache was made with; pass the prefill's, or none: the cache has it"
+            )
 
     def proximal_positions(self, newest: Array) -> Array:
         """int32 [B, P], position in every proximal slot once the token at `newest`, int32 [B], is there; else -1."""
@@ -105,67 +127,68 @@ class SharedCache:
         held = (positions <= newest[:, None]) & (positions >= jnp.minimum(slots, self.sharing.sink))
         return jnp.where(held, positions, -1)
 
-    def append(self, layer: Array, keys: Array, values: Array, active: Array, window: int) -> "SharedCache":
-        """Puts one new pair per row and KV head into a layer, in place under jit; the one it displaces goes over.
-
-        Args:
-          layer: int32 scalar.
-          keys: [B, K, D].
-          values: [B, K, D].
-          active: bool [B]; rows that are not, or that are full, stay as they are.
-          window: not used: nothing is overwritten.
-
-        Returns:
-          the next state.
-        """
-        blocks, leads = self._blocks(layer)
-        num_blocks, batch, num_distant, _ = self.distant_keys.shape
-        num_kv_heads, proximal = self.keys.shape[2:4]
-        newest = self.next_positions
+    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> "SharedCache":
+        """Puts one new pair per row and KV head into a layer, in place under jit; the one it displaces goes over."""
+        num_kv_heads, num_proximal = self.keys.shape[2:4]
+        num_distant = self.distant_values.shape[3]
+        newest, sink = self.next_positions, self.sharing.sink
         enters = active & ~self._is_row_full()
-        leaves = enters & (newest >= proximal)
-        sink = self.sharing.sink
+        leaves = enters & (newest >= num_proximal)
         slot = jnp.where(newest < sink, newest, sink + (newest - sink) % self._ring)
-        rows, heads = jnp.arange(batch)[:, None], jnp.arange(num_kv_heads)
-        goes_to = jnp.where(leaves, self.distant_lengths, num_distant)[:, None]
-        comes_to = jnp.where(enters, slot, proximal)[:, None]
-        block = jnp.where(leads, blocks, num_blocks)
-        oldest = jnp.broadcast_to((newest - self._ring)[:, None], (batch, num_kv_heads))
 
-        def leaving(array):
-            return array[layer, rows, heads, slot[:, None]]
+        def of_heads(x: Array) -> Array:
+            return jnp.broadcast_to(x[:, None], (x.shape[0], num_kv_heads))
 
-        def put(array, place, new):
-            return array.at[place].set(new.astype(array.dtype), mode="drop")
+        def leaving(array: Array) -> Array:
+            places = of_heads(slot)[:, :, None, None]
+            return jnp.take_along_axis(array[layer], places, axis=2)[:, :, 0]
 
+        comes_to = of_heads(jnp.where(enters, slot, num_proximal))
+        goes_to = of_heads(jnp.where(leaves, self.distant_lengths, num_distant))
+        distant_keys, distant_positions = self._put_leaders(layer, goes_to, leaving(self.keys), newest - self._ring)
         return self.replace(
-            keys=put(self.keys, (layer, rows, heads, comes_to), keys),
-            values=put(self.values, (layer, rows, heads, comes_to), values),
-            distant_keys=put(self.distant_keys, (block, rows, goes_to), leaving(self.keys)),
-            distant_values=put(self.distant_values, (layer, rows, heads, goes_to), leaving(self.values)),
-            distant_positions=put(self.distant_positions, (block, rows, goes_to), oldest),
+            keys=put_pair(self.keys, layer, comes_to, keys),
+            values=put_pair(self.values, layer, comes_to, values),
+            distant_keys=distant_keys,
+            distant_values=put_pair(self.distant_values, layer, goes_to, leaving(self.values)),
+            distant_positions=distant_positions,
         )
 
-    def note(self, layer: Layer, active: Array) -> "SharedCache":
+    def _put_leaders(self, layer: Array, slots: Array, keys: Array, positions: Array) -> tuple[Array, Array]:
+        """The distant keys and positions with one more, [B, K, D] and int32 [B], where the layer leads."""
+        blocks, leads = self._blocks(layer)
+        blocks = jnp.broadcast_to(jnp.where(leads, blocks, self.distant_keys.shape[2]), slots.shape)
+        positions = jnp.broadcast_to(positions[:, None], slots.shape)
+
+        def put(stores, blocks, slots, *new):
+            rows = jnp.arange(slots.shape[0])[:, None]
+            return [
+                x.at[blocks, rows, slots].set(y.astype(x.dtype), mode="drop") for x, y in zip(stores, new, strict=True)
+            ]
+
+        stores = self.distant_keys, self.distant_positions
+        return tuple(each_part(put, stores, *(divide(x, self.parts) for x in (blocks, slots, keys, positions))))
+
+    def observe(self, view: LayerView, memory: "DecodingMemory", active: Array) -> "SharedCache":
         """Takes note of what a layer's `DecodingMemory.attend` saw and skipped, in rows that are `active`, bool [B]."""
         if self.skips is None:
             return self
-        gates, wanted = layer.noted
-        _, leads = self._blocks(layer.index)
+        gates, is_read = view.aux
+        _, leads = self._blocks(view.index)
         has_distant = active & (self._lengths_after_append() > 0)
         skips = self.skips
         return self.replace(
             skips=Skips(
                 gates=jnp.where(leads, gates, skips.gates),
-                skipped=skips.skipped + jnp.where(has_distant, (~wanted).sum(-1), 0),
-                total=skips.total + jnp.where(has_distant, wanted.shape[-1], 0),
+                skipped=skips.skipped + jnp.where(has_distant, (~is_read).sum(-1), 0),
+                total=skips.total + jnp.where(has_distant, is_read.shape[-1], 0),
             )
         )
 
-    def wanted(self, layer: Array) -> Array:
+    def reads_distant(self, layer: Array) -> Array:
         """bool [B, K], whether a layer reads the distant tokens."""
         _, leads = self._blocks(layer)
-        if self.skips is None:
+        if self.skips is None or self.sharing.skip_threshold is None:
             return jnp.ones((self.kept.shape[0], leads.shape[0]), bool)
         return leads | (self.skips.gates < self.sharing.skip_threshold)
 
@@ -173,13 +196,13 @@ class SharedCache:
     def _ring(self) -> int:
         return max(self.keys.shape[3] - self.sharing.sink, 1)
 
-    def _blocks(self, layer: Array) -> tuple[Array, Array]:
-        """The block of each KV head in a layer, int32 [K], and whether the layer leads it, bool [K]."""
+    def _blocks(self, layer: Array | int) -> tuple[Array, Array]:
+        """The block of each KV head in a layer, numbered within its part, int32 [K], and whether the layer leads it."""
         groups = self.sharing.groups
-        return jnp.asarray(groups.blocks)[layer], jnp.asarray(groups.is_leader)[layer]
+        return jnp.asarray(groups.in_parts(self.parts.heads)[0])[layer], jnp.asarray(groups.is_leader)[layer]
 
     def _is_row_full(self) -> Array:
-        return (self.next_positions >= self.keys.shape[3]) & (self.distant_lengths >= self.distant_keys.shape[2])
+        return (self.next_positions >= self.keys.shape[3]) & (self.distant_lengths >= self.distant_values.shape[3])
 
     def _lengths_after_append(self) -> Array:
         return self.distant_lengths + ((self.next_positions >= self.keys.shape[3]) & ~self._is_row_full())
@@ -191,29 +214,23 @@ class DecodingMemory(NamedTuple):
     cache: SharedCache
     layer: Array
 
-    def attend(self, queries: Array, query_positions: Array, sliding_window: Array) -> tuple[Array, Any]:
-        """Attention of queries [B, H, 1, D] at int32 [B, 1] over proximal tokens, then the distant ones if wanted.
+    def attend(self, queries: Queries) -> tuple[Array, tuple[Array, Array]]:
+        """Attention of one query per row over proximal tokens, then the distant ones where they are read.
 
-        Returns the output [B, H, 1, D], and for `SharedCache.note` the proximal tokens' share of the attention, the
-        least of each group, float32 [B, K], and whether the distant ones were read, bool [B, K].
+        Returns the context [B, K, G, 1, D], and for `SharedCache.observe` the proximal tokens' share of the attention,
+        the least of each group, float32 [B, K], and whether the distant ones were read, bool [B, K].
         """
         cache, layer = self.cache, self.layer
-        newest = query_positions[:, 0]
-        grouped = einops.rearrange(queries, "b (k g) t d -> b k g t d", k=cache.keys.shape[2])
-        positions = cache.proximal_positions(newest)
-        seen = (positions >= 0) & (newest[:, None] - positions < sliding_window)
-        pairs = cache.keys[layer], cache.values[layer]
-        state = kernels.add_keys(kernels.empty_softmax(grouped), grouped, *pairs, seen[:, None, None, None])
-        proximal, wanted = state.normaliser(), cache.wanted(layer)
-        if cache.distant_keys.shape[2]:
+        positions = cache.proximal_positions(queries.positions[:, 0])[:, None]
+        seen = visible(queries, positions)[:, :, None]
+        state = read_keys(queries.vectors, cache.keys[layer], cache.values[layer], seen)
+        proximal, is_read = state.normaliser(), cache.reads_distant(layer)
+        if cache.distant_values.shape[3]:
             stores = cache.distant_keys, cache.distant_values, cache.distant_positions
             blocks, lengths = cache._blocks(layer)[0], cache._lengths_after_append()
-            state = kernels.read_distant(
-                state, grouped, *stores, layer, blocks, lengths, wanted, newest, sliding_window
-            )
+            state = read_distant(state, queries, *stores, layer, blocks, lengths, is_read)
         gates = jnp.exp(proximal - state.normaliser()).min(axis=(2, 3))
-        context = einops.rearrange(state.context(), "b k g t d -> b (k g) t d").astype(queries.dtype)
-        return context, (gates, wanted)
+        return state.context().astype(queries.vectors.dtype), (gates, is_read)
 
 
 def empty_shared_cache(
@@ -237,16 +254,23 @@ def empty_shared_cache(
       dtype: of keys and values.
     """
     layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    batch, blocks = prompt_lengths.shape[0], sharing.groups.num_blocks
+    batch = prompt_lengths.shape[0]
+    parts = parts_of_mesh(batch, heads)
+    _, blocks = sharing.groups.in_parts(parts.heads)
     num_proximal = min(sharing.proximal, length + max_new_tokens)
     num_distant = num_kept + min(max_new_tokens, sharing.distant(length + max_new_tokens))
     counts = [jnp.zeros(batch, jnp.int32) for _ in range(2)]
+    in_parts = *parts, blocks, batch // parts.rows, num_distant
+
+    def pairs(slots: int) -> Array:
+        return on_mesh(jnp.zeros((layers, batch, heads, slots, dim), dtype), rows=1, heads=2)
+
     return SharedCache(
-        keys=jnp.zeros((layers, batch, heads, num_proximal, dim), dtype),
-        values=jnp.zeros((layers, batch, heads, num_proximal, dim), dtype),
-        distant_keys=jnp.zeros((blocks, batch, num_distant, dim), dtype),
-        distant_values=jnp.zeros((layers, batch, heads, num_distant, dim), dtype),
-        distant_positions=jnp.full((blocks, batch, num_distant), -1, jnp.int32),
+        keys=pairs(num_proximal),
+        values=pairs(num_proximal),
+        distant_keys=on_mesh(jnp.zeros((*in_parts, dim), dtype), rows=0, heads=1),
+        distant_values=pairs(num_distant),
+        distant_positions=on_mesh(jnp.full(in_parts, -1, jnp.int32), rows=0, heads=1),
         kept=jnp.clip(prompt_lengths - sharing.proximal, 0, num_kept),
         prompt_lengths=prompt_lengths,
         next_positions=prompt_lengths,

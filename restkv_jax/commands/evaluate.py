@@ -43,7 +43,7 @@ from restkv_jax.evaluate.results import (
     write_errors,
 )
 from restkv_jax.evaluate.sweep import Loaded, Work, run_sweep
-from restkv_jax.models.checksum import checksum
+from restkv_jax.models.digest import checksum
 
 COLUMNS = (
     TextColumn("evaluating"),

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from restkv_jax.caches.dense import cache_bytes
+from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.paged import PagedCache
 from restkv_jax.commands.loading import load_checkpoint
 from restkv_jax.commands.options import (
@@ -32,7 +32,8 @@ from restkv_jax.commands.options import (
     parse_generate,
     parse_plot,
 )
-from restkv_jax.eviction.methods import METHODS, full
+from restkv_jax.eviction.methods.full import full
+from restkv_jax.eviction.methods.registry import METHODS
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import check_sampling
 from restkv_jax.generation.generating import stream

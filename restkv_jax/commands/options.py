@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from restkv_jax.eviction.methods import METHODS
+from restkv_jax.eviction.methods.registry import METHODS
 from restkv_jax.eviction.policy import EvictionPolicy
 
 

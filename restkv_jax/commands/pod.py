@@ -10,9 +10,8 @@ import tyro
 
 from restkv_jax.commands.loading import load_checkpoint
 from restkv_jax.commands.options import UsageError, as_usage_error, parse
-from restkv_jax.models.key_groups import LayerGroups
+from restkv_jax.models.key_groups import LayerGroups, Sharing
 from restkv_jax.models.mesh import make_mesh
-from restkv_jax.models.shared_attention import Sharing
 from restkv_jax.pod.adaptation.recipe import Adaptation
 from restkv_jax.pod.adaptation.runs import MODEL, adapt
 

@@ -12,7 +12,7 @@ from restkv_jax.evaluate.tasks import Prompt
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import generate_each
 from restkv_jax.generation.reading import bucket_length
-from restkv_jax.models.shared_attention import Sharing
+from restkv_jax.models.key_groups import Sharing
 
 
 class Accuracy(NamedTuple):

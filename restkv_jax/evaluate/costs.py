@@ -9,12 +9,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from restkv_jax.caches.dense import cache_bytes
+from restkv_jax.caches.base import cache_bytes
 from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.grid import Entry, Grid, is_file, parse_method, policies
 from restkv_jax.evaluate.results import Cost, Costs, Rate
 from restkv_jax.evaluate.sweep import Loaded, Place, Work, answer_batch, places, prompts_of
-from restkv_jax.eviction.methods import full
+from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import decode_step, generate
 from restkv_jax.generation.reading import cache_shapes, prefill, prefill_each

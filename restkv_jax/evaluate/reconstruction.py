@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.caches.dense import kept_positions
-from restkv_jax.eviction.policy import EvictionPolicy, check_integer
+from restkv_jax.caches.base import kept_positions
+from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import window_outputs
 from restkv_jax.generation.checks import check_tokens
 from restkv_jax.generation.reading import CHUNK_SIZE, bucket_length, prefill_each
-from restkv_jax.kernels import largest_divisor
-from restkv_jax.models import STATELESS, Decoder, Layer, Memory, StateFunctions, positions_of
+from restkv_jax.kernels.pairs import largest_divisor
+from restkv_jax.models.arguments import check_integer
+from restkv_jax.models.decoder import Decoder, Hooks, LayerView, positions_of, read
+from restkv_jax.models.memory import PairMemory
 
 
 def reconstruction_errors(
@@ -82,26 +84,25 @@ def _errors(model, params, tokens, mask, kept, num_following, chunk_size) -> Arr
     positions = positions_of(mask)
     visible = jnp.stack([_visible(x, positions, num_following) for x in kept])  # [P, L, B, K, N]
 
-    def revise(layer: Layer, memory: Memory, errors: Array) -> Array:
-        layer = layer.last(num_following)
+    def observe(view: LayerView, memory: PairMemory, errors: Array) -> Array:
+        queries, pairs = view.last(num_following).queries, memory.pairs
 
-        def output(key_positions):
-            arrays = layer.queries, memory.keys, memory.values, layer.positions, key_positions, layer.sliding_window
-            context = window_outputs(*arrays)
-            return jnp.einsum("bhfd,hdm->bfm", context, layer.output_projection, precision="highest")
+        def output(key_positions: Array) -> Array:
+            context = window_outputs(queries, pairs._replace(positions=key_positions))
+            return jnp.einsum("bkgfd,kgdm->bfm", context, view.output_projection, precision="highest")
 
-        def error(visible):
-            moved = output(jnp.where(visible, positions[:, None], -1)) - wanted
-            return jnp.linalg.norm(moved, axis=-1) / jnp.linalg.norm(wanted, axis=-1)
+        def error(visible: Array) -> Array:
+            moved = output(jnp.where(visible, pairs.positions, -1)) - whole
+            return jnp.linalg.norm(moved, axis=-1) / jnp.linalg.norm(whole, axis=-1)
 
-        wanted = output(jnp.broadcast_to(positions[:, None], memory.keys.shape[:3]))
-        of_layer = jax.lax.map(error, visible[:, layer.index]).mean(-1)
-        return errors.at[:, layer.index].set(of_layer)
+        whole = output(pairs.positions)
+        of_layer = jax.lax.map(error, visible[:, view.index]).mean(-1)
+        return errors.at[:, view.index].set(of_layer)
 
-    functions = StateFunctions(STATELESS.remember, revise, num_following)
+    hooks = Hooks(observe=observe, num_queries=num_following)
     empty = jnp.zeros(visible.shape[:3], jnp.float32)
     chunk_size = largest_divisor(tokens.shape[1], chunk_size)
-    return model.apply({"params": params}, tokens, positions, functions, empty, chunk_size)[1]
+    return read(model, params, tokens, mask, hooks, empty, chunk_size=chunk_size)[1]
 
 
 def _visible(kept: Array, positions: Array, num_following: int) -> Array:

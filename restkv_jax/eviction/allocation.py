@@ -1,27 +1,31 @@
 """How a budget is shared among the layers and KV heads of a sequence."""
 
 import dataclasses
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+
+from restkv_jax.kernels.top import top_mask
+from restkv_jax.models.arguments import check_choice, check_number
 
 PYRAMID_BETA = 20
 """The upper layers of a pyramid go down to this part of the mean (PyramidKV's `beta`)."""
 
 
-class Allocation(Protocol):
+class Allocation:
     """Says how many keys before the window each layer and KV head keeps; a frozen dataclass, static under jit.
 
     `uniform` marks equal shares, which a dense cache holds. `additive` says that `weigh` needs scores that are not
     negative and can be summed.
     """
 
-    uniform: ClassVar[bool]
+    uniform: ClassVar[bool] = False
 
     @property
-    def additive(self) -> bool: ...
+    def additive(self) -> bool:
+        """Whether `weigh` needs scores that can be summed."""
+        return False
 
     def weigh(self, scores: Array, present: Array, quota: int) -> Array:
         """Makes a layer's scores comparable across what the budget is shared by, the order within a head unchanged.
@@ -34,6 +38,7 @@ class Allocation(Protocol):
         Returns:
           float32 [B, K, P].
         """
+        return scores
 
     def counts(
         self, scores: Array, prefix_lengths: Array, budget: int, window: int, layers: Array, num_layers: int
@@ -51,43 +56,32 @@ class Allocation(Protocol):
         Returns:
           int32 [L, B, K].
         """
+        raise NotImplementedError
 
     def most(self, budget: int, window: int, num_layers: int, num_kv_heads: int) -> int:
         """Bound on the sum of a sequence's counts over all layers and KV heads."""
+        return num_layers * num_kv_heads * (budget - window)
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform:
+class Uniform(Allocation):
     """The same for every layer and KV head."""
 
     uniform: ClassVar[bool] = True
-    additive: ClassVar[bool] = False
-
-    def weigh(self, scores, present, quota):
-        return scores
 
     def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
         shares = jnp.minimum(budget - window, prefix_lengths)
         return jnp.broadcast_to(shares[None, :, None], scores.shape[:3]).astype(jnp.int32)
 
-    def most(self, budget, window, num_layers, num_kv_heads):
-        return num_layers * num_kv_heads * (budget - window)
-
 
 @dataclasses.dataclass(frozen=True)
-class Pyramid:
+class Pyramid(Allocation):
     """Budgets that fall linearly from the first layer to the last (PyramidKV, arXiv 2406.02069).
 
     With `C - w` the mean, the least is `(C - w) / 20` and the most `2 (C - w)` less the least, both clipped by the
     keys there are; layer `l` keeps `most - l * floor((most - least) / (L - 1))`. A prompt of fewer than `2 (C - w)`
     tokens keeps `C - w` in every layer, as in the authors' code.
     """
-
-    uniform: ClassVar[bool] = False
-    additive: ClassVar[bool] = False
-
-    def weigh(self, scores, present, quota):
-        return scores
 
     def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
         mean = budget - window
@@ -105,7 +99,7 @@ class Pyramid:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveHeads:
+class AdaptiveHeads(Allocation):
     """Budgets that differ by head within a layer: one top-k over the layer's heads (AdaKV, arXiv 2407.11550).
 
     A head that has `n` of the layer's best `K (C - w)` keys keeps `round((1 - floor) n + int(floor (C - w)))`. With
@@ -114,9 +108,9 @@ class AdaptiveHeads:
 
     floor: float = 0.2
     normalize: bool = True
-    uniform: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_number("floor", self.floor, "the part of the budget that all heads get evenly")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor={self.floor} must be in [0, 1], the part of the budget that all heads get evenly")
 
@@ -127,12 +121,13 @@ class AdaptiveHeads:
     def weigh(self, scores, present, quota):
         if not self.normalize:
             return scores
-        best = jax.lax.top_k(jnp.where(present, scores, 0.0), min(quota, scores.shape[-1]))[0]
-        return _over_sum(scores * best.sum(-1, keepdims=True), scores, present, axis=-1)
+        is_best = present & top_mask(jnp.where(present, scores, 0.0), quota)
+        best = jnp.where(is_best, scores, 0.0).sum(-1, keepdims=True)
+        return _over_sum(scores * best, scores, present, axis=-1)
 
     def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
         mean, num_kv_heads = budget - window, scores.shape[2]
-        among_best = jax.vmap(jax.vmap(lambda heads: counts_among_best(heads, num_kv_heads * mean)))(scores)
+        among_best = counts_among_best(scores, num_kv_heads * mean, num_axes=2)
         mixed = jnp.round((1 - self.floor) * among_best + int(self.floor * mean)).astype(jnp.int32)
         return jnp.minimum(mixed, prefix_lengths[None, :, None])
 
@@ -142,27 +137,23 @@ class AdaptiveHeads:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelWide:
+class ModelWide(Allocation):
     """One top-k over all layers and KV heads of a sequence (LaProx, arXiv 2605.07234).
 
     Scores of a layer are divided by their sum over its KV heads and prefix; the best `L K (C - w)` are kept.
     """
 
-    uniform: ClassVar[bool] = False
-    additive: ClassVar[bool] = True
+    @property
+    def additive(self) -> bool:
+        return True
 
     def weigh(self, scores, present, quota):
         return _over_sum(scores, scores, present, axis=(1, 2))
 
     def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
-        num_layers, batch, num_kv_heads, _ = scores.shape
-        by_row = jnp.moveaxis(scores, 1, 0).reshape(batch, num_layers * num_kv_heads, -1)
-        quota = num_layers * num_kv_heads * (budget - window)
-        counts = jax.lax.map(lambda heads: counts_among_best(heads, quota), by_row)
-        return jnp.moveaxis(counts.reshape(batch, num_layers, num_kv_heads), 0, 1)
-
-    def most(self, budget, window, num_layers, num_kv_heads):
-        return num_layers * num_kv_heads * (budget - window)
+        num_kv_heads = scores.shape[2]
+        quota = scores.shape[0] * num_kv_heads * (budget - window)
+        return jnp.moveaxis(counts_among_best(jnp.moveaxis(scores, 1, 0), quota, num_axes=3), 0, 1)
 
 
 def _over_sum(numerator: Array, scores: Array, present: Array, axis) -> Array:
@@ -171,11 +162,19 @@ def _over_sum(numerator: Array, scores: Array, present: Array, axis) -> Array:
     return jnp.where(present, numerator / jnp.maximum(total, jnp.finfo(jnp.float32).tiny), scores)
 
 
-def counts_among_best(scores: Array, count: int) -> Array:
-    """How many of the best `count` scores each row has: float32 [K, N], -inf where there is none, to int32 [K]."""
-    rows, width = scores.shape
-    best, places = jax.lax.top_k(scores.reshape(-1), min(count, scores.size))
-    return jnp.zeros(rows, jnp.int32).at[places // width].add(best > -jnp.inf)
+def counts_among_best(scores: Array, count: int, num_axes: int) -> Array:
+    """How many of the best `count` scores over the last `num_axes` axes each head has.
+
+    Args:
+      scores: float32 [..., N], -inf where there is none.
+      count: of the choice, static.
+      num_axes: which axes one choice goes over, the keys' included.
+
+    Returns:
+      int32 [...].
+    """
+    is_best = top_mask(scores, count, num_axes) & (scores > -jnp.inf)
+    return is_best.sum(-1, dtype=jnp.int32)
 
 
 ALLOCATIONS = {"uniform": Uniform, "pyramid": Pyramid, "adaptive_heads": AdaptiveHeads, "model": ModelWide}
@@ -188,6 +187,5 @@ def make_allocation(name: str) -> Allocation:
     Raises:
       ValueError: an unknown name.
     """
-    if name not in ALLOCATIONS:
-        raise ValueError(f"allocation={name!r} is unknown; choose from {', '.join(map(repr, ALLOCATIONS))}")
+    check_choice("allocation", name, tuple(ALLOCATIONS))
     return ALLOCATIONS[name]()

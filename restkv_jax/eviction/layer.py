@@ -1,4 +1,4 @@
-"""Eviction of one layer's keys and values: score, smooth, select, gather."""
+"""Eviction of one layer's pairs: score, smooth, select, gather, refit."""
 
 import functools
 from typing import NamedTuple
@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax import kernels
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import window_outputs
-from restkv_jax.generation.checks import check_mask
-
-UNREACHABLE = float(jnp.finfo(jnp.float32).min)
-"""Score of keys that no later token can see: kept only where there is room for all."""
+from restkv_jax.eviction.select import keep_shares, places_to_keep, prefix_scores, score, weighed_scores
+from restkv_jax.kernels.gather import gather_pairs
+from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.models.arguments import check_mask
+from restkv_jax.models.config import UNLIMITED
+from restkv_jax.models.decoder import LayerView, positions_of
 
 
 class Eviction(NamedTuple):
@@ -75,11 +75,14 @@ def evict_layer(
         chex.assert_shape(array, shape, custom_message=f"{name} must have shape {shape} to agree with the others")
     chex.assert_is_divisible(num_heads, num_kv_heads)
     check_mask(mask, (batch, length))
+    positions = positions_of(mask)
     queries = _judging_queries(policy, queries, length)
-    positions = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1).astype(jnp.int32)
-    observation = Observation(queries, keys, values, output_projection, positions)
+    vectors = einops.rearrange(queries * dim**-0.5, "b (k g) w d -> b k g w d", k=num_kv_heads)
+    projection = einops.rearrange(output_projection, "(k g) d m -> k g d m", k=num_kv_heads)
+    shown = Queries(vectors, positions[:, length - vectors.shape[3] :], UNLIMITED)
     slots = length if policy.budget is None or not policy.allocation.uniform else policy.budget
-    return evict(policy, observation, slots, layer, num_layers)
+    view, pairs = LayerView(layer, shown, projection), Pairs(keys, values, positions[:, None])
+    return evict(policy, view, pairs, slots, num_layers, score(policy, view, pairs))
 
 
 def _as_array(name: str, array: Array) -> Array:
@@ -101,129 +104,21 @@ def _judging_queries(policy: EvictionPolicy, queries: Array, length: int) -> Arr
 
 @functools.partial(jax.jit, static_argnames=("policy", "slots", "num_layers"))
 def evict(
-    policy: EvictionPolicy,
-    observation: Observation,
-    slots: int,
-    layer: Array | int = 0,
-    num_layers: int = 1,
-    judged: Array | None = None,
+    policy: EvictionPolicy, view: LayerView, pairs: Pairs, slots: int, num_layers: int, scored: Array | None
 ) -> Eviction:
-    """Scores, selects, gathers and refits one layer's pairs in `slots` places per KV head.
-
-    `judged` are the scorer's own scores where they are at hand; see `judge`.
-    """
-    window = policy.window_of(observation.keys.shape[2])
-    scores = score_prefix(policy, observation, window, judged)
-    indices = select(scores, observation.positions, window, slots)
+    """Selects, gathers and refits one layer's pairs in `slots` places per KV head; `scored` as `score` gives it."""
+    length = pairs.keys.shape[2]
+    window = policy.window_of(length)
+    scores = prefix_scores(policy, view, pairs, scored)
+    indices = places_to_keep(scores, pairs.positions, window, slots)
     if not policy.allocation.uniform:
-        places = weighed_scores(policy, scores, observation.positions, indices)[None]
-        prefix_lengths = (observation.positions[:, : scores.shape[-1]] >= 0).sum(-1)
-        keep = keep_shares(policy, places, prefix_lengths, jnp.asarray(layer)[None], num_layers)[0]
-        indices = jnp.sort(jnp.where(keep, indices, observation.keys.shape[2]), axis=-1)
-    kept = take(observation, scores, indices)
-    if policy.refit is None:
-        return kept
-    shown = observation._replace(queries=observation.queries[:, :, -window:])
-    arrays = kept.keys, kept.values, shown.query_positions, kept.positions, shown.sliding_window
-    return kept._replace(values=policy.refit(shown.queries, window_outputs(*shown.attention_arguments), *arrays))
-
-
-def take(observation: Observation, scores: Array, indices: Array) -> Eviction:
-    """The pairs at `indices`, int32 [B, K, C], `T` where a slot stays empty."""
-    keys, values = kernels.gather_pairs(observation.keys, observation.values, indices)
-    padded = jnp.pad(observation.positions, ((0, 0), (0, 1)), constant_values=-1)
-    positions = jnp.take_along_axis(padded[:, None], indices, axis=2)
-    return Eviction(scores, positions, (positions >= 0).sum(-1, dtype=jnp.int32), keys, values)
-
-
-def weighed_scores(policy: EvictionPolicy, scores: Array, positions: Array, indices: Array) -> Array:
-    """What the allocation compares of the keys at `indices`, int32 [B, K, N].
-
-    Args:
-      policy: its allocation weighs.
-      scores: float32 [B, K, T - w] of the prefix.
-      positions: int32 [B, T], -1 on padding.
-      indices: int32 [B, K, N], `T` where a place is empty.
-
-    Returns:
-      float32 [B, K, N]: inf in the window, -inf on padding and where empty.
-    """
-    quota = policy.budget - policy.window
-    scores = policy.allocation.weigh(scores, scores > UNREACHABLE, quota)
-    window = jnp.where(positions[:, scores.shape[-1] :] >= 0, jnp.inf, -jnp.inf)
-    window = jnp.broadcast_to(window[:, None], (*scores.shape[:2], window.shape[-1]))
-    padded = jnp.pad(jnp.concatenate([scores, window], axis=-1), ((0, 0), (0, 0), (0, 1)), constant_values=-jnp.inf)
-    return jnp.take_along_axis(padded, indices, axis=-1)
-
-
-def keep_shares(policy: EvictionPolicy, scores: Array, prefix_lengths: Array, layers: Array, num_layers: int) -> Array:
-    """Marks the window and every KV head's best keys, as many as the policy's allocation gives it.
-
-    Args:
-      policy: its allocation, budget and window count.
-      scores: float32 [L, B, K, N], inf in the window and -inf where a place is empty.
-      prefix_lengths: int32 [B], keys before the window of each prompt.
-      layers: int32 [L], which layers these are.
-      num_layers: of the model.
-
-    Returns:
-      bool [L, B, K, N].
-    """
-    in_window = jnp.isposinf(scores)
-    candidates = jnp.where(in_window, -jnp.inf, scores)
-    counts = policy.allocation.counts(candidates, prefix_lengths, policy.budget, policy.window, layers, num_layers)
-    best_first = jnp.argsort(-candidates, axis=-1, stable=True)
-    rank = jnp.argsort(best_first, axis=-1)
-    return in_window | ((rank < counts[..., None]) & (candidates > -jnp.inf))
-
-
-def judge(policy: EvictionPolicy, observation: Observation, window: int) -> Array | None:
-    """The scorer's own scores, float32 [B, H, T - w], the same for every budget; None where nothing is judged."""
-    if policy.scorer is None or observation.keys.shape[2] == window:
-        return None
-    return policy.scorer(observation, window)
-
-
-def score_prefix(policy: EvictionPolicy, observation: Observation, window: int, judged: Array | None = None) -> Array:
-    """The smoothed scores, reduced over each KV head's query heads: float32 [B, K, T - w], -inf on padding."""
-    batch, num_kv_heads, length, _ = observation.keys.shape
-    valid = observation.positions[:, None, : length - window] >= 0
-    scores = judge(policy, observation, window) if judged is None else judged
-    if scores is None:
-        return jnp.where(valid, jnp.zeros((batch, num_kv_heads, length - window)), -jnp.inf)
-    budget = length if policy.budget is None else policy.budget
-    count = min(max(budget - window, 1), length)
-    scores = policy.pooling(scores, observation, window, count)
-    grouped = einops.rearrange(scores, "b (k g) p -> b k g p", k=num_kv_heads)
-    reduced = grouped.mean(axis=2) if policy.group_reduce == "mean" else grouped.max(axis=2)
-    seen = _within_reach(observation, window)
-    return jnp.where(valid, jnp.where(seen, reduced, UNREACHABLE), -jnp.inf)
-
-
-def _within_reach(observation: Observation, window: int) -> Array:
-    """bool [B, 1, T - w]: whether the sliding window lets any later token see a key."""
-    positions = observation.positions
-    return (positions[:, -1:] + 1 - positions[:, : positions.shape[1] - window] < observation.sliding_window)[:, None]
-
-
-def select(scores: Array, positions: Array, window: int, slots: int) -> Array:
-    """Indices of the best `slots - window` keys before the window and of the window, ascending.
-
-    Args:
-      scores: float32 [B, K, T - w], -inf on padding.
-      positions: int32 [B, T], -1 on padding.
-      window: `w`.
-      slots: `C`, places per KV head; more than `T` leaves the rest empty.
-
-    Returns:
-      int32 [B, K, C]; `T` marks an empty slot, and those come last.
-    """
-    batch, num_kv_heads, prefix = scores.shape
-    length = prefix + window
-    best, indices = jax.lax.top_k(scores, min(slots - window, prefix))
-    chosen = jnp.where(best > -jnp.inf, indices, length)
-    recent = jnp.where(positions[:, prefix:] >= 0, jnp.arange(prefix, length), length)
-    recent = jnp.broadcast_to(recent[:, None], (batch, num_kv_heads, window))
-    ascending = jnp.sort(jnp.concatenate([chosen, recent], axis=-1), axis=-1)
-    missing = slots - ascending.shape[-1]
-    return jnp.pad(ascending, ((0, 0), (0, 0), (0, missing)), constant_values=length).astype(jnp.int32)
+        compared = weighed_scores(policy, scores, pairs.positions, indices)[None]
+        prefix_lengths = (pairs.positions[:, 0, : scores.shape[-1]] >= 0).sum(-1)
+        keep = keep_shares(policy, compared, prefix_lengths, jnp.asarray(view.index)[None], num_layers)[0]
+        indices = jnp.sort(jnp.where(keep, indices, length), axis=-1)
+    kept = gather_pairs(pairs, indices)
+    if policy.refit is not None:
+        queries = view.queries.last(window)
+        kept = kept._replace(values=policy.refit(queries, window_outputs(queries, pairs), kept))
+    lengths = (kept.positions >= 0).sum(-1, dtype=jnp.int32)
+    return Eviction(scores, kept.positions, lengths, kept.keys, kept.values)

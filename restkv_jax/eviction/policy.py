@@ -1,15 +1,14 @@
 """An eviction policy: small parts with one job each, put together as a static description."""
 
 import dataclasses
-from typing import Literal
-
-import numpy as np
+from typing import Literal, cast
 
 from restkv_jax.eviction.allocation import Allocation, Uniform
-from restkv_jax.eviction.observation import Scorer
 from restkv_jax.eviction.pooling import NoPooling, Pooling
 from restkv_jax.eviction.refit import LeastSquares
-from restkv_jax.kernels import check_page_size
+from restkv_jax.eviction.scorer import QueryScorer, Scorer
+from restkv_jax.kernels.paged import check_page_size
+from restkv_jax.models.arguments import check_choice, check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,10 @@ class EvictionPolicy:
 
     def __post_init__(self):
         check_integer("window", self.window, 1, "the last token of a prompt is always kept")
-        if self.group_reduce not in ("mean", "max"):
-            raise ValueError(f"group_reduce={self.group_reduce!r} is unknown; choose 'mean' or 'max'")
+        check_choice("group_reduce", self.group_reduce, ("mean", "max"))
+        check_choice("while_generating", self.while_generating, (False, True))
+        if not isinstance(self.refit, LeastSquares | None):
+            raise TypeError(f"refit={self.refit!r} must be a restkv_jax.LeastSquares(ridge=0.01), or None")
         if self.budget is not None:
             check_integer("budget", self.budget, 1, "slots per layer and KV head")
             if self.budget <= self.window:
@@ -70,6 +71,7 @@ class EvictionPolicy:
 
     def _check_pages(self):
         allocation = type(self.allocation).__name__
+        check_integer("page_size", self.page_size, 1, "slots of a page")
         check_page_size(self.page_size)
         if self.budget is None:
             raise ValueError(f"allocation={allocation} needs a budget: without one nothing is shared out")
@@ -96,6 +98,17 @@ class EvictionPolicy:
                 "do not allow; choose another allocation or scorer"
             )
 
+    @property
+    def slots_given(self) -> int:
+        """The budget, where there is one."""
+        assert self.budget is not None
+        return self.budget
+
+    @property
+    def query_scorer(self) -> QueryScorer:
+        """The scorer, where it judges query by query."""
+        return cast(QueryScorer, self.scorer)
+
     def is_ragged(self, length: int) -> bool:
         """Whether layers and KV heads may keep different numbers of pairs of a prompt of `length` tokens."""
         return not self.allocation.uniform and self.slots(length) < length
@@ -103,7 +116,7 @@ class EvictionPolicy:
     def num_candidates(self, length: int) -> int:
         """Keys before the window that a layer and KV head carries to the selection of a prompt of `length` tokens."""
         prefix = length - self.window_of(length)
-        return min(prefix, 4 * self.budget if self.candidates is None else self.candidates)
+        return min(prefix, 4 * self.slots_given if self.candidates is None else self.candidates)
 
     def window_of(self, length: int) -> int:
         """Tokens always kept of a prompt of `length` tokens."""
@@ -121,16 +134,3 @@ class EvictionPolicy:
     def slots(self, length: int) -> int:
         """Slots kept of a prompt of `length` tokens."""
         return length if self.budget is None else min(self.budget, length)
-
-
-def check_integer(name: str, value: int, least: int, reason: str) -> None:
-    """Refuses a value that is no integer or too small.
-
-    Raises:
-      TypeError: no integer.
-      ValueError: less than `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}={value!r} must be an integer")
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}: {reason}")

@@ -7,22 +7,35 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax import kernels
-from restkv_jax.eviction.observation import Observation
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.scores import attention_centres
+from restkv_jax.models.arguments import check_choice, check_integer
+from restkv_jax.models.decoder import LayerView
 
 
 class Pooling(Protocol):
-    """Smooths float32 [B, H, P] scores of the keys before the window; a frozen dataclass, static under jit."""
+    """Smooths scores of the keys before the window; a frozen dataclass, static under jit."""
 
-    def __call__(self, scores: Array, observation: Observation, window: int, count: int) -> Array:
-        """float32 [B, H, P]; `count` is how many keys of the prefix are to be kept."""
+    def __call__(self, scores: Array, view: LayerView, pairs: Pairs, count: int) -> Array:
+        """Smoothed scores.
+
+        Args:
+          scores: float32 [B, K, G or 1, P].
+          view: with the window's queries, or more.
+          pairs: [B, K, P + w, D] of the prompt.
+          count: how many of the `P` keys are to be kept.
+
+        Returns:
+          float32 [B, K, G or 1, P].
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class NoPooling:
     """Leaves the scores as they are."""
 
-    def __call__(self, scores, observation, window, count):
+    def __call__(self, scores: Array, view: LayerView, pairs: Pairs, count: int) -> Array:
         return scores
 
 
@@ -35,8 +48,8 @@ class AveragePooling:
     def __post_init__(self):
         _check_kernel_size(self.kernel_size)
 
-    def __call__(self, scores, observation, window, count):
-        inside = _inside(scores, observation)
+    def __call__(self, scores: Array, view: LayerView, pairs: Pairs, count: int) -> Array:
+        inside = _inside(scores, pairs)
         return _sliding(jnp.where(inside, scores, 0.0), self.kernel_size, jax.lax.add, 0.0) / self.kernel_size
 
 
@@ -49,8 +62,8 @@ class MaxPooling:
     def __post_init__(self):
         _check_kernel_size(self.kernel_size)
 
-    def __call__(self, scores, observation, window, count):
-        inside = _inside(scores, observation)
+    def __call__(self, scores: Array, view: LayerView, pairs: Pairs, count: int) -> Array:
+        inside = _inside(scores, pairs)
         return _sliding(jnp.where(inside, scores, -jnp.inf), self.kernel_size, jax.lax.max, -jnp.inf)
 
 
@@ -69,29 +82,23 @@ class AdaptivePooling:
 
     def __post_init__(self):
         _check_kernel_size(self.kernel_size)
-        if self.scale < 1:
-            raise ValueError(f"scale={self.scale} must be at least 1 token")
+        check_integer("scale", self.scale, 1, "tokens of drift")
 
-    def __call__(self, scores, observation, window, count):
-        width, shift = self.width_and_shift(observation, window, count)
-        widest = max(self.kernel_size, 2 * (observation.keys.shape[2] // self.scale) + 1)
-        first = jnp.argmax(observation.positions[:, : scores.shape[-1]] >= 0, axis=1)
-        edge = jnp.take_along_axis(scores, first[:, None, None], axis=-1)
-        extended = jnp.where(_inside(scores, observation), scores, edge)
-        mean = jax.vmap(jax.vmap(lambda s, w, left: window_mean(s, w, left, widest)))
+    def __call__(self, scores: Array, view: LayerView, pairs: Pairs, count: int) -> Array:
+        length, prefix = pairs.keys.shape[2], scores.shape[-1]
+        width, shift = self.width_and_shift(view.last(length - prefix), pairs, count)
+        widest = max(self.kernel_size, 2 * (length // self.scale) + 1)
+        first = jnp.argmax(pairs.positions[:, :, None, :prefix] >= 0, axis=-1, keepdims=True)
+        edge = jnp.take_along_axis(scores, first, axis=-1)
+        extended = jnp.where(_inside(scores, pairs), scores, edge)
         left = jnp.clip(width // 2 - shift, 0, width - 1)
-        return mean(extended, width, left)
+        return window_mean(jnp.broadcast_to(extended, (*width.shape, prefix)), width, left, widest)
 
-    def width_and_shift(self, observation: Observation, window: int, count: int) -> tuple[Array, Array]:
-        """Width and shift of every head's window, int32 [B, H]."""
-        queries = observation.queries[:, :, -window:]
-        query_positions = observation.query_positions[:, -window:]
-        centres = kernels.attention_centres(
-            queries, observation.keys, query_positions, observation.key_positions, observation.sliding_window,
-            count=count,
-        )  # fmt: skip
-        half = window // 2
-        drift = centres[..., :half].mean(-1) - centres[..., half:].mean(-1) if half else jnp.zeros(centres.shape[:2])
+    def width_and_shift(self, view: LayerView, pairs: Pairs, count: int) -> tuple[Array, Array]:
+        """Width and shift of every head's window, int32 [B, K, G]; the view's queries are the window's."""
+        centres = attention_centres(view.queries, pairs, count=count)
+        half = centres.shape[-1] // 2
+        drift = centres[..., :half].mean(-1) - centres[..., half:].mean(-1) if half else jnp.zeros(centres.shape[:3])
         width = jnp.maximum(self.kernel_size, 2 * jnp.floor(jnp.abs(drift) / self.scale) + 1)
         shift = jnp.floor(drift / self.scale) + (drift <= 0)
         return width.astype(jnp.int32), shift.astype(jnp.int32)
@@ -104,24 +111,24 @@ def window_mean(scores: Array, width: Array, left: Array, widest: int) -> Array:
     subtraction, hence no cancellation, and `log2(widest)` passes.
 
     Args:
-      scores: float32 [P]; the ends are extended by their values.
-      width: int32 scalar, at most `widest`.
-      left: int32 scalar, places that the window of output 0 begins before score 0; 0 to `widest - 1`.
+      scores: float32 [..., P]; the ends are extended by their values.
+      width: int32 [...], at most `widest`.
+      left: int32 [...], places that the window of output 0 begins before score 0; 0 to `widest - 1`.
       widest: static bound.
 
     Returns:
-      float32 [P]: the mean of `scores[n - left : n - left + width]`.
+      float32 [..., P]: the mean of `scores[n - left : n - left + width]`.
     """
-    length = scores.shape[0]
-    powers = jnp.pad(scores, (widest - 1, widest - 1), mode="edge")
+    length = scores.shape[-1]
+    powers = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(widest - 1, widest - 1)], mode="edge")
     total, start = jnp.zeros_like(scores), widest - 1 - left
+    slice_from = jnp.vectorize(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, length), signature="(n),()->(p)")
     for digit in range(widest.bit_length()):
         taken = (width >> digit) & 1
-        part = jax.lax.dynamic_slice_in_dim(powers, start, length)
-        total = jnp.where(taken, total + part, total)
+        total = jnp.where(taken[..., None], total + slice_from(powers, start), total)
         start = start + (taken << digit)
-        powers = powers + jnp.roll(powers, -(1 << digit))
-    return total / width
+        powers = powers + jnp.roll(powers, -(1 << digit), axis=-1)
+    return total / width[..., None]
 
 
 def make_pooling(kind: Literal["adaptive", "avg", "max", "none"], kernel_size: int, scale: int = 2000) -> Pooling:
@@ -136,14 +143,13 @@ def make_pooling(kind: Literal["adaptive", "avg", "max", "none"], kernel_size: i
         "max": lambda: MaxPooling(kernel_size),
         "none": NoPooling,
     }
-    if kind not in kinds:
-        raise ValueError(f"pooling={kind!r} is unknown; choose from {', '.join(map(repr, kinds))}")
+    check_choice("pooling", kind, tuple(kinds))
     return kinds[kind]()
 
 
-def _inside(scores: Array, observation: Observation) -> Array:
-    """bool [B, 1, P]: not padding."""
-    return observation.positions[:, None, : scores.shape[-1]] >= 0
+def _inside(scores: Array, pairs: Pairs) -> Array:
+    """bool [B, K or 1, 1, P]: not padding."""
+    return pairs.positions[:, :, None, : scores.shape[-1]] >= 0
 
 
 def _sliding(scores: Array, size: int, reduce, empty: float) -> Array:
@@ -152,5 +158,6 @@ def _sliding(scores: Array, size: int, reduce, empty: float) -> Array:
 
 
 def _check_kernel_size(kernel_size: int) -> None:
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size} must be odd and at least 1, so that the window has a centre")
+    check_integer("kernel_size", kernel_size, 1, "tokens, an odd number, so that the window has a centre")
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size} must be odd, so that the window has a centre")

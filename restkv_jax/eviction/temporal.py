@@ -2,11 +2,13 @@
 
 import numpy as np
 
+from restkv_jax.models.arguments import check_choice, check_number
+
 
 def check_temporal(temporal: str, alpha: float) -> None:
     """Refuses an unknown average, or a weight out of range."""
-    if temporal not in ("ema", "mean"):
-        raise ValueError(f"temporal={temporal!r} is unknown; choose 'ema' or 'mean'")
+    check_choice("temporal", temporal, ("ema", "mean"))
+    check_number("alpha", alpha, "the weight of the newest query")
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha={alpha} must be in (0, 1], the weight of the newest query")
 

@@ -1,0 +1,1 @@
+"""Generation: prompts are read into a cache, then tokens are decoded on it."""

@@ -1,6 +1,7 @@
 """Checks of what users pass in, at the border and before anything is compiled."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,19 +9,100 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from restkv_jax.eviction.policy import EvictionPolicy, check_integer
-from restkv_jax.models import Decoder
-from restkv_jax.models.shared_attention import Sharing
+from restkv_jax.caches.base import Cache
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.models.arguments import as_array, check_integer, check_mask, check_number, is_known
+from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.saving import check_params
+from restkv_jax.models.tensors import flatten, parameter_shapes
+
+
+def check_policies(policies: Any) -> tuple[EvictionPolicy, ...]:
+    """Policies as a tuple; None among them keeps everything.
+
+    Raises:
+      TypeError: not a sequence, or something in it that is not an `EvictionPolicy`.
+      ValueError: none at all.
+    """
+    if isinstance(policies, (str, bytes)) or not isinstance(policies, Sequence):
+        raise TypeError(f"policies={policies!r} must be a tuple of policies, such as (restkv_jax.full(),)")
+    if not policies:
+        raise ValueError("policies is empty; pass at least one, such as restkv_jax.full()")
+    return tuple(EvictionPolicy() if policy is None else check_policy(policy) for policy in policies)
+
+
+def check_policy(policy: Any) -> EvictionPolicy:
+    """A policy as it is.
+
+    Raises:
+      TypeError: something else.
+    """
+    if not isinstance(policy, EvictionPolicy):
+        raise TypeError(f"policy={policy!r} must be an EvictionPolicy, such as restkv_jax.restkv(budget=1024)")
+    return policy
+
+
+def check_model(
+    model: Any, params: Any, sharing: Sharing | None = None, policies: Sequence[EvictionPolicy] = ()
+) -> Decoder:
+    """Checks that model, parameters, sharing and policies belong together.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters, arrays or shapes.
+      sharing: to use instead of the model's own; None leaves that.
+      policies: what to keep.
+
+    Returns:
+      the model, with its sharing.
+
+    Raises:
+      TypeError: not a `Decoder`, not parameters, or not a `Sharing`.
+      ValueError: parameters or groups of another model, or a policy that needs a set of tokens per layer.
+    """
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model={model!r:.80} must be a Decoder, as load_model and build_model return it")
+    _check_params(model, params)
+    if sharing is not None:
+        if not isinstance(sharing, Sharing):
+            raise TypeError(f"sharing={sharing!r} must be a restkv_jax.pod.Sharing(groups)")
+        model = model.clone(sharing=sharing)
+    if model.sharing is not None:
+        model.sharing.groups.check_model(model.config)
+        for policy in policies:
+            _check_shared_policy(policy)
+    return model
+
+
+def _check_params(model: Decoder, params: Any) -> None:
+    if not isinstance(params, dict) or not params:
+        raise TypeError(f"params={params!r:.80} must be the model's parameters, as load_model returns them")
+    if set(params) == {"params"}:
+        raise ValueError("params has the one key 'params'; pass what it holds, params['params']")
+    flat = flatten(params)
+    check_params(flat, parameter_shapes(model.clone(sharing=None)))
+    for name, leaf in flat.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"params: {name!r} has dtype {leaf.dtype}, but must hold floating-point numbers")
+
+
+def _check_shared_policy(policy: EvictionPolicy) -> None:
+    for name, clashes in (
+        ("allocation", not policy.allocation.uniform),
+        ("while_generating", policy.while_generating),
+        ("refit", policy.refit is not None),
+    ):
+        if clashes:
+            raise ValueError(
+                f"policy.{name}={getattr(policy, name)!r} does not go with sharing: the layers of a block keep one set "
+                "of distant tokens, equally many each, and their values as they are; model.clone(sharing=None), or "
+                "--dense, reads without sharing"
+            )
 
 
 def check_prompt(
-    model: Decoder,
-    tokens: Any,
-    mask: Any | None,
-    policy: EvictionPolicy,
-    max_new_tokens: int,
-    chunk_size: int = 1,
-    sharing: Sharing | None = None,
+    model: Decoder, tokens: Any, mask: Any | None, max_new_tokens: int, chunk_size: int = 1
 ) -> tuple[Array, Array]:
     """Checks a batch of prompts; values are looked at where they are known, that is outside of `jax.jit`.
 
@@ -28,23 +110,17 @@ def check_prompt(
       model: whose vocabulary and context the prompts must fit.
       tokens: int [B, T], padded on the left.
       mask: bool or int [B, T], False on padding; None if there is none.
-      policy: an `EvictionPolicy`.
       max_new_tokens: at least 1.
       chunk_size: at least 1.
-      sharing: a `Sharing` with groups of this model and a policy that goes with it, or None.
 
     Returns:
       tokens int32 [B, T] and mask bool [B, T].
 
     Raises:
-      TypeError: tokens that are no integers, a policy that is no `EvictionPolicy`, a sharing that is no `Sharing`.
+      TypeError: tokens that are not integers.
       ValueError: everything else, naming the argument and its value.
     """
-    if not isinstance(policy, EvictionPolicy):
-        raise TypeError(f"policy={policy!r} must be an EvictionPolicy, such as restkv_jax.restkv(budget=1024)")
-    if sharing is not None:
-        check_sharing(model, sharing, policy)
-    check_integer("max_new_tokens", max_new_tokens, 1, "the prefill alone gives the first token")
+    check_integer("max_new_tokens", max_new_tokens, 1, "the prefill alone gives the first token", most=2**30)
     check_integer("chunk_size", chunk_size, 1, "prompt tokens per chunk")
     tokens, mask = check_tokens(model, tokens, mask)
     _warn_beyond_context(model, mask, max_new_tokens)
@@ -58,77 +134,21 @@ def check_tokens(model: Decoder, tokens: Any, mask: Any | None) -> tuple[Array, 
       tokens int32 [B, T] and mask bool [B, T].
 
     Raises:
-      TypeError: tokens that are no integers.
+      TypeError: tokens that are not integers.
       ValueError: everything else, naming the argument and its value.
     """
-    tokens = _as_array("tokens", tokens)
+    tokens = as_array("tokens", tokens)
     if tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}, but must be [batch, length]; one prompt is tokens[None]")
     if 0 in tokens.shape:
         raise ValueError(f"tokens has shape {tokens.shape}: the prompt is empty")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens has dtype {tokens.dtype}, but must hold integers")
-    mask = np.ones(tokens.shape, bool) if mask is None else _as_array("mask", mask)
+    mask = np.ones(tokens.shape, bool) if mask is None else as_array("mask", mask)
     check_mask(mask, tokens.shape)
-    if _is_known(tokens) and _is_known(mask):
+    if is_known(tokens) and is_known(mask):
         _check_vocabulary(model, "tokens", np.asarray(tokens), np.asarray(mask).astype(bool))
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, bool)
-
-
-def check_sharing(model: Decoder, sharing: Any, policy: EvictionPolicy) -> None:
-    """Checks that groups are the model's and that the policy chooses the same tokens for all layers of a block.
-
-    Raises:
-      TypeError: no `Sharing`.
-      ValueError: groups of a model of another shape, or a policy that needs a set of tokens per layer.
-    """
-    if not isinstance(sharing, Sharing):
-        raise TypeError(f"sharing={sharing!r} must be a restkv_jax.pod.Sharing(groups)")
-    sharing.groups.check_model(model.config)
-    for name, clashes in (
-        ("allocation", not policy.allocation.uniform),
-        ("while_generating", policy.while_generating),
-        ("refit", policy.refit is not None),
-    ):
-        if clashes:
-            raise ValueError(
-                f"policy.{name}={getattr(policy, name)!r} does not go with sharing: the layers of a block keep one set "
-                "of distant tokens, equally many each, and their values as they are"
-            )
-
-
-def check_mask(mask: Any, shape: tuple[int, int]) -> None:
-    """Checks the mask of prompts that are padded on the left, bool [B, T]; its values where they are known.
-
-    Raises:
-      ValueError: another shape, a row that is all padding, padding after real tokens.
-    """
-    if mask.shape != shape:
-        raise ValueError(f"mask has shape {mask.shape}, but the prompts have shape {shape}")
-    if not _is_known(mask):
-        return
-    mask = np.asarray(mask).astype(bool)
-    if not mask.any(axis=1).all():
-        raise ValueError(f"mask has no True in row {np.argmin(mask.any(axis=1))}: the row is all padding")
-    ends_early = mask[:, :-1] & ~mask[:, 1:]
-    if ends_early.any():
-        row = np.argmax(ends_early.any(axis=1))
-        raise ValueError(
-            f"mask has padding after real tokens in row {row}; pad on the left (tokenizer.padding_side = 'left')"
-        )
-
-
-def _as_array(name: str, value: Any) -> Any:
-    if isinstance(value, jax.Array):
-        return value
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is no array: rows of different lengths? Pad them on the left ({error})") from error
-
-
-def _is_known(array: Any) -> bool:
-    return not isinstance(array, jax.core.Tracer)
 
 
 def _check_vocabulary(model: Decoder, name: str, tokens: np.ndarray, mask: np.ndarray) -> None:
@@ -143,35 +163,55 @@ def _check_vocabulary(model: Decoder, name: str, tokens: np.ndarray, mask: np.nd
 
 
 def _warn_beyond_context(model: Decoder, mask: Any, max_new_tokens: int) -> None:
-    length = int(np.asarray(mask).astype(bool).sum(1).max()) if _is_known(mask) else mask.shape[1]
+    length = int(np.asarray(mask).astype(bool).sum(1).max()) if is_known(mask) else mask.shape[1]
     limit = model.config.context_length
     if length + max_new_tokens > limit:
         warnings.warn(
             f"the prompt's {length} tokens and max_new_tokens={max_new_tokens} exceed the model's maximum of {limit} "
             "positions (max_position_embeddings and RoPE scaling); expect the quality to fall",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-def check_token(model: Decoder, token: Any, cache: Any) -> Array:
-    """Checks the token that `decode_step` takes, int [B], against the batch and the room in the cache.
+def check_decoding(
+    model: Any, params: Any, token: Any, cache: Any, policy: EvictionPolicy | None, sharing: Sharing | None
+) -> Array:
+    """Checks what `decode_step` takes: a token int [B] per row, and a cache of this model with room for it.
 
     Outside of `jax.jit` this waits for the device; inside, values are not looked at.
 
+    Returns:
+      the token, int32 [B].
+
     Raises:
-      TypeError: no integers.
-      ValueError: another shape, a token out of the vocabulary, or a cache without a free slot that does not evict
-        while generating.
+      TypeError: something that is not a cache, tokens that are not integers.
+      ValueError: a cache that was donated, is full, or does not belong to the model, policy or sharing; a token of
+        another shape or out of the vocabulary.
     """
-    token = _as_array("token", token)
+    model = check_model(model, params, sharing)
+    if not hasattr(cache, "check_model"):
+        raise TypeError(f"cache={cache!r:.80} must be a cache, as prefill returns it")
+    if any(is_known(x) and isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(cache)):
+        raise ValueError(
+            "the cache was used by an earlier step, which rewrote its buffers in place; go on with the cache that this "
+            "step returned"
+        )
+    cache.check_model(model)
+    if policy is not None:
+        cache.check_policy(check_policy(policy))
+    return _check_token(model, token, cache)
+
+
+def _check_token(model: Decoder, token: Any, cache: Cache) -> Array:
+    token = as_array("token", token)
     batch = cache.next_positions.shape[0]
     if token.shape != (batch,):
         raise ValueError(f"token has shape {token.shape}, but the cache holds {batch} rows: expected {(batch,)}")
     if not jnp.issubdtype(token.dtype, jnp.integer):
         raise TypeError(f"token has dtype {token.dtype}, but must hold integers")
-    if _is_known(token):
+    if is_known(token):
         _check_vocabulary(model, "token", np.asarray(token), np.ones(batch, bool))
-    if _is_known(cache.next_positions) and bool(cache.is_full()):
+    if is_known(cache.next_positions) and bool(cache.is_full()):
         raise ValueError(
             f"the cache is full: all its {cache.num_slots} slots are in use; prefill with a larger max_new_tokens "
             "or with a policy that has while_generating=True"
@@ -183,31 +223,46 @@ def check_sampling(key: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
     """Checks sampling options.
 
     Raises:
-      TypeError: a key that is no JAX key, a `top_k` that is no integer.
-      ValueError: options that need a random key without one, or values out of range.
+      TypeError: a key that is not a JAX key, options that are not numbers.
+      ValueError: options that need a random key without one, values out of range, one value per row.
     """
-    known = lambda x: x is not None and _is_known(x)  # noqa: E731
-    greedy = temperature is None or (known(temperature) and temperature == 0)
-    if key is None and not (greedy and top_k is None and top_p is None):
+    is_greedy = temperature is None or (is_known(temperature) and np.ndim(temperature) == 0 and temperature == 0)
+    if key is None and not (is_greedy and top_k is None and top_p is None):
         raise ValueError("key=None decodes greedily; pass key=jax.random.key(seed) to sample with temperature etc.")
     if key is not None and not isinstance(key, jax.Array):
         raise TypeError(f"key={key!r} must be a JAX random key, such as jax.random.key(0)")
-    if known(temperature) and not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must not be negative")
-    if known(top_k):
-        check_integer("top_k", top_k if isinstance(top_k, (int, float)) else np.asarray(top_k)[()], 1, "tokens to keep")
-    if known(top_p) and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1]")
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        shape = () if value is None else np.shape(value)
+        if shape:
+            raise ValueError(f"{name} has shape {shape}, but must be one number for all rows")
+    temperature, top_k, top_p = (
+        np.asarray(x)[()] if is_known(x) and isinstance(x, jax.Array) else x for x in (temperature, top_k, top_p)
+    )
+    if temperature is not None and is_known(temperature):
+        check_number("temperature", temperature, "it divides the logits")
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must not be negative")
+    if top_k is not None and is_known(top_k):
+        check_integer("top_k", top_k, 1, "tokens to keep")
+    if top_p is not None and is_known(top_p):
+        check_number("top_p", top_p, "the probability mass to keep")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} must be in (0, 1]")
 
 
-def check_eos(model: Decoder, eos_token_ids: Any) -> tuple[int, ...]:
-    """End-of-sequence ids as a tuple, the model's own for None.
+def check_eos(model: Decoder, eos_token_ids: Any) -> Any:
+    """End-of-sequence ids as a tuple, the model's own for None; under a transform, the array that is given.
 
     Raises:
+      TypeError: ids that are not integers.
       ValueError: an id out of the vocabulary.
     """
     if eos_token_ids is None:
         return model.config.eos_token_ids
-    ids = np.atleast_1d(np.asarray(eos_token_ids, np.int64))
+    if not is_known(eos_token_ids):
+        return eos_token_ids
+    ids = np.atleast_1d(as_array("eos_token_ids", eos_token_ids))
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"eos_token_ids={eos_token_ids!r} must be integers")
     _check_vocabulary(model, "eos_token_ids", ids, np.ones(ids.shape, bool))
     return tuple(ids.tolist())

@@ -1,8 +1,7 @@
 """Generation: prefill, then decode on the small cache."""
 
-import collections
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,16 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from restkv_jax.caches.dense import KVCache, join_rows, split_rows
-from restkv_jax.caches.importance import observe_token
-from restkv_jax.caches.shared import SharedCache
-from restkv_jax.eviction.methods import full
+from restkv_jax.caches.base import Cache, join_rows, joins, split_rows
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.checks import check_eos, check_prompt, check_sampling, check_token
-from restkv_jax.generation.reading import CHUNK_SIZE, Cache, pad_to_bucket, prefill_each, prefill_padded
-from restkv_jax.generation.sampling import row_keys, sample
-from restkv_jax.models import Decoder, Layer, Memory, StateFunctions, logits
-from restkv_jax.models.shared_attention import Sharing
+from restkv_jax.generation.checks import check_decoding, check_eos, check_sampling
+from restkv_jax.generation.decoding import advance, begin, feed, run_from
+from restkv_jax.generation.reading import CHUNK_SIZE, Prompt, check_and_pad, prefill_each, read_prompt
+from restkv_jax.generation.sampling import Sampling, row_keys
+from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.mesh import beside
 
 
 class Generation(NamedTuple):
@@ -33,26 +31,6 @@ class Generation(NamedTuple):
     tokens: Array
     lengths: Array
     cache: Cache
-
-
-class Decoding(NamedTuple):
-    """Between two steps: the newest token int32 [B], rows that go on bool [B], the number of steps, the cache."""
-
-    token: Array
-    active: Array
-    step: Array
-    cache: Cache
-
-
-class Sampling(NamedTuple):
-    """How tokens are drawn: random keys [B] (None is greedy), temperature, top_k, top_p, eos ids int32 [E], pad id."""
-
-    keys: Array | None
-    temperature: Array | float
-    top_k: Array | int | None
-    top_p: Array | float | None
-    eos_token_ids: Array
-    pad_token_id: Array | int
 
 
 def decode_step(
@@ -72,21 +50,20 @@ def decode_step(
       model: a `Decoder`.
       params: its parameters.
       token: int32 [B].
-      cache: from `prefill` or the step before, made with the same policy.
-      policy: the policy of the prefill.
-      sharing: that of the prefill; the cache has it, and another one is refused.
+      cache: from `prefill` or the step before.
+      policy: the policy of the prefill; not needed, the cache has all of it, and one that clashes is refused.
+      sharing: that of the prefill; not needed either, and another one is refused.
 
     Returns:
       logits, float32 [B, vocabulary], and the next cache.
 
     Raises:
-      ValueError, TypeError: a token of another shape or kind, a full cache, or one made with another sharing.
+      ValueError, TypeError: a token of another shape or kind; a cache that is full, was donated to an earlier step, or
+        is of another model or sharing.
     """
-    policy = full() if policy is None else policy
-    token = check_token(model, token, cache)
-    if sharing is not None and sharing != getattr(cache, "sharing", None):
-        raise ValueError("sharing is not the one that the cache was made with; pass the prefill's, or none")
-    return _decode_step(model, params, token, cache, jnp.ones(token.shape, bool), policy)
+    token = check_decoding(model, params, token, cache, policy, sharing)
+    with beside(params):
+        return feed(model, params, token, cache, jnp.ones(token.shape, bool))
 
 
 def generate(
@@ -131,10 +108,10 @@ def generate(
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    policy = full() if policy is None else policy
-    tokens, mask = pad_to_bucket(*check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing))
-    sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
-    return _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing)
+    prompt = check_and_pad(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
+    sampling = _sampling(model, prompt, key, temperature, top_k, top_p, eos_token_ids)
+    with beside(params):
+        return _generate(prompt.model, params, prompt.tokens, prompt.mask, sampling, *prompt.options)
 
 
 def generate_each(
@@ -169,28 +146,36 @@ def generate_each(
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    scores, caches = prefill_each(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing)
-    sampling = _sampling(model, scores.shape[0], None, None, None, None, eos_token_ids)
-    together = collections.defaultdict(list)
-    for i, (policy, cache) in enumerate(zip(policies, caches, strict=True)):
-        joins = isinstance(cache, KVCache) and cache.importance is None
-        together[(full(), cache.num_slots) if joins else (policy, i)].append(i)
-    outs: list[Any] = [None] * len(policies)
-    for (policy, _), members in together.items():
-        out = _generate_rows(model, params, scores, [caches[i] for i in members], sampling, policy, max_new_tokens)
-        for i, part in zip(members, out, strict=True):
-            outs[i] = part
-    return tuple(outs)
+    logits, caches = prefill_each(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing)
+    model = model if sharing is None else model.clone(sharing=sharing)
+    sampling = _make_sampling(model, logits.shape[0], None, None, None, None, eos_token_ids)
+    outs: dict[int, Generation] = {}
+    with beside(params):
+        for members in _that_join(caches):
+            chosen = [caches[i] for i in members]
+            outs |= zip(members, _generate_rows(model, params, logits, chosen, sampling, max_new_tokens), strict=True)
+    return tuple(outs[i] for i in range(len(caches)))
 
 
-def _generate_rows(model, params, scores, caches, sampling, policy, max_new_tokens) -> list[Generation]:
+def _that_join(caches: Sequence[Cache]) -> list[list[int]]:
+    """Indices of caches, those that can be decoded as one batch together."""
+    groups: list[list[int]] = []
+    for i, cache in enumerate(caches):
+        group = next((group for group in groups if joins(caches[group[0]], cache)), None)
+        groups.append([i]) if group is None else group.append(i)
+    return groups
+
+
+def _generate_rows(
+    model: Decoder, params: Any, logits: Array, caches: list[Cache], sampling: Sampling, max_new_tokens: int
+) -> list[Generation]:
     """Decodes from several caches of one shape as the rows of one batch."""
     if len(caches) == 1:
-        return [_generate_from(model, params, scores, caches[0], sampling, policy, max_new_tokens)]
-    scores = jnp.tile(scores, (len(caches), 1))
-    tokens, lengths, cache = _generate_from(model, params, scores, join_rows(caches), sampling, policy, max_new_tokens)
-    parts = (jnp.split(x, len(caches)) for x in (tokens, lengths))
-    return [Generation(*each) for each in zip(*parts, split_rows(cache, len(caches)), strict=True)]
+        return [_generate_from(model, params, logits, caches[0], sampling, max_new_tokens)]
+    count = len(caches)
+    out = _generate_from(model, params, jnp.tile(logits, (count, 1)), join_rows(caches), sampling, max_new_tokens)
+    parts = (jnp.split(x, count) for x in (out.tokens, out.lengths))
+    return [Generation(*each) for each in zip(*parts, split_rows(out.cache, count), strict=True)]
 
 
 def stream(
@@ -214,106 +199,49 @@ def stream(
     Arguments as for `generate`, checked at the call. Rows that have ended yield padding; the stream ends with the
     last of them.
     """
-    policy = full() if policy is None else policy
-    tokens, mask = pad_to_bucket(*check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing))
-    sampling = _sampling(model, tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
+    prompt = check_and_pad(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
+    sampling = _sampling(model, prompt, key, temperature, top_k, top_p, eos_token_ids)
 
-    def steps():
-        now = _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing)
+    def steps() -> Iterator[np.ndarray]:
+        with beside(params):
+            now = _begin(prompt.model, params, prompt.tokens, prompt.mask, sampling, *prompt.options)
         yield np.array(now.token)
         for _ in range(max_new_tokens - 1):
             if not now.active.any():
                 return
-            now = _advance(model, params, now, sampling, policy)
+            with beside(params):
+                now = advance(prompt.model, params, now, sampling)
             yield np.array(now.token)
 
     return steps()
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="cache")
-def _decode_step(model, params, token, cache, active, policy):
-    positions = cache.next_positions[:, None]
-    functions = _decode_functions(policy, active)
-    hidden, cache = model.apply({"params": params}, token[:, None], positions, functions, cache)
-    cache = cache.replace(next_positions=cache.next_positions + active)
-    return logits(model, params, hidden[:, -1]), cache
+READING = ("model", "policies", "max_new_tokens", "chunk_size")
 
 
-def _decode_functions(policy: EvictionPolicy, active: Array) -> StateFunctions:
-    """The new pair goes into the cache, and the query attends to the cache."""
-
-    def remember(index: Array, new: Memory, cache: Cache):
-        cache = cache.append(index, new.keys[:, :, 0], new.values[:, :, 0], active, policy.window)
-        return cache.memory(index), cache
-
-    def revise(layer: Layer, memory: Memory, cache: Cache) -> Cache:
-        if isinstance(cache, SharedCache):
-            return cache.note(layer, active)
-        return cache if cache.importance is None else observe_token(cache, layer, memory, active, policy)
-
-    return StateFunctions(remember, revise)
+@functools.partial(jax.jit, static_argnames=READING)
+def _begin(model, params, tokens, mask, sampling, policies, max_new_tokens, chunk_size):
+    logits, (cache,) = read_prompt(model, params, tokens, mask, policies, max_new_tokens, chunk_size)
+    return begin(logits, cache, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size", "sharing"))
-def _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing) -> Decoding:
-    scores, (cache,) = prefill_padded(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
-    return _first(scores, cache, sampling)
+@functools.partial(jax.jit, static_argnames=READING)
+def _generate(model, params, tokens, mask, sampling, policies, max_new_tokens, chunk_size) -> Generation:
+    logits, (cache,) = read_prompt(model, params, tokens, mask, policies, max_new_tokens, chunk_size)
+    return _generate_from(model, params, logits, cache, sampling, max_new_tokens)
 
 
-def _first(scores: Array, cache: Cache, sampling: Sampling) -> Decoding:
-    batch = scores.shape[0]
-    return _choose(scores, Decoding(jnp.zeros(batch, jnp.int32), jnp.ones(batch, bool), jnp.int32(0), cache), sampling)
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
+def _generate_from(model, params, logits, cache, sampling, max_new_tokens) -> Generation:
+    decoded = run_from(model, params, logits, cache, sampling, max_new_tokens)
+    return Generation(decoded.tokens, decoded.now.lengths, decoded.now.cache)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens"))
-def _generate_from(model, params, scores, cache, sampling, policy, max_new_tokens) -> Generation:
-    return _go_on(model, params, _first(scores, cache, sampling), sampling, policy, max_new_tokens)
+def _sampling(model: Decoder, prompt: Prompt, key, temperature, top_k, top_p, eos_token_ids) -> Sampling:
+    return _make_sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="now")
-def _advance(model, params, now: Decoding, sampling: Sampling, policy) -> Decoding:
-    scores, cache = _decode_step(model, params, now.token, now.cache, now.active, policy)
-    return _choose(scores, now._replace(cache=cache), sampling)
-
-
-def _choose(scores: Array, now: Decoding, sampling: Sampling) -> Decoding:
-    """Draws the next tokens and ends the rows whose newest token is an end of sequence."""
-    keys = sampling.keys
-    if keys is not None:
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, now.step))(keys)
-    chosen = sample(scores, keys, sampling.temperature, sampling.top_k, sampling.top_p)
-    token = jnp.where(now.active, chosen, sampling.pad_token_id)
-    ended = (chosen[:, None] == sampling.eos_token_ids).any(axis=1)
-    return Decoding(token, now.active & ~ended, now.step + 1, now.cache)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "policy", "max_new_tokens", "chunk_size", "sharing"))
-def _generate(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing) -> Generation:
-    now = _begin(model, params, tokens, mask, sampling, policy, max_new_tokens, chunk_size, sharing)
-    return _go_on(model, params, now, sampling, policy, max_new_tokens)
-
-
-def _go_on(model, params, now: Decoding, sampling: Sampling, policy, max_new_tokens) -> Generation:
-    """Decodes until every row has ended or has `max_new_tokens`, from the state after the first token."""
-    batch = now.token.shape[0]
-    generated = jnp.full((batch, max_new_tokens), sampling.pad_token_id, jnp.int32).at[:, 0].set(now.token)
-    lengths = jnp.ones(batch, jnp.int32)
-
-    def unfinished(carry):
-        now, _, _ = carry
-        return (now.step < max_new_tokens) & now.active.any()
-
-    def step(carry):
-        now, generated, lengths = carry
-        lengths = lengths + now.active
-        now = _advance(model, params, now, sampling, policy)
-        return now, generated.at[:, now.step - 1].set(now.token), lengths
-
-    now, generated, lengths = jax.lax.while_loop(unfinished, step, (now, generated, lengths))
-    return Generation(generated, lengths, now.cache)
-
-
-def _sampling(model, batch, key, temperature, top_k, top_p, eos_token_ids) -> Sampling:
+def _make_sampling(model: Decoder, batch: int, key, temperature, top_k, top_p, eos_token_ids) -> Sampling:
     check_sampling(key, temperature, top_k, top_p)
     keys = row_keys(key, batch)
     if keys is not None and keys.shape != (batch,):

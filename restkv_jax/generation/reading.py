@@ -1,33 +1,26 @@
-"""Prefill: prompts are read layer by layer, and every layer's pairs go through the policy."""
+"""Reading: prompts go through the layers once, and keepers build a cache from every layer's pairs."""
 
 import functools
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax import kernels
-from restkv_jax.caches.blocks import RunningBlocks, empty_shared_state, shared_prefill_functions
-from restkv_jax.caches.candidates import Candidates, empty_candidates, offer_layer, share_budget
-from restkv_jax.caches.dense import KVCache, empty_cache, write_layer
-from restkv_jax.caches.importance import observe_prompt
-from restkv_jax.caches.paged import PagedCache
-from restkv_jax.caches.shared import SharedCache
-from restkv_jax.eviction.layer import evict, judge
-from restkv_jax.eviction.methods import full
-from restkv_jax.eviction.observation import Observation
+from restkv_jax.caches.base import Cache
+from restkv_jax.caches.keepers import keeper_of
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.checks import check_prompt
-from restkv_jax.models import STATELESS, Decoder, Layer, Memory, StateFunctions, logits, positions_of
-from restkv_jax.models.shared_attention import Sharing, no_leader_keys, with_leaders
+from restkv_jax.generation.checks import check_model, check_policies, check_prompt
+from restkv_jax.kernels.pairs import largest_divisor
+from restkv_jax.models.decoder import Decoder, Hooks, LayerView, logits, read
+from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.memory import Memory
+from restkv_jax.models.mesh import beside
 
 CHUNK_SIZE = 1024
 """Prompt tokens whose queries and MLP activations exist at one time."""
-
-
-Cache = KVCache | PagedCache | SharedCache
 
 
 def bucket_length(length: int) -> int:
@@ -82,10 +75,9 @@ def prefill(
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    policy = full() if policy is None else policy
-    tokens, mask = pad_to_bucket(*check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing))
-    scores, (cache,) = prefill_padded(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
-    return scores, cache
+    each = prefill_each(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
+    logits, (cache,) = each
+    return logits, cache
 
 
 def prefill_each(
@@ -93,7 +85,7 @@ def prefill_each(
     params: Any,
     tokens: Array,
     mask: Array | None = None,
-    policies: tuple[EvictionPolicy, ...] = (),
+    policies: Sequence[EvictionPolicy | None] = (),
     max_new_tokens: int = 64,
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
@@ -108,12 +100,42 @@ def prefill_each(
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    if not policies:
-        raise ValueError("policies is empty; pass at least one, such as restkv_jax.full()")
-    for policy in policies:
-        tokens, mask = check_prompt(model, tokens, mask, policy, max_new_tokens, chunk_size, sharing)
-    tokens, mask = pad_to_bucket(tokens, mask)
-    return prefill_padded(model, params, tokens, mask, tuple(policies), max_new_tokens, chunk_size, sharing)
+    prompt = check_and_pad(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing)
+    with beside(params):
+        return read_prompt(prompt.model, params, prompt.tokens, prompt.mask, *prompt.options)
+
+
+class Prompt(NamedTuple):
+    """Checked arguments of a reading: tokens int32 [B, T] and mask bool [B, T] of one bucket, and what is static."""
+
+    model: Decoder
+    tokens: Array
+    mask: Array
+    policies: tuple[EvictionPolicy, ...]
+    max_new_tokens: int
+    chunk_size: int
+
+    @property
+    def options(self) -> tuple[tuple[EvictionPolicy, ...], int, int]:
+        """Policies, `max_new_tokens` and `chunk_size`."""
+        return self[3:]
+
+
+def check_and_pad(
+    model: Decoder,
+    params: Any,
+    tokens: Any,
+    mask: Any,
+    policies: Sequence[EvictionPolicy | None],
+    max_new_tokens: int,
+    chunk_size: int,
+    sharing: Sharing | None,
+) -> Prompt:
+    """Checks what users pass, before anything is compiled, and pads the prompts to their bucket."""
+    policies = check_policies(policies)
+    model = check_model(model, params, sharing, policies)
+    tokens, mask = check_prompt(model, tokens, mask, max_new_tokens, chunk_size)
+    return Prompt(model, *pad_to_bucket(tokens, mask), policies, max_new_tokens, chunk_size)
 
 
 def cache_shapes(
@@ -133,86 +155,27 @@ def cache_shapes(
         return jax.eval_shape(shapes, params, tokens, mask)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "chunk_size", "sharing"))
-def prefill_padded(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing=None):
-    """The next token's logits, and a cache for every policy."""
+@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "chunk_size"))
+def read_prompt(
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array,
+    policies: tuple[EvictionPolicy, ...],
+    max_new_tokens: int,
+    chunk_size: int,
+) -> tuple[Array, tuple[Cache, ...]]:
+    """The next token's logits, float32 [B, V], and a cache for every policy."""
     length, dtype = tokens.shape[1], params["embedding"].dtype
-    room = mask.sum(1, dtype=jnp.int32), length, max_new_tokens, dtype
-    states = tuple(empty_state(model.config, policy, *room, sharing) for policy in policies)
-    if sharing is None:
-        functions = prefill_functions(policies, length)
-    else:
-        functions = _shared_functions(sharing, policies, length)
-        states = no_leader_keys(model.config, *tokens.shape, dtype), states
-    chunk_size = kernels.largest_divisor(length, chunk_size)
-    hidden, states = model.apply({"params": params}, tokens, positions_of(mask), functions, states, chunk_size)
-    if sharing is not None:
-        _, states = states
-    each = zip(policies, states, strict=True)
-    caches = tuple(finish_state(model.config, policy, state, length, max_new_tokens) for policy, state in each)
+    keepers = [keeper_of(model, policy, length, max_new_tokens) for policy in policies]
+
+    def observe(view: LayerView, memory: Memory, states: tuple[Any, ...]) -> tuple[Any, ...]:
+        scored: dict = {}
+        return tuple(k.add(state, view, memory, scored) for k, state in zip(keepers, states, strict=True))
+
+    hooks = Hooks(observe=observe, num_queries=max(keeper.num_queries for keeper in keepers))
+    states = tuple(keeper.start(mask.sum(1, dtype=jnp.int32), dtype) for keeper in keepers)
+    chunk_size = largest_divisor(length, chunk_size)
+    hidden, states = read(model, params, tokens, mask, hooks, states, chunk_size=chunk_size)
+    caches = tuple(keeper.finish(state) for keeper, state in zip(keepers, states, strict=True))
     return logits(model, params, hidden[:, -1]), caches
-
-
-def prefill_functions(policies: tuple[EvictionPolicy, ...], length: int) -> StateFunctions:
-    """Queries attend to the whole prompt; then the layer's pairs go through every policy into its state.
-
-    Policies whose scorers and windows agree share their scores, whatever their budgets.
-    """
-    evicting = [p if p.slots(length) < length else full().replace(window=p.window) for p in policies]
-
-    def revise(layer: Layer, memory: Memory, states: tuple) -> tuple:
-        judged = {}
-
-        def keep(policy: EvictionPolicy, applied: EvictionPolicy, state: KVCache | Candidates):
-            seen, window = layer.last(applied.num_queries(length)), applied.window_of(length)
-            observation = Observation(
-                seen.queries, memory.keys, memory.values,
-                seen.output_projection, memory.positions, seen.sliding_window, seen.index,
-            )  # fmt: skip
-            if (applied.scorer, window) not in judged:
-                judged[applied.scorer, window] = judge(applied, observation, window)
-            if isinstance(state, Candidates):
-                return offer_layer(state, applied, observation, judged[applied.scorer, window])
-            kept = evict(applied, observation, policy.slots(length), judged=judged[applied.scorer, window])
-            state = write_layer(state, layer.index, kept.keys, kept.values, kept.positions)
-            if policy.while_generating:
-                state = observe_prompt(state, seen, Memory(kept.keys, kept.values, kept.positions), policy)
-            return state
-
-        return tuple(map(keep, policies, evicting, states))
-
-    return StateFunctions(STATELESS.remember, revise, max(p.num_queries(length) for p in evicting))
-
-
-def _shared_functions(sharing: Sharing, policies: tuple[EvictionPolicy, ...], length: int) -> StateFunctions:
-    """The functions of `shared_prefill_functions` for a tuple of states, one per policy."""
-    functions = [shared_prefill_functions(sharing, policy, length) for policy in policies]
-
-    def revise(layer, memory, states):
-        return tuple(each.revise(layer, memory, state) for each, state in zip(functions, states, strict=True))
-
-    most_queries = max(each.num_queries for each in functions)
-    return with_leaders(sharing, StateFunctions(STATELESS.remember, revise, most_queries))
-
-
-def empty_state(
-    config, policy: EvictionPolicy, prompt_lengths: Array, length: int, max_new_tokens: int, dtype, sharing=None
-):
-    """What a prefill of prompts of `length` tokens carries through the layers: the cache, or candidates for it."""
-    if sharing is not None:
-        return empty_shared_state(config, sharing, policy, prompt_lengths, length, max_new_tokens, dtype)
-    if policy.is_ragged(length):
-        return empty_candidates(config, policy, prompt_lengths, length, dtype)
-    num_slots = policy.slots(length) + max_new_tokens
-    if policy.while_generating:
-        num_slots = min(num_slots, policy.budget)
-    return empty_cache(config, prompt_lengths, num_slots, dtype, policy.while_generating)
-
-
-def finish_state(config, policy: EvictionPolicy, state: Any, length: int, max_new_tokens: int) -> Cache:
-    """The cache that a prefill's state comes to once all layers are done."""
-    if isinstance(state, RunningBlocks):
-        return state.cache
-    if isinstance(state, Candidates):
-        return share_budget(state, policy, config, length, max_new_tokens)
-    return state

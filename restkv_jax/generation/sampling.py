@@ -1,8 +1,61 @@
-"""Choosing the next token from its scores."""
+"""Choosing the next token from the logits."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn: a `Chooser`.
+
+    Random keys [B] (None is greedy) and the options of `sample`; rows end after one of `eos_token_ids`, int32 [E], and
+    go on with `pad_token_id`.
+    """
+
+    keys: Array | None
+    temperature: Array | float
+    top_k: Array | int | None
+    top_p: Array | float | None
+    eos_token_ids: Array
+    pad_token_id: Array | int
+
+    def choose(self, logits: Array, step: Array) -> tuple[Array, None]:
+        keys = self.keys
+        if keys is not None:
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+        return sample(logits, keys, self.temperature, self.top_k, self.top_p), None
+
+    def ends(self, token: Array) -> Array:
+        return (token[:, None] == self.eos_token_ids).any(axis=1)
+
+
+class TokenScores(NamedTuple):
+    """Natural log-probability of tokens, float32 [B, ...], and whether greedy decoding gives them, bool [B, ...]."""
+
+    log_probabilities: Array
+    is_greedy: Array
+
+
+class Forced(NamedTuple):
+    """Tokens that are given, int32 [B, N], and scored: a `Chooser` whose rows do not end."""
+
+    tokens: Array
+    pad_token_id: Array | int = 0
+
+    def choose(self, logits: Array, step: Array) -> tuple[Array, TokenScores]:
+        token = jax.lax.dynamic_index_in_dim(self.tokens, step, axis=1, keepdims=False)
+        return token, score_tokens(logits, token)
+
+    def ends(self, token: Array) -> Array:
+        return jnp.zeros(token.shape, bool)
+
+
+def score_tokens(logits: Array, tokens: Array) -> TokenScores:
+    """Scores of tokens int32 [...] under logits [..., V]."""
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
+    return TokenScores(chosen[..., 0], jnp.argmax(logits, axis=-1) == tokens)
 
 
 def sample(

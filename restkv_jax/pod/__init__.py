@@ -3,8 +3,7 @@
 from typing import Any
 
 from restkv_jax.caches.shared import SharedCache
-from restkv_jax.models.key_groups import LayerGroups
-from restkv_jax.models.shared_attention import Sharing, hidden_states
+from restkv_jax.models.key_groups import LayerGroups, Sharing
 from restkv_jax.pod.adaptation.recipe import Adaptation
 from restkv_jax.pod.similarity import attention_similarity, group_layers
 
@@ -16,7 +15,6 @@ __all__ = [
     "adapt",
     "attention_similarity",
     "group_layers",
-    "hidden_states",
     "merge_layers",
 ]
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from restkv_jax.models.decoder import Decoder, StateFunctions, positions_of
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.models.decoder import Decoder, Hooks, read
 from restkv_jax.models.key_groups import LayerGroups
-from restkv_jax.models.shared_attention import Sharing, lead, no_leader_keys
+from restkv_jax.models.memory import SharedMemory, follow
 from restkv_jax.pod.adaptation.loss import next_token_loss
 
 
@@ -68,16 +69,14 @@ def merge_layers(
 @functools.partial(jax.jit, static_argnames=("model", "sink", "recent"))
 def _shared_loss(model: Decoder, params: Any, is_leader: Array, tokens: Array, weights: Array, sink, recent) -> Array:
     """Mean loss where the layers marked in `is_leader`, bool [L, K], lead: one program for all groups."""
-    config = model.config
-    sizes = Sharing(LayerGroups.dense(config.num_hidden_layers, config.num_key_value_heads), sink, recent)
 
-    def remember(index, memory, leader_keys):
-        return lead(sizes, is_leader[index], memory, leader_keys)
+    def make_memory(index: Array, pairs: Pairs, leader_keys: Array) -> tuple[SharedMemory, Array]:
+        leader_keys = follow(is_leader[index], pairs.keys, leader_keys)
+        return SharedMemory(pairs, leader_keys, sink, recent), leader_keys
 
-    functions = StateFunctions(remember, lambda layer, memory, leader_keys: leader_keys)
-    positions = positions_of(jnp.ones(tokens.shape, bool))
-    keys = no_leader_keys(config, *tokens.shape, params["embedding"].dtype)
-    hidden = model.apply({"params": params}, tokens, positions, functions, keys)[0]
+    config, (batch, length) = model.config, tokens.shape
+    shape = batch, config.num_key_value_heads, length, config.head_dim
+    hidden, _ = read(model, params, tokens, None, Hooks(make_memory), jnp.zeros(shape, params["embedding"].dtype))
     return next_token_loss(model, params, hidden, tokens, weights) / weights[:, 1:].sum()
 
 
@@ -89,4 +88,5 @@ def _without(is_leader: np.ndarray, layer: int, head: int) -> np.ndarray:
 
 def _groups(is_leader: np.ndarray) -> LayerGroups:
     layers = np.arange(len(is_leader))[:, None]
-    return LayerGroups(np.maximum.accumulate(np.where(is_leader, layers, 0), axis=0))
+    leader: Any = np.maximum.accumulate(np.where(is_leader, layers, 0), axis=0)
+    return LayerGroups(leader)

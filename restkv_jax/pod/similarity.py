@@ -4,18 +4,18 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from restkv_jax.eviction.policy import check_integer
 from restkv_jax.generation.checks import check_tokens
-from restkv_jax.kernels import largest_divisor
+from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor, proximal
 from restkv_jax.kernels.scores import probabilities
-from restkv_jax.models.decoder import STATELESS, Decoder, Layer, Memory, StateFunctions, positions_of
+from restkv_jax.models.arguments import check_integer
+from restkv_jax.models.decoder import Decoder, Hooks, LayerView, positions_of, read
 from restkv_jax.models.key_groups import LayerGroups
+from restkv_jax.models.memory import PairMemory
 
 
 def attention_similarity(
@@ -57,7 +57,7 @@ def attention_similarity(
     check_integer("last_queries", last_queries, 1, "the queries that are compared")
     check_integer("sink", sink, 0, "tokens at the beginning")
     check_integer("recent", recent, 0, "tokens at the end")
-    total, count = 0.0, 0
+    total, count = np.zeros(()), 0
     for batch in batches:
         tokens, mask = batch if isinstance(batch, tuple) else (batch, None)
         tokens, mask = check_tokens(model, tokens, mask)
@@ -77,16 +77,15 @@ def _sum_similarity(model, params, tokens, mask, last_queries, chunk_size, sink,
     query_positions = positions[:, -queries.shape[4] :]
     num_layers, batch, num_kv_heads = keys.shape[:3]
 
-    def with_those_above(index):
+    def with_those_above(index: tuple[Array, Array, Array]) -> Array:
         row, head, layer = index
 
-        def attend(layer):
-            attention = _group_attention(
-                queries[layer, row, head], keys[layer, row, head], query_positions[row], positions[row], windows[layer]
-            )
-            return _join_proximal(attention, query_positions[row], positions[row], sink, recent)
+        def attend(layer: Array) -> Array:
+            one = Queries(queries[layer, row, head][None, None], query_positions[row][None], windows[layer])
+            key = keys[layer, row, head][None, None]
+            return _group_attention(one, Pairs(key, key, positions[row][None, None]), sink, recent)
 
-        def compare(above):
+        def compare(above: Array) -> Array:
             alike = 1 - jensen_shannon(attention, attend(above))
             return jnp.where(query_positions[row] >= 0, alike, 0.0).sum()
 
@@ -113,31 +112,31 @@ def _last_queries_and_keys(model, params, tokens, positions, last_queries, chunk
         jnp.zeros((*shape, length, config.head_dim), dtype),
     )
 
-    def revise(layer: Layer, memory: Memory, state):
-        queries = einops.rearrange(layer.last(shown).queries, "b (k g) q d -> b k g q d", k=num_kv_heads)
-        return tuple(whole.at[layer.index].set(part) for whole, part in zip(state, (queries, memory.keys), strict=True))
+    def observe(view: LayerView, memory: PairMemory, state: tuple[Array, Array]) -> tuple[Array, ...]:
+        parts = view.last(shown).queries.vectors, memory.pairs.keys
+        return tuple(whole.at[view.index].set(part) for whole, part in zip(state, parts, strict=True))
 
-    functions = StateFunctions(STATELESS.remember, revise, shown)
+    hooks = Hooks(observe=observe, num_queries=shown)
     chunk_size = None if chunk_size is None else largest_divisor(length, chunk_size)
-    return model.apply({"params": params}, tokens, positions, functions, empty, chunk_size)[1]
+    return read(model, params, tokens, None, hooks, empty, positions=positions, chunk_size=chunk_size)[1]
 
 
-def _group_attention(queries, keys, query_positions, key_positions, sliding_window) -> Array:
-    """The mean attention of a group's query heads, [G, q, D] on [T, D]: float32 [q, T]; one head's at a time."""
+def _group_attention(queries: Queries, pairs: Pairs, sink: Array, recent: Array) -> Array:
+    """The mean attention of the query heads of one row and KV head: float32 [q, 1 + T]; one head's at a time.
 
-    def add(total, head):
-        return total + probabilities(head, keys, query_positions, key_positions, sliding_window)[0], None
+    First what each query gives to proximal tokens together, then to every other token, zero where proximal.
+    """
 
-    empty = jnp.zeros((queries.shape[1], keys.shape[0]), jnp.float32)
-    return jax.lax.scan(add, empty, queries)[0] / queries.shape[0]
+    def add(total: Array, head: Array) -> tuple[Array, None]:
+        one = queries._replace(vectors=head[None, None, None])
+        return total + probabilities(one, pairs)[0, 0, 0], None
 
-
-def _join_proximal(attention: Array, query_positions: Array, key_positions: Array, sink: Array, recent: Array) -> Array:
-    """Adds up what each query gives to proximal tokens: [q, T] to [q, 1 + T], zero where these were."""
-    past = query_positions[:, None] - key_positions[None, :]
-    proximal = (key_positions[None, :] < sink) | (past < recent)
-    together = jnp.where(proximal, attention, 0.0).sum(-1, keepdims=True)
-    return jnp.concatenate([together, jnp.where(proximal, 0.0, attention)], axis=-1)
+    heads = queries.vectors[0, 0]
+    empty = jnp.zeros((heads.shape[1], pairs.keys.shape[2]), jnp.float32)
+    attention = jax.lax.scan(add, empty, heads)[0] / len(heads)
+    is_near = proximal(queries, pairs.positions, sink, recent)[0, 0]
+    together = jnp.where(is_near, attention, 0.0).sum(-1, keepdims=True)
+    return jnp.concatenate([together, jnp.where(is_near, 0.0, attention)], axis=-1)
 
 
 def jensen_shannon(first: Array, second: Array) -> Array:
@@ -175,4 +174,5 @@ def group_layers(similarity: Any, threshold: float = 0.5) -> LayerGroups:
     for layer in range(1, similarity.shape[1]):
         alike = similarity[heads, leader[-1], layer] >= threshold
         leader.append(np.where(alike, leader[-1], layer))
-    return LayerGroups(np.stack(leader))
+    leaders: Any = np.stack(leader)
+    return LayerGroups(leaders)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import restkv_jax as rk
-from restkv_jax import kernels
-from restkv_jax.kernels.paged import paged_attention_cuda, paged_attention_tpu
+from restkv_jax.kernels.paged import Pages, _attend_pages_gpu, attend_pages, check_page_size
+from restkv_jax.kernels.pairs import Queries
 from restkv_jax.models.config import UNLIMITED
 
 
-def ragged_pool(seed, batch=2, kv_heads=2, group=2, dim=8, page_size=8, longest=40, spare=3):
+def ragged_pool(seed, batch=2, kv_heads=2, group=2, dim=8, page_size=8, longest=40, spare=3, window=UNLIMITED):
     """Heads of random lengths, some empty, whose pages lie anywhere in the pool; positions ascend with gaps."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, longest + 1, (batch, kv_heads)) * (rng.random((batch, kv_heads)) > 0.2)
@@ -30,56 +30,71 @@ def ragged_pool(seed, batch=2, kv_heads=2, group=2, dim=8, page_size=8, longest=
         for slot, position in enumerate(np.sort(rng.choice(3 * longest, lengths[b, k], replace=False))):
             positions[table[b, k, slot // page_size], slot % page_size] = position
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    return (
-        normal(batch, kv_heads * group, 1, dim),
-        normal(num_pages, page_size, dim),
-        normal(num_pages, page_size, dim),
-        *(jnp.asarray(x, jnp.int32) for x in (positions, table, lengths, np.full((batch, 1), 3 * longest))),
-    )
+    vectors = normal(batch, kv_heads, group, 1, dim) / np.sqrt(dim)
+    keys, values = normal(1, 1, num_pages, page_size, dim), normal(1, 1, num_pages, page_size, dim)
+    positions, table, lengths = (jnp.asarray(x, jnp.int32) for x in (positions[None, None], table, lengths))
+    queries = Queries(vectors, jnp.full((batch, 1), 3 * longest), window)
+    return queries, Pages(keys, values, positions, table, lengths)
 
 
-def brute_force(queries, key_pages, value_pages, positions, table, lengths, query_positions, sliding_window):
-    queries, key_pages, value_pages = (np.asarray(x, np.float64) for x in (queries, key_pages, value_pages))
-    batch, heads, _, dim = queries.shape
-    kv_heads, page_size = table.shape[1], key_pages.shape[1]
-    out = np.zeros(queries.shape)
-    for b, h in np.ndindex(batch, heads):
-        k = h // (heads // kv_heads)
+def brute_force(queries, pages):
+    vectors, keys, values = (np.asarray(x, np.float64) for x in (queries.vectors, pages.keys[0, 0], pages.values[0, 0]))
+    positions, table, lengths = (np.asarray(x) for x in (pages.positions[0, 0], pages.table, pages.lengths))
+    page_size, out = keys.shape[1], np.zeros(vectors.shape)
+    for b, k, g in np.ndindex(vectors.shape[:3]):
         slots = np.arange(lengths[b, k])
-        places = np.asarray(table)[b, k, slots // page_size], slots % page_size
-        seen = query_positions[b, 0] - np.asarray(positions)[places] < sliding_window
-        logits = key_pages[places][seen] @ queries[b, h, 0] / np.sqrt(dim)
+        places = table[b, k, slots // page_size], slots % page_size
+        seen = np.asarray(queries.positions)[b, 0] - positions[places] < queries.sliding_window
+        logits = keys[places][seen] @ vectors[b, k, g, 0]
         weights = np.exp(logits - logits.max(initial=-np.inf))
-        out[b, h, 0] = weights @ value_pages[places][seen] / max(weights.sum(), 1e-300)
+        out[b, k, g, 0] = weights @ values[places][seen] / max(weights.sum(), 1e-300)
     return out
 
 
 @given(seed=st.integers(0, 2**16), sliding_window=st.sampled_from([None, 5, 50]), slots=st.sampled_from([8, 24, 1024]))
 @settings(max_examples=25, deadline=None)
 def test_equals_brute_force(seed, sliding_window, slots):
-    arrays = ragged_pool(seed)
-    window = UNLIMITED if sliding_window is None else sliding_window
+    queries, pages = ragged_pool(seed, window=UNLIMITED if sliding_window is None else sliding_window)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("restkv_jax.kernels.paged.SLOTS_AT_ONCE", slots)
-        out = kernels.paged_attention(*arrays, window, windowed=sliding_window is not None)
-    np.testing.assert_allclose(out, brute_force(*arrays, window), rtol=1e-4, atol=1e-5)
+        out = attend_pages(queries, pages, is_windowed=sliding_window is not None)
+    np.testing.assert_allclose(out, brute_force(queries, pages), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gpu_kernel_interpreted_equals_the_reference(seed):
-    arrays = ragged_pool(seed, group=4, dim=32, page_size=16, longest=100)
-    out = paged_attention_cuda(*arrays, UNLIMITED, windowed=False, interpret=True)
-    np.testing.assert_allclose(out, kernels.paged_attention(*arrays, UNLIMITED, windowed=False), rtol=1e-3, atol=1e-4)
+    queries, pages = ragged_pool(seed, group=4, dim=32, page_size=16, longest=100)
+    out = _attend_pages_gpu(queries, pages, is_windowed=False, interpret=True)
+    reference = attend_pages.force("reference")(queries, pages, is_windowed=False)
+    np.testing.assert_allclose(out, reference, rtol=1e-3, atol=1e-4)
+    forced = attend_pages.force("pallas_gpu")(queries, pages, is_windowed=False, interpret=True)
+    np.testing.assert_array_equal(forced, out)
+
+
+def test_implementations_are_forced_by_name_and_refused_by_reason():
+    assert attend_pages.names == ("reference", "pallas_tpu", "pallas_gpu")
+    with pytest.raises(ValueError, match="implementation='triton' of .*unknown; choose from 'reference', 'pallas_tpu'"):
+        attend_pages.force("triton")
+    small, wide = ragged_pool(0), ragged_pool(0, dim=32, page_size=8)
+    with pytest.raises(ValueError, match="the head dimension 8 does not fill registers of 128"):
+        attend_pages.force("pallas_tpu")(*small, is_windowed=False)
+    with pytest.raises(ValueError, match="the head dimension 8 is not a power of two from 16 on"):
+        attend_pages.force("pallas_gpu")(*small, is_windowed=False)
+    with pytest.raises(ValueError, match="pages of 8 slots are less than 16"):
+        attend_pages.force("pallas_gpu")(*wide, is_windowed=False)
+    for name in ("pallas_tpu", "pallas_gpu"):
+        with pytest.raises(ValueError, match=r"'pallas_.pu'.* no sliding window; take 'reference'"):
+            attend_pages.force(name)(*ragged_pool(0, dim=128, page_size=16), is_windowed=True)
 
 
 def test_gpu_program_holds_the_kernel_where_it_fits():
     def program(**kwargs):
-        arrays = ragged_pool(0, group=4, dim=64, page_size=16)
-        f = jax.jit(functools.partial(kernels.paged_attention, **kwargs))
-        return f.trace(*arrays, 30).lower(lowering_platforms=("cuda",)).as_text()
+        arrays = ragged_pool(0, group=4, dim=64, page_size=16, window=30)
+        f = jax.jit(functools.partial(attend_pages, **kwargs))
+        return f.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
-    assert "triton" in program(windowed=False)
-    assert "triton" not in program(windowed=True)
+    assert "triton" in program(is_windowed=False)
+    assert "triton" not in program(is_windowed=True)
 
 
 def test_whole_generation_compiles_for_a_tpu_with_the_kernel_in_it():
@@ -104,13 +119,14 @@ def test_whole_generation_compiles_for_a_tpu_with_the_kernel_in_it():
     assert "tpu_custom_call" in compiled.as_text()
 
 
-def test_tpu_version_falls_back_where_the_kernel_does_not_fit():
-    arrays = ragged_pool(1)
-    expected = kernels.paged_attention(*arrays, UNLIMITED, windowed=False)
-    np.testing.assert_array_equal(paged_attention_tpu(*arrays, UNLIMITED, windowed=False), expected)
+@pytest.mark.parametrize(("dim", "is_windowed", "fits"), [(128, False, True), (8, False, False), (128, True, False)])
+def test_tpu_program_holds_the_kernel_only_where_it_fits(dim, is_windowed, fits):
+    arrays = ragged_pool(1, dim=dim, page_size=16)
+    program = jax.jit(functools.partial(attend_pages, is_windowed=is_windowed)).trace(*arrays)
+    assert ("tpu_custom_call" in program.lower(lowering_platforms=("tpu",)).as_text()) == fits
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 12, 0])
 def test_page_sizes_that_no_kernel_takes_are_refused(page_size):
     with pytest.raises(ValueError, match=f"page_size={page_size} does not fit"):
-        kernels.check_page_size(page_size)
+        check_page_size(page_size)

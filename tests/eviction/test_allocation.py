@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 import restkv_jax as rk
 from restkv_jax.caches.dense import KVCache
 from restkv_jax.eviction.allocation import AdaptiveHeads, ModelWide, Pyramid
-from restkv_jax.eviction.layer import keep_shares, score_prefix
-from restkv_jax.eviction.observation import Observation
-from restkv_jax.models import StateFunctions, positions_of
+from restkv_jax.eviction.select import keep_shares, prefix_scores, score
+from restkv_jax.models.decoder import Hooks, read
 
 LAYERS, KV_HEADS, BUDGET, WINDOW, NEW = 3, 2, 24, 8, 6
 CONFIG = {
@@ -48,13 +47,13 @@ def prompts(*lengths):
 def layer_scores(model, params, tokens, mask, policy):
     """Unnormalised scores of all layers, [L, B, K, T - w]."""
 
-    def revise(layer, memory, scores):
-        observation = Observation(layer.queries, memory.keys, memory.values, layer.output_projection, memory.positions)
-        return scores.at[layer.index].set(score_prefix(policy, observation, policy.window))
+    def observe(view, memory, scores):
+        pairs = memory.pairs
+        return scores.at[view.index].set(prefix_scores(policy, view, pairs, score(policy, view, pairs)))
 
-    functions = StateFunctions(lambda index, memory, state: (memory, state), revise, policy.window)
     empty = jnp.zeros((LAYERS, len(tokens), KV_HEADS, tokens.shape[1] - policy.window))
-    return model.apply({"params": params}, jnp.asarray(tokens), positions_of(jnp.asarray(mask)), functions, empty)[1]
+    hooks = Hooks(observe=observe, num_queries=policy.window)
+    return read(model, params, jnp.asarray(tokens), jnp.asarray(mask), hooks, empty)[1]
 
 
 def kept_sets(cache):
@@ -115,13 +114,14 @@ def test_rows_equal_what_they_give_alone(name):
 
 def as_dense(cache):
     """The same pairs in a `KVCache` as wide as the longest head."""
-    table = np.minimum(np.asarray(cache.page_table), len(cache.keys) - 1)
+    table = np.minimum(np.asarray(cache.page_table), cache.num_pages - 1)
     shape = (*cache.lengths.shape, -1)
+    pool_keys, pool_values, pool_positions = (np.asarray(x)[0, 0] for x in (cache.keys, cache.values, cache.positions))
     used = np.arange(table.shape[-1] * cache.page_size) < np.asarray(cache.lengths)[..., None]
-    keys, values = (np.asarray(x)[table].reshape(*shape, x.shape[-1]) for x in (cache.keys, cache.values))
-    positions = np.where(used, np.asarray(cache.positions)[table].reshape(shape), -1)
-    parts = [jnp.asarray(x) for x in (keys, values, positions)]
-    return KVCache(*parts, *(jnp.array(x) for x in (cache.lengths, cache.prompt_lengths, cache.next_positions)))
+    keys, values = (x[table].reshape(*shape, x.shape[-1]) for x in (pool_keys, pool_values))
+    positions = np.where(used, pool_positions[table].reshape(shape), -1)
+    same = {name: jnp.array(getattr(cache, name)) for name in ("lengths", "prompt_lengths", "next_positions")}
+    return KVCache(keys=jnp.asarray(keys), values=jnp.asarray(values), positions=jnp.asarray(positions), **same)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 40])
@@ -150,7 +150,7 @@ def test_memory_follows_the_total(name):
     assert cache.positions.size <= heads * (slack * BUDGET + NEW + policy.page_size)
     assert int(cache.lengths.sum()) <= slack * heads * BUDGET
     pages = np.asarray(cache.page_table)
-    given_out = pages[pages < len(cache.keys)]
+    given_out = pages[pages < cache.num_pages]
     assert len(set(given_out)) == len(given_out)
 
 

@@ -11,13 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import restkv_jax as rk
-from restkv_jax import eviction, kernels
+from restkv_jax.eviction.layer import evict as evict_pairs
 from restkv_jax.eviction.methods.restkv import Reconstruction
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.pooling import AdaptivePooling, AveragePooling, MaxPooling, NoPooling, window_mean
+from restkv_jax.eviction.select import score
 from restkv_jax.eviction.temporal import ema_weights
+from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.scores import output_gram, removal_errors
+from restkv_jax.kernels.top import top_mask
 from restkv_jax.models.config import UNLIMITED
+from restkv_jax.models.decoder import LayerView
 
 HEADS, KV_HEADS, LENGTH, DIM, MODEL_DIM = 4, 2, 48, 8, 20
 BUDGET, WINDOW = 20, 6
@@ -69,10 +73,9 @@ def test_removal_error_is_the_exact_change_of_a_heads_output(seed, sharpness):
     q, k, v = (rng.standard_normal((n, DIM)).astype(np.float32) for n in (3, 9, 9))
     q *= sharpness
     projection = rng.standard_normal((1, DIM, MODEL_DIM)).astype(np.float32)
-    errors = kernels.removal_errors(
-        *(jnp.asarray(x[None, None]) for x in (q, k, v)),
-        jnp.full((1, 3), 8), jnp.arange(9)[None, None], UNLIMITED, kernels.output_gram(projection),
-    )[0, 0]  # fmt: skip
+    queries = Queries(jnp.asarray(q / np.sqrt(DIM))[None, None, None], jnp.full((1, 3), 8), UNLIMITED)
+    pairs = Pairs(jnp.asarray(k)[None, None], jnp.asarray(v)[None, None], jnp.arange(9)[None, None])
+    errors = removal_errors(queries, pairs, output_gram(projection[None]))[0, 0, 0]
     expected = exact_deletion(q.astype(np.float64) @ k.T / np.sqrt(DIM), v.astype(np.float64), projection[0])
     np.testing.assert_allclose(errors, expected, rtol=5e-4, atol=1e-6)
 
@@ -130,7 +133,7 @@ def test_laprox_scores_are_norms_of_columns_times_projected_values():
 def test_gram_form_equals_projecting_the_values():
     *_, projection = arrays_of(0)
     x = np.random.default_rng(1).standard_normal((HEADS, 30, DIM)).astype(np.float32)
-    squared = jnp.einsum("htd,hde,hte->ht", x, kernels.output_gram(projection), x)
+    squared = jnp.einsum("htd,hde,hte->ht", x, output_gram(projection[None])[0], x)
     np.testing.assert_allclose(jnp.sqrt(squared), np.linalg.norm(x @ projection, axis=-1), rtol=1e-5)
 
 
@@ -255,7 +258,7 @@ def test_top_mask_marks_what_top_k_takes(seed, length, levels, data):
     values = np.where(drawn < 0, -1, (drawn / levels) ** 8).astype(np.float32)
     expected = np.zeros(length, bool)
     expected[np.asarray(jax.lax.top_k(values, count)[1])] = True
-    np.testing.assert_array_equal(kernels.scores.top_mask(jnp.asarray(values), count), expected)
+    np.testing.assert_array_equal(top_mask(jnp.asarray(values), count), expected)
 
 
 def brute_force_width_and_shift(queries, keys, count, kernel_size, scale):
@@ -383,8 +386,12 @@ def test_keys_that_the_sliding_window_hides_from_later_tokens_give_way(name):
     queries, keys, values, projection = arrays_of(12)
     queries = queries if policy_of(name).scorer.all_queries else queries[:, :, -WINDOW:]
     positions = jnp.arange(LENGTH)[None]
-    observation = Observation(*map(jnp.asarray, (queries, keys, values, projection)), positions, 30)
-    kept = eviction.evict(policy_of(name), observation, BUDGET).positions
+    vectors = jnp.asarray(queries / np.sqrt(DIM)).reshape(1, KV_HEADS, -1, *queries.shape[2:])
+    shown = Queries(vectors, positions[:, -queries.shape[2] :], 30)
+    view = LayerView(0, shown, jnp.asarray(projection).reshape(KV_HEADS, -1, DIM, MODEL_DIM))
+    pairs = Pairs(jnp.asarray(keys), jnp.asarray(values), positions[:, None])
+    policy = policy_of(name)
+    kept = evict_pairs(policy, view, pairs, BUDGET, 1, score(policy, view, pairs)).positions
     assert (kept > LENGTH - 30).all(), "30 tokens are within reach, more than the budget"
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import restkv_jax as rk
 from restkv_jax.eviction.refit import window_outputs
+from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.config import UNLIMITED
 
 HEADS, KV_HEADS, LENGTH, DIM, MODEL_DIM, WINDOW, BUDGET = 4, 2, 60, 8, 20, 8, 20
@@ -83,13 +84,9 @@ def test_the_windows_error_never_grows(name, seed, sharpness, ridge):
 
 
 def test_nothing_is_missing_where_everything_is_kept():
-    queries, keys, values, _ = arrays_of(1)
-    queries = queries[:, :, -WINDOW:]
-    positions = np.broadcast_to(np.arange(LENGTH), (2, LENGTH))
-    places = positions[:, -WINDOW:], np.broadcast_to(positions[:, None], keys.shape[:3])
-    outputs = window_outputs(queries, keys, values, *places, UNLIMITED)
-    refitted = rk.LeastSquares(1e-3)(queries, outputs, keys, values, *places, UNLIMITED)
-    np.testing.assert_allclose(refitted, values, atol=1e-3)
+    queries, outputs, everything = refit_arguments(1, kept=LENGTH)
+    refitted = rk.LeastSquares(1e-3)(queries, outputs, everything)
+    np.testing.assert_allclose(refitted, everything.values, atol=1e-3)
 
 
 def test_padding_changes_nothing_and_rows_are_apart():
@@ -121,54 +118,60 @@ def test_bfloat16_values_keep_their_dtype():
 
 def refit_arguments(seed, dtype=jnp.float32, kept=16):
     """Arguments of a refit that keeps the last `kept` of the keys."""
-    queries, keys, values, _ = (jnp.asarray(x, dtype) for x in arrays_of(seed))
-    queries = queries[:, :, -WINDOW:]
+    queries, keys, values, _ = arrays_of(seed)
+    keys, values = jnp.asarray(keys, dtype), jnp.asarray(values, dtype)
+    vectors = jnp.asarray(queries[:, :, -WINDOW:] / np.sqrt(DIM), dtype).reshape(2, KV_HEADS, -1, WINDOW, DIM)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, KV_HEADS, LENGTH))
-    query_positions = positions[:, 0, -WINDOW:]
-    outputs = window_outputs(queries, keys, values, query_positions, positions, UNLIMITED)
-    kept_pairs = keys[:, :, -kept:], values[:, :, -kept:]
-    return queries, outputs, *kept_pairs, query_positions, positions[:, :, -kept:]
+    shown = Queries(vectors, positions[:, 0, -WINDOW:], jnp.int32(UNLIMITED))
+    outputs = window_outputs(shown, Pairs(keys, values, positions))
+    return shown, outputs, Pairs(keys[:, :, -kept:], values[:, :, -kept:], positions[:, :, -kept:])
 
 
 @pytest.mark.parametrize("kept", [WINDOW, 40])
 @pytest.mark.parametrize("ridge", [1e-30, 1e-7])
 def test_a_ridge_below_rounding_stays_finite(ridge, kept):
     """Also where fewer keys than query rows leave `A A^T` singular."""
-    arguments = queries, outputs, keys, values, *places = refit_arguments(5, kept=kept)
-    refitted = rk.LeastSquares(ridge)(*arguments, UNLIMITED)
+    queries, outputs, pairs = refit_arguments(5, kept=kept)
+    refitted = rk.LeastSquares(ridge)(queries, outputs, pairs)
     before, after = (
-        np.linalg.norm(window_outputs(queries, keys, v, *places, UNLIMITED) - outputs) for v in (values, refitted)
+        np.linalg.norm(window_outputs(queries, pairs._replace(values=values)) - outputs)
+        for values in (pairs.values, refitted)
     )
     assert after <= before
 
 
 def test_a_huge_ridge_changes_nothing():
-    arguments = refit_arguments(6)
-    np.testing.assert_allclose(rk.LeastSquares(1e12)(*arguments, UNLIMITED), arguments[3], atol=1e-6)
+    queries, outputs, pairs = refit_arguments(6)
+    np.testing.assert_allclose(rk.LeastSquares(1e12)(queries, outputs, pairs), pairs.values, atol=1e-6)
 
 
 def test_bfloat16_values_are_rounded_once():
     arguments = refit_arguments(7, jnp.bfloat16)
-    wide = (x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arguments)
-    expected = rk.LeastSquares()(*wide, UNLIMITED).astype(jnp.bfloat16)
-    refitted = rk.LeastSquares()(*arguments, UNLIMITED)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments)
+    expected = rk.LeastSquares()(*wide).astype(jnp.bfloat16)
+    refitted = rk.LeastSquares()(*arguments)
     # float32 sums in another order may move what lies within 1e-7 of the middle between two bfloat16 numbers.
     assert np.mean(np.asarray(refitted == expected)) > 0.99
 
 
 def test_vmap_and_jit_give_what_a_plain_call_gives():
-    arguments = refit_arguments(8)
-    refit = jax.jit(lambda refit, *arrays: refit(*arrays, UNLIMITED), static_argnums=0)
-    mapped = jax.vmap(lambda *row: rk.LeastSquares()(*(x[None] for x in row), UNLIMITED)[0])(*arguments)
-    plain = rk.LeastSquares()(*arguments, UNLIMITED)
+    queries, outputs, pairs = arguments = refit_arguments(8)
+    refit = jax.jit(lambda refit, *arrays: refit(*arrays), static_argnums=0)
+
+    def one_row(vectors, places, outputs, pairs):
+        outputs, pairs = jax.tree.map(lambda x: x[None], (outputs, pairs))
+        return rk.LeastSquares()(Queries(vectors[None], places[None], queries.sliding_window), outputs, pairs)[0]
+
+    mapped = jax.vmap(one_row)(queries.vectors, queries.positions, outputs, pairs)
+    plain = rk.LeastSquares()(*arguments)
     np.testing.assert_allclose(mapped, plain, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(refit(rk.LeastSquares(), *arguments), plain, rtol=1e-3, atol=1e-4)
 
 
 def test_a_cpu_solves_one_system_at_a_time():
     """Batched LAPACK calls wait for the threads that run them: two of them in one program may never end."""
-    program = jax.jit(lambda *arrays: jax.vmap(lambda *row: rk.LeastSquares()(*row, UNLIMITED))(*arrays))
-    stacked = [jnp.stack([x, x]) for x in refit_arguments(9)]
+    program = jax.jit(jax.vmap(rk.LeastSquares()))
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), refit_arguments(9))
     text = program.lower(*stacked).compile().as_text()
     calls = re.findall(r"f32\[([\d,]*)\].*custom-call.*(?:potrf|trsm)", text)
     assert calls

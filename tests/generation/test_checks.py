@@ -31,7 +31,7 @@ ALL_PADDING = np.arange(10)[None] >= np.array([[0], [10]])
     (dict(mask=ALL_PADDING), ValueError, "row 1: the row is all padding"),
     (dict(max_new_tokens=0), ValueError, "max_new_tokens=0"),
     (dict(max_new_tokens=2.5), TypeError, "max_new_tokens=2.5"),
-    (dict(tokens=[[1, 2], [3]]), ValueError, "tokens is no array: rows of different lengths"),
+    (dict(tokens=[[1, 2], [3]]), ValueError, "tokens is not an array: do its rows differ in length"),
     (dict(policy="restkv"), TypeError, "policy='restkv' must be an EvictionPolicy"),
 ])  # fmt: skip
 def test_prompts_that_make_no_sense(call, changes, error, words):
@@ -62,7 +62,7 @@ def test_chunk_size_must_be_positive():
 
 def test_prompts_beyond_the_context_warn():
     with pytest.warns(UserWarning, match="exceed the model's maximum of 100"), pytest.raises(TypeError):
-        rk.prefill(MODEL, None, np.ones((1, 95), int), max_new_tokens=10)
+        rk.prefill(MODEL, PARAMS, np.ones((1, 95), int), max_new_tokens=10)
 
 
 def test_padding_may_hold_any_token_id():

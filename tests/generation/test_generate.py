@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import restkv_jax as rk
-from restkv_jax.caches.dense import empty_cache
-from restkv_jax.caches.importance import observe_prompt
-from restkv_jax.generation.generating import _decode_step
-from restkv_jax.generation.reading import prefill_padded
+from restkv_jax.caches.evicting import UNSEEN, update_importance
+from restkv_jax.generation.decoding import feed
+from restkv_jax.generation.reading import read_prompt
 from restkv_jax.generation.sampling import sample
-from restkv_jax.models import Layer, Memory, hidden_states, logits
+from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.models.decoder import logits, read, rms_norm
 
 CONFIG = dict(
     model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -54,9 +54,9 @@ def test_rows_of_a_batch_give_what_they_give_alone(name):
         slots = min(kept.shape[-1], alone_kept.shape[-1])
         np.testing.assert_array_equal(alone_kept[..., :slots], kept[:, row, :, :slots])
         assert (kept[:, row, :, slots:] == -1).all()
-        if alone.cache.importance is not None:
+        if name == "generating":
             np.testing.assert_allclose(
-                alone.cache.importance.scores[:, 0], together.cache.importance.scores[:, row], rtol=1e-3, atol=1e-5
+                alone.cache.importance[:, 0], together.cache.importance[:, row], rtol=1e-3, atol=1e-5
             )
 
 
@@ -66,7 +66,7 @@ def test_decoding_on_the_full_cache_equals_plain_causal_attention():
     out = rk.generate(model, params, tokens, mask, max_new_tokens=NEW)
     whole = np.concatenate([tokens, out.tokens], axis=1)
     whole_mask = np.concatenate([mask, np.ones_like(out.tokens, bool)], axis=1)
-    scores = logits(model, params, hidden_states(model, params, whole, whole_mask))
+    scores = logits(model, params, read(model, params, whole, whole_mask)[0])
     np.testing.assert_array_equal(scores[:, -NEW - 1 : -1].argmax(-1), out.tokens)
 
 
@@ -135,10 +135,14 @@ def test_gradients_are_finite_with_padding_and_lengths_that_no_block_divides():
     model, params = tiny(num_hidden_layers=1)
     tokens = np.arange(1021)[None] % 61
     mask = np.arange(1021)[None] >= 300
-    padded = jax.jit(lambda p, t, m: hidden_states(model, p, t, m))(params, tokens, mask)
-    alone = hidden_states(model, params, tokens[:, 300:])
+
+    def normed(params, tokens, mask=None):
+        hidden, _ = read(model, params, tokens, mask)
+        return rms_norm(hidden, params["final_norm"], model.config.rms_norm_eps)
+
+    padded, alone = jax.jit(normed)(params, tokens, mask), normed(params, tokens[:, 300:])
     np.testing.assert_allclose(padded[:, 300:], alone, atol=1e-4)
-    gradient = jax.jit(jax.grad(lambda p: hidden_states(model, p, tokens, mask).sum()))(params)
+    gradient = jax.jit(jax.grad(lambda p: normed(p, tokens, mask).sum()))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -182,7 +186,7 @@ def test_lengths_of_one_bucket_share_a_program():
     programs = set()
     for length in (97, 100, 112, 113):
         rk.prefill(model, params, np.full((1, length), 5), policy=rk.snapkv(BUDGET), max_new_tokens=3)
-        programs.add(prefill_padded._cache_size())
+        programs.add(read_prompt._cache_size())
     assert len(programs) == 2
 
 
@@ -216,7 +220,8 @@ def test_while_generating_holds_the_budget_and_keeps_the_recent_window():
     for row, last in enumerate(mask.sum(1) + 70 - 2):
         recent = np.arange(last - 8 + 1, last + 1)
         np.testing.assert_array_equal(positions[:, row, :, -8:], np.broadcast_to(recent, (3, 2, 8)))
-    assert np.isfinite(out.cache.importance.scores).all()
+    assert np.isfinite(out.cache.importance).all()
+    assert (np.asarray(out.cache.importance) >= 0).all()
 
 
 def test_while_generating_replaces_the_slot_of_least_importance():
@@ -224,7 +229,7 @@ def test_while_generating_replaces_the_slot_of_least_importance():
     tokens, _ = prompts((100,))
     policy = rk.restkv(BUDGET, window=8, while_generating=True)
     _, cache = rk.prefill(model, params, tokens, None, policy)
-    before, scores = np.array(cache.positions[0, 0]), np.array(cache.importance.scores[0, 0])
+    before, scores = np.array(cache.positions[0, 0]), np.array(cache.importance[0, 0])
     _, cache = rk.decode_step(model, params, np.array([1]), cache, policy)
     for head in range(2):
         old = before[head] <= 100 - 8
@@ -239,16 +244,16 @@ def test_importance_is_the_moving_average_of_removal_errors():
     rng = np.random.default_rng(0)
     window, slots, dim = 5, 9, 8
     queries, keys, values = (
-        rng.standard_normal((1, n, t, dim)).astype(np.float32) for n, t in ((2, 5), (1, 9), (1, 9))
+        rng.standard_normal((1, n, t, dim)).astype(np.float32) for n, t in ((2, window), (1, slots), (1, slots))
     )
     projection = rng.standard_normal((2, dim, 20)).astype(np.float32)
     positions = np.array([0, 4, 9, 11, 20, 21, 22, 23, 24])
-    layer = Layer(0, queries, positions[None, -window:], projection, 2**30)
-    kept = Memory(jnp.asarray(keys), jnp.asarray(values), jnp.asarray(positions)[None, None])
+    scaled = jnp.asarray(queries[:, None] / np.sqrt(dim))
+    pairs = Pairs(jnp.asarray(keys), jnp.asarray(values), jnp.asarray(positions)[None, None])
     policy = rk.restkv(BUDGET, window, alpha=0.4, group_reduce="max")
-    model = rk.build_model(CONFIG | dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1))
-    cache = empty_cache(model.config, jnp.array([25]), slots, jnp.float32, evicts=True)
-    importance = observe_prompt(cache, jax.tree.map(jnp.asarray, layer), kept, policy).importance.scores[0, 0, 0]
+    gram = policy.scorer.gram(jnp.asarray(projection[None]))
+    window_queries = Queries(scaled, jnp.asarray(positions)[None, -window:], 2**30)
+    importance = update_importance(jnp.full((1, 1, slots), UNSEEN), window_queries, pairs, gram, policy)[0, 0]
     expected = np.full(slots, np.nan)
     for query in range(window):
         seen = np.flatnonzero(positions <= positions[-window + query])
@@ -313,7 +318,7 @@ def lowered_prefill(policy, num_layers, length=2048):
     model = rk.build_model(CONFIG | {"num_hidden_layers": num_layers})
     params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length), bool)
-    return model, params, prefill_padded.lower(model, params, tokens, mask, (policy,), 8, 256)
+    return model, params, read_prompt.lower(model, params, tokens, mask, (policy,), 8, 256)
 
 
 def decode_memory(policy, num_layers, length):
@@ -321,7 +326,7 @@ def decode_memory(policy, num_layers, length):
     model, params, prefilled = lowered_prefill(policy, num_layers, length)
     token, active = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), bool)
     cache = prefilled.out_info[1][0]
-    return cache, _decode_step.lower(model, params, token, cache, active, policy).compile().memory_analysis()
+    return cache, feed.lower(model, params, token, cache, active).compile().memory_analysis()
 
 
 @pytest.mark.parametrize("policy", [rk.restkv(64), rk.restkv(64, while_generating=True), rk.h2o(64)])
@@ -362,7 +367,7 @@ def test_bfloat16_runs_and_keeps_logits_and_importance_in_float32():
     out = rk.generate(model, half, tokens, mask, POLICIES["generating"], 3)
     scores, _ = jax.eval_shape(lambda: rk.prefill(model, half, tokens, mask, POLICIES["generating"]))
     assert scores.dtype == jnp.float32 and out.cache.keys.dtype == jnp.bfloat16
-    assert {x.dtype for x in jax.tree.leaves(out.cache.importance)} == {jnp.dtype(jnp.float32)}
+    assert out.cache.importance.dtype == out.cache.gram.dtype == jnp.float32
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ from hugging_face import (
 from transformers import AutoConfig
 
 import restkv_jax as rk
-from restkv_jax.models import hidden_states, logits, positions_of
 from restkv_jax.models.config import UNLIMITED, read_config, to_hugging_face
+from restkv_jax.models.decoder import logits, read
 
 LENGTHS = (40, 33, 1, 12)
 BY_LENGTH = [name for name in ROPES if name.startswith(("dynamic", "longrope"))]
@@ -123,8 +123,7 @@ def test_chunks_change_nothing(family, chunk_size, tmp_path):
 
     @jax.jit
     def run(params, tokens, mask):
-        hidden, _ = model.apply({"params": params}, tokens, positions_of(mask), chunk_size=chunk_size)
-        return logits(model, params, hidden)
+        return logits(model, params, read(model, params, tokens, mask, chunk_size=chunk_size)[0])
 
     assert_same_logits(np.asarray(run(params, tokens, mask)), reference_logits(reference, tokens, mask), mask)
 
@@ -137,7 +136,7 @@ def test_bfloat16_is_as_close_as_in_pytorch(tmp_path):
     theirs = np.abs(reference_logits(random_model(LLAMA, dtype=torch.bfloat16), tokens, mask) - exact)[mask].mean()
     ours = our_logits(model, params, tokens, mask)
     assert ours.dtype == np.float32
-    assert jax.eval_shape(lambda p: hidden_states(model, p, tokens, mask), params).dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda p: read(model, p, tokens, mask)[0], params).dtype == jnp.bfloat16
     assert np.abs(ours - exact)[mask].mean() < 1.5 * theirs
 
 
@@ -146,7 +145,7 @@ def test_gradients_of_the_loss(tmp_path):
     tokens, mask = left_padded(7, (16, 16))
 
     def loss(params):
-        scores = jax.nn.log_softmax(logits(model, params, hidden_states(model, params, tokens)))
+        scores = jax.nn.log_softmax(logits(model, params, read(model, params, tokens)[0]))
         return -jnp.take_along_axis(scores[:, :-1], tokens[:, 1:, None], axis=-1).mean()
 
     ours = jax.jit(jax.grad(loss))(params)

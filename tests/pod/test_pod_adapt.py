@@ -12,7 +12,7 @@ import tiny
 
 import restkv_jax as rk
 from restkv_jax.commands.main import main
-from restkv_jax.models import logits
+from restkv_jax.models.decoder import logits, read
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.models.tensors import flatten
 from restkv_jax.pod import Adaptation, LayerGroups, Sharing, adapt
@@ -72,7 +72,7 @@ def test_command_adapts_queries_and_keys_to_shared_keys(capsys, directory, tmp_p
     assert lines[-1]["loss"] < lines[0]["loss"]
 
     adapted, after, tokenizer = rk.load_model(tmp_path / "run" / "model", "float32")
-    assert adapted == model and tokenizer("a")["input_ids"]
+    assert adapted == model.clone(sharing=SHARING) and tokenizer("a")["input_ids"]
     assert LayerGroups.load(tmp_path / "run" / "model", adapted) == GROUPS
     for name, leaf in flatten(before).items():
         moved = not np.array_equal(leaf, flatten(after)[name])
@@ -85,7 +85,7 @@ def test_toy_text_is_learned(model, params):
     before = jax.tree.map(np.array, params)
     after = adapt(model, params, data, SHARING, adaptation=adaptation, quiet=True)
     jax.tree.map(np.testing.assert_array_equal, before, params)  # those given are not changed
-    hidden = rk.pod.hidden_states(model, after, jnp.asarray(data[:1], jnp.int32), SHARING)
+    hidden, _ = read(model.clone(sharing=SHARING), after, jnp.asarray(data[:1], jnp.int32))
     assert (logits(model, after, hidden)[0, :-1].argmax(-1) == data[0, 1:]).all()
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import restkv_jax as rk
-from restkv_jax import kernels
-from restkv_jax.models import StateFunctions, hidden_states, positions_of
+from restkv_jax.kernels.attention import attend, attend_shared
+from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.config import UNLIMITED
+from restkv_jax.models.decoder import Hooks, positions_of, read, rms_norm
 from restkv_jax.pod import LayerGroups, Sharing
 
 CONFIG = dict(
@@ -27,28 +28,38 @@ def tiny(**changes):
     return model, rk.init_params(model, jax.random.key(0))
 
 
-def arrays(length, keys, seed=0, batch=2, heads=4, kv_heads=2, dim=8):
+def normed(model, params, tokens, mask=None, **options):
+    """The hidden states after the final norm."""
+    hidden, _ = read(model, params, tokens, mask, **options)
+    return rms_norm(hidden, params["final_norm"], model.config.rms_norm_eps)
+
+
+def arrays(length, keys, seed=0, batch=2, group=2, kv_heads=2, dim=8):
+    """Queries, not yet scaled, keys, keys of distant tokens, and values."""
     rng = np.random.default_rng(seed)
-    shapes = [(batch, heads, length, dim)] + [(batch, kv_heads, keys, dim)] * 3
+    shapes = [(batch, kv_heads, group, length, dim)] + [(batch, kv_heads, keys, dim)] * 3
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def scaled(queries, positions, window):
+    return Queries(queries * queries.shape[-1] ** -0.5, positions, window)
 
 
 def brute_force(queries, keys, distant_keys, values, query_positions, key_positions, window, sink, recent):
     """One softmax over both sets, and the two attentions joined by the gate; numpy, in float64."""
-    group = queries.shape[1] // keys.shape[1]
     joint, gated = np.zeros(queries.shape), np.zeros(queries.shape)
-    for b, h, t in np.ndindex(queries.shape[:3]):
-        q, k = query_positions[b, t], h // group
+    for b, k, g, t in np.ndindex(queries.shape[:4]):
+        q = query_positions[b, t]
         past = q - key_positions[b]
         seen = (past >= 0) & (past < window) & (key_positions[b] >= 0)
         near = (key_positions[b] < sink) | (past < recent)
-        query = queries[b, h, t].astype(np.float64) / np.sqrt(queries.shape[-1])
+        query = queries[b, k, g, t].astype(np.float64) / np.sqrt(queries.shape[-1])
         mass = np.where(near, np.exp(keys[b, k] @ query), np.exp(distant_keys[b, k] @ query)) * seen
         if mass.any():
-            joint[b, h, t] = mass @ values[b, k] / mass.sum()
+            joint[b, k, g, t] = mass @ values[b, k] / mass.sum()
             gate = mass[near].sum() / mass.sum()
             outputs = [mass[p] @ values[b, k, p] / max(mass[p].sum(), 1e-300) for p in (near, ~near)]
-            gated[b, h, t] = gate * outputs[0] + (1 - gate) * outputs[1]
+            gated[b, k, g, t] = gate * outputs[0] + (1 - gate) * outputs[1]
     return joint, gated
 
 
@@ -58,7 +69,9 @@ def test_one_softmax_over_own_and_shared_keys(window, sink, recent):
     inputs = arrays(50, 50)
     positions = positions_of(jnp.arange(50) >= jnp.array([[0], [13]]))
     expected, gated = brute_force(*inputs, *[np.asarray(positions)] * 2, window, sink, recent)
-    ours = kernels.shared_key_attention(*inputs, positions, positions, window, sink=sink, recent=recent)
+    queries, keys, distant_keys, values = inputs
+    pairs = Pairs(keys, values, positions[:, None])
+    ours = attend_shared(scaled(queries, positions, window), pairs, distant_keys, sink=sink, recent=recent)
     np.testing.assert_allclose(ours, expected, atol=2e-6)
     np.testing.assert_allclose(gated, expected, atol=1e-12)
 
@@ -66,7 +79,7 @@ def test_one_softmax_over_own_and_shared_keys(window, sink, recent):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Sequences of many blocks that are fast to compute."""
-    monkeypatch.setitem(kernels.attention.__globals__, "BLOCK", 16)
+    monkeypatch.setattr("restkv_jax.kernels.attention.BLOCK", 16)
 
 
 @pytest.mark.parametrize("length", [64, 53])
@@ -78,19 +91,19 @@ def test_blocks_and_gradients_against_a_dense_softmax(small_blocks, length):
 
     def dense(queries, keys, distant_keys, values):
         past = positions[:, :, None] - positions[:, None, :]
-        seen = ((past >= 0) & (past < 40) & (positions >= 0)[:, None])[:, None]
-        near = ((positions < 3)[:, None] | (past < 10))[:, None]
-        spread = lambda x: jnp.repeat(x, 2, axis=1)  # noqa: E731
-        own, leader = (jnp.einsum("bhtd,bhnd->bhtn", queries, spread(k)) * 8**-0.5 for k in (keys, distant_keys))
+        seen = ((past >= 0) & (past < 40) & (positions >= 0)[:, None])[:, None, None]
+        near = ((positions < 3)[:, None] | (past < 10))[:, None, None]
+        own, leader = (jnp.einsum("bkgtd,bknd->bkgtn", queries, k) * 8**-0.5 for k in (keys, distant_keys))
         attention = jax.nn.softmax(jnp.where(seen, jnp.where(near, own, leader), -1e30), where=seen)
         attention = jnp.where(seen, attention, 0.0)
-        return jnp.einsum("bhtn,bhnd->bhtd", attention, spread(values))
+        return jnp.einsum("bkgtn,bknd->bkgtd", attention, values)
 
-    def ours(*inputs):
-        return kernels.shared_key_attention(*inputs, positions, positions, 40, sink=3, recent=10)
+    def ours(queries, keys, distant_keys, values):
+        pairs = Pairs(keys, values, positions[:, None])
+        return attend_shared(scaled(queries, positions, 40), pairs, distant_keys, sink=3, recent=10)
 
     def plain(queries, keys, distant_keys, values):
-        return kernels.attention(queries, keys, values, positions, positions, 40)
+        return attend(scaled(queries, positions, 40), Pairs(keys, values, positions[:, None]))
 
     def gradients(function, inputs):
         return jax.jit(jax.value_and_grad(lambda *x: (function(*x) * weights).sum(), argnums=(0, 1, 2, 3)))(*inputs)
@@ -111,9 +124,9 @@ def test_one_block_per_layer_is_the_ordinary_model(small_blocks):
     tokens = np.random.default_rng(0).integers(0, 61, (2, 60))
     mask = np.arange(60) >= np.array([[0], [21]])
     dense = Sharing(LayerGroups.dense(4, 2), sink=3, recent=10)
-    plain = hidden_states(model, params, tokens, mask)
+    plain = normed(model, params, tokens, mask)
     for sharing in (dense, None):
-        ours = jax.jit(lambda p, sharing=sharing: rk.pod.hidden_states(model, p, tokens, sharing, mask))(params)
+        ours = jax.jit(functools.partial(normed, model.clone(sharing=sharing)))(params, tokens, mask)
         np.testing.assert_allclose(ours[mask], plain[mask], atol=2e-5)
 
 
@@ -121,27 +134,26 @@ def leading_by_lookup(sharing):
     """The same model: a layer looks its leaders up in a store of all layers' keys and takes a dense softmax."""
 
     class Lookup:
-        def __init__(self, memory, distant_keys):
-            self.memory, self.distant_keys = memory, distant_keys
+        def __init__(self, pairs, distant_keys):
+            self.pairs, self.distant_keys = pairs, distant_keys
 
-        def attend(self, queries, query_positions, sliding_window):
-            keys, values, positions = self.memory
-            past = query_positions[:, None, :, None] - positions[:, None, None, :]
-            seen = (past >= 0) & (past < sliding_window) & (positions >= 0)[:, None, None]
-            near = (positions < sharing.sink)[:, None, None] | (past < sharing.recent)
-            own, leader = (
-                jnp.einsum("bhtd,bhnd->bhtn", queries, jnp.repeat(k, 2, axis=1)) for k in (keys, self.distant_keys)
-            )
-            logits = jnp.where(seen, jnp.where(near, own, leader) * queries.shape[-1] ** -0.5, -1e30)
+        def attend(self, queries):
+            keys, values, positions = self.pairs
+            positions = positions[:, 0]
+            past = queries.positions[:, None, None, :, None] - positions[:, None, None, None, :]
+            seen = (past >= 0) & (past < queries.sliding_window) & (positions >= 0)[:, None, None, None]
+            near = (positions < sharing.sink)[:, None, None, None] | (past < sharing.recent)
+            own, leader = (jnp.einsum("bkgtd,bknd->bkgtn", queries.vectors, x) for x in (keys, self.distant_keys))
+            logits = jnp.where(seen, jnp.where(near, own, leader), -1e30)
             attention = jnp.where(seen, jax.nn.softmax(logits), 0)
-            return jnp.einsum("bhtn,bhnd->bhtd", attention, jnp.repeat(values, 2, axis=1)), None
+            return jnp.einsum("bkgtn,bknd->bkgtd", attention, values), None
 
-    def remember(index, memory, store):
-        store = store.at[index].set(memory.keys)
+    def remember(index, pairs, store):
+        store = store.at[index].set(pairs.keys)
         leader = jnp.asarray(sharing.groups.leader)[index]
-        return Lookup(memory, jnp.stack([store[leader[k], :, k] for k in range(2)], axis=1)), store
+        return Lookup(pairs, jnp.stack([store[leader[k], :, k] for k in range(2)], axis=1)), store
 
-    return StateFunctions(remember, lambda layer, memory, store: store)
+    return Hooks(remember)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 24])
@@ -149,13 +161,14 @@ def test_whole_sequences_against_leaders_looked_up(small_blocks, sliding_window)
     model, params = tiny(**({"model_type": "mistral", "sliding_window": 24} if sliding_window else {}))
     tokens = np.random.default_rng(0).integers(0, 61, (2, 64))
     mask = np.arange(64) >= np.array([[0], [21]])
-    positions, store = positions_of(jnp.asarray(mask)), jnp.zeros((4, 2, 2, 64, 8))
+    store = jnp.zeros((4, 2, 2, 64, 8))
 
     def expected(params):
-        return model.apply({"params": params}, tokens, positions, leading_by_lookup(SHARING), store)[0]
+        return normed(model, params, tokens, mask, hooks=leading_by_lookup(SHARING), state=store)
 
-    def ours(params, chunk_size=None):
-        return rk.pod.hidden_states(model, params, tokens, SHARING, mask, chunk_size=chunk_size)
+    def ours(params, chunk_size=None, checkpoint=False):
+        options = {"chunk_size": chunk_size, "checkpoint": checkpoint}
+        return normed(model.clone(sharing=SHARING), params, tokens, mask, **options)
 
     weights = np.random.default_rng(1).standard_normal((2, 64, 32)) * mask[..., None]
 
@@ -171,10 +184,10 @@ def test_whole_sequences_against_leaders_looked_up(small_blocks, sliding_window)
     np.testing.assert_allclose(chunked[mask], wanted_hidden[mask], atol=5e-5)
     np.testing.assert_allclose(hidden[mask], wanted_hidden[mask], atol=5e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3 * np.abs(y).max() + 1e-5), gradient, wanted)
-    assert np.abs(hidden_states(model, params, tokens, mask) - hidden)[mask].max() > 0.05, "sharing must matter"
+    assert np.abs(normed(model, params, tokens, mask) - hidden)[mask].max() > 0.05, "sharing must matter"
 
 
 def test_groups_of_another_model_are_refused():
     model, params = tiny()
     with pytest.raises(ValueError, match="3 layers and 2 KV heads, but this one has 4 and 2"):
-        rk.pod.hidden_states(model, params, np.ones((1, 8), int), Sharing(LayerGroups.dense(3, 2)))
+        rk.prefill(model.clone(sharing=Sharing(LayerGroups.dense(3, 2))), params, np.ones((1, 8), int))

@@ -10,8 +10,9 @@ import pytest
 from tiny_pod import CONFIG, GROUPS, NEW, SHARING, prompts, tiny
 
 import restkv_jax as rk
-from restkv_jax.generation.generating import _decode_step
-from restkv_jax.generation.reading import prefill_padded
+from restkv_jax.generation.decoding import feed
+from restkv_jax.generation.reading import read_prompt
+from restkv_jax.kernels.pairs import Queries
 from restkv_jax.models.config import UNLIMITED
 from restkv_jax.pod import LayerGroups, Sharing
 
@@ -46,12 +47,12 @@ def test_bytes_are_what_the_groups_say(leader, length):
 
 @functools.cache
 def lowered_step(sharing, length=2048):
-    model = rk.build_model(CONFIG | {"num_hidden_layers": 10})
+    model = rk.build_model(CONFIG | {"num_hidden_layers": 10}).clone(sharing=sharing)
     params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length), bool)
-    cache = prefill_padded.lower(model, params, tokens, mask, (rk.full(),), 8, 256, sharing).out_info[1][0]
+    cache = read_prompt.lower(model, params, tokens, mask, (rk.full(),), 8, 256).out_info[1][0]
     token, active = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), bool)
-    return cache, _decode_step.lower(model, params, token, cache, active, rk.full()).compile().memory_analysis()
+    return cache, feed.lower(model, params, token, cache, active).compile().memory_analysis()
 
 
 @pytest.mark.parametrize("skip_threshold", [None, 0.7])
@@ -72,7 +73,7 @@ def test_a_full_cache_is_refused_and_kept():
     with pytest.raises(ValueError, match="the cache is full"):
         rk.decode_step(model, params, token, cache)
     before = np.asarray(cache.slot_positions())
-    after = jax.jit(lambda c: c.append(1, jnp.ones((2, 2, 8)), jnp.ones((2, 2, 8)), jnp.ones(2, bool), 1))(cache)
+    after = jax.jit(lambda c: c.append(1, jnp.ones((2, 2, 8)), jnp.ones((2, 2, 8)), jnp.ones(2, bool)))(cache)
     np.testing.assert_array_equal(after.slot_positions(), before)
     jax.tree.map(np.testing.assert_array_equal, after, cache)
 
@@ -108,19 +109,21 @@ def test_leaders_gates_decide_what_is_skipped():
     tokens, mask = prompts((60, 50))
     _, cache = rk.prefill(model, params, tokens, mask, max_new_tokens=4, sharing=sharing)
     full = rk.prefill(model, params, tokens, mask, max_new_tokens=4)[1]
-    queries = np.random.default_rng(0).standard_normal((2, 4, 1, 8)).astype(np.float32) * 3
+    vectors = np.random.default_rng(0).standard_normal((2, 2, 2, 1, 8)).astype(np.float32) * 3 / np.sqrt(8)
     cache = cache.replace(next_positions=cache.next_positions - 1)
-    attend = jax.jit(
-        lambda cache: cache.memory(0).attend(jnp.asarray(queries), cache.next_positions[:, None], UNLIMITED)
-    )
+
+    @jax.jit
+    def attend(cache):
+        return cache.memory(0).attend(Queries(jnp.asarray(vectors), cache.next_positions[:, None], UNLIMITED))
+
     context, (gates, _) = attend(cache)
     for row, head in np.ndindex(2, 2):
         length = int(mask[row].sum())
         keys, values = (np.asarray(x, np.float64)[0, row, head, :length] for x in (full.keys, full.values))
         near = (np.arange(length) < 3) | (np.arange(length) >= length - 24)
         shares = []
-        for h in (2 * head, 2 * head + 1):
-            mass = np.exp(keys @ queries[row, h, 0] / np.sqrt(8))
+        for member in range(2):
+            mass = np.exp(keys @ vectors[row, head, member, 0])
             shares.append(mass[near].sum() / mass.sum())
-            np.testing.assert_allclose(context[row, h, 0], mass @ values / mass.sum(), atol=1e-5)
+            np.testing.assert_allclose(context[row, head, member, 0], mass @ values / mass.sum(), atol=1e-5)
         np.testing.assert_allclose(gates[row, head], min(shares), rtol=1e-4)

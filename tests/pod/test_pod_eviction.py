@@ -7,8 +7,7 @@ import pytest
 from tiny_pod import GROUPS, NEW, SHARING, decode, prompts, tiny
 
 import restkv_jax as rk
-from restkv_jax.models import StateFunctions, positions_of
-from restkv_jax.models.shared_attention import no_leader_keys, with_leaders
+from restkv_jax.models.decoder import Hooks, positions_of, read
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
@@ -27,22 +26,20 @@ def test_a_budget_for_all_distant_tokens_evicts_nothing(name):
 def window_attention(model, params, tokens, mask, window):
     """What the window's queries give every token as decoding will read it, [L, B, K, T]; numpy, in float64."""
 
-    def revise(layer, memory, state):
-        shown = layer.queries, memory.keys, memory.leader_keys
-        return tuple(whole.at[layer.index].set(x) for whole, x in zip(state, shown, strict=True))
+    def observe(view, memory, state):
+        shown = view.queries.vectors, memory.pairs.keys, memory.leader_keys
+        return tuple(whole.at[view.index].set(x) for whole, x in zip(state, shown, strict=True))
 
     batch, length = tokens.shape
-    empty = [jnp.zeros((4, batch, h, n, 8)) for h, n in ((4, window), (2, length), (2, length))]
-    carry = no_leader_keys(model.config, batch, length, jnp.float32), tuple(empty)
-    functions = StateFunctions(lambda index, memory, state: (memory, state), revise, window)
-    functions = with_leaders(SHARING, functions)
-    shown = jax.jit(lambda p: model.apply({"params": p}, tokens, positions_of(mask), functions, carry)[1][1])(params)
+    empty = tuple(jnp.zeros((4, batch, 2, *shape, 8)) for shape in ((2, window), (length,), (length,)))
+    hooks, sharing = Hooks(observe=observe, num_queries=window), model.clone(sharing=SHARING)
+    shown = jax.jit(lambda p: read(sharing, p, jnp.asarray(tokens), mask, hooks, empty)[1])(params)
     queries, own, leaders = (np.asarray(x, np.float64) for x in shown)
     sums, places = np.zeros((4, batch, 2, length)), np.asarray(positions_of(mask))
     for layer, row, head in np.ndindex(4, batch, 4):
         distant = (places[row] >= 3) & (places[row] < mask[row].sum() - 24)
         keys = np.where(distant[:, None], leaders[layer, row, head // 2], own[layer, row, head // 2])
-        mass = np.exp(queries[layer, row, head] @ keys.T / np.sqrt(8))
+        mass = np.exp(queries[layer, row, head // 2, head % 2] @ keys.T)
         mass *= (places[row] >= 0) & (places[row] <= places[row, -window:, None])
         sums[layer, row, head // 2] += (mass / mass.sum(-1, keepdims=True)).sum(0) / 2
     return sums
@@ -63,7 +60,8 @@ def test_eviction_keeps_the_best_of_the_blocks_summed_scores():
         best = np.sort(distant[np.argsort(-summed)[:12]])
         np.testing.assert_array_equal(kept[layer, row, head], best)
         number = GROUPS.blocks[layer, head]
-        np.testing.assert_array_equal(cache.distant_keys[number, row, :12], whole.distant_keys[number, row, best - 3])
+        ours, every = (np.asarray(x.distant_keys)[0, 0, number, row] for x in (cache, whole))
+        np.testing.assert_array_equal(ours[:12], every[best - 3])
         values = whole.distant_values[layer, row, head, best - 3]
         np.testing.assert_array_equal(cache.distant_values[layer, row, head, :12], values)
 

@@ -7,7 +7,7 @@ import pytest
 from tiny_pod import GROUPS, NEW, SHARING, decode, prompts, tiny, windowed
 
 import restkv_jax as rk
-from restkv_jax.models import logits
+from restkv_jax.models.decoder import logits, read
 from restkv_jax.pod import LayerGroups, Sharing
 
 
@@ -19,7 +19,7 @@ def test_decoding_equals_the_whole_sequence_pass(sink, recent, sliding_window):
     chosen, scores, cache = decode(sharing, sliding_window=sliding_window)
     whole = np.concatenate([tokens, chosen], axis=1)
     whole_mask = np.concatenate([mask, np.ones_like(chosen, bool)], axis=1)
-    hidden = jax.jit(lambda p: rk.pod.hidden_states(model, p, whole, sharing, whole_mask))(params)
+    hidden = jax.jit(lambda p: read(model.clone(sharing=sharing), p, whole, whole_mask)[0])(params)
     expected = logits(model, params, hidden)[:, -NEW - 1 : -1]
     np.testing.assert_allclose(scores, expected, atol=2e-4)
     np.testing.assert_array_equal(chosen, expected.argmax(-1))
@@ -81,9 +81,13 @@ def test_generate_stream_and_the_callers_jit_give_the_tokens_of_single_steps():
     (SHARING, rk.snapkv(40).replace(refit=rk.LeastSquares()), ValueError, "policy.refit=.* does not go with"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_refused(sharing, policy, error, words):
-    model, _ = tiny()
+    model, params = tiny()
+    params = jax.eval_shape(lambda: params)  # shapes: nothing is computed before the error
     with pytest.raises(error, match=words):
-        rk.generate(model, None, *prompts(), policy, NEW, sharing=sharing)
+        rk.generate(model, params, *prompts(), policy, NEW, sharing=sharing)
+    if isinstance(sharing, Sharing):
+        with pytest.raises(error, match=words):
+            rk.generate(model.clone(sharing=sharing), params, *prompts(), policy, NEW)
 
 
 def test_a_step_with_another_sharing_is_refused():

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 import restkv_jax as rk
-from restkv_jax.models import StateFunctions, positions_of
+from restkv_jax.models.decoder import Hooks, read
 from restkv_jax.pod import LayerGroups, Sharing, attention_similarity, group_layers
 from restkv_jax.pod.plot import plot_groups
 from restkv_jax.pod.similarity import _sum_similarity, jensen_shannon
@@ -136,20 +137,18 @@ def test_saving_refuses_another_shape_and_leaves_the_old_file(tmp_path):
     assert json.loads((tmp_path / "layer_groups.json").read_text())["leader"] == [list(row) for row in LEADER]
 
 
+def store_layer(view, memory, state):
+    shown = view.queries.vectors, memory.pairs.keys
+    return tuple(whole.at[view.index].set(part) for whole, part in zip(state, shown, strict=True))
+
+
 def brute_force_similarity(model, params, batches, last_queries, sink, recent):
     """numpy in float64, from the queries and keys of one reading."""
     total, count = np.zeros((2, 4, 4)), 0
     for tokens, mask in batches:
-        functions = StateFunctions(
-            lambda index, memory, state: (memory, state),
-            lambda layer, memory, state: jax.tree.map(
-                lambda whole, part: whole.at[layer.index].set(part), state, (layer.queries, memory.keys)
-            ),
-            tokens.shape[1],
-        )
-        empty = tuple(np.zeros((4, len(tokens), heads, tokens.shape[1], 8), np.float32) for heads in (4, 2))
-        empty = jax.tree.map(jax.numpy.asarray, empty)
-        shown = model.apply({"params": params}, tokens, positions_of(jax.numpy.asarray(mask)), functions, empty)[1]
+        batch, length = tokens.shape
+        empty = jnp.zeros((4, batch, 2, 2, length, 8)), jnp.zeros((4, batch, 2, length, 8))
+        shown = read(model, params, tokens, jnp.asarray(mask), Hooks(observe=store_layer, num_queries=length), empty)[1]
         queries, keys = (np.asarray(x, np.float64) for x in shown)
         for row, real in enumerate(mask):
             first = int(np.argmax(real))
@@ -159,7 +158,7 @@ def brute_force_similarity(model, params, batches, last_queries, sink, recent):
                     attention = []
                     for layer in range(4):
                         seen = keys[layer, row, head, first : first + t + 1]
-                        logits = queries[layer, row, 2 * head : 2 * head + 2, first + t] @ seen.T / np.sqrt(8)
+                        logits = queries[layer, row, head, :, first + t] @ seen.T
                         mass = np.exp(logits - logits.max(-1, keepdims=True))
                         mean, places = (mass / mass.sum(-1, keepdims=True)).mean(0), np.arange(t + 1)
                         proximal = (places < sink) | (t - places < recent)

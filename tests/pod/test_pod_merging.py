@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import restkv_jax as rk
-from restkv_jax.models import logits
+from restkv_jax.models.decoder import logits, read
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -28,7 +28,7 @@ def setting():
 def loss_of(groups):
     """Of the model that shares keys by these groups, from its own pass and all logits."""
     model, params, tokens, weights = setting()
-    hidden = rk.pod.hidden_states(model, params, tokens, rk.pod.Sharing(groups, SINK, RECENT))
+    hidden, _ = read(model.clone(sharing=rk.pod.Sharing(groups, SINK, RECENT)), params, tokens)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits(model, params, hidden)[:, :-1], tokens[:, 1:]
     )

@@ -1,19 +1,17 @@
 """Generation in blocks of tokens, so that the caller's own test can end it early."""
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.generating import decode_step
+from restkv_jax.generation.decoding import begin, run
 from restkv_jax.generation.reading import prefill
-from restkv_jax.generation.sampling import sample
-from restkv_jax.models import Decoder
+from restkv_jax.generation.sampling import Sampling
+from restkv_jax.models.decoder import Decoder
 
 BLOCK_SIZE = 16
 """Tokens decoded by one compiled program, between two looks at the text."""
@@ -40,28 +38,18 @@ def stream_blocks(
       policy: what to keep of the prompts.
       max_new_tokens: upper bound on the tokens of a row.
       keys: JAX random keys [B], one per row; None decodes greedily.
-      sampling: `temperature`, `top_k` and `top_p` for `restkv_jax.generation.sampling.sample`.
-      block_size: tokens of a block; the last block may be shorter.
+      sampling: `temperature`, `top_k` and `top_p` as for `generate`.
+      block_size: tokens of a block; the first is a single token, the last may be shorter.
 
     Returns:
       an iterator over int32 numpy arrays [B, at most block_size].
     """
-    scores, cache = prefill(model, params, tokens, mask, policy=policy, max_new_tokens=max_new_tokens)
-    for start in range(0, max_new_tokens, block_size):
-        block, scores, cache = _decode_block(
-            model, params, scores, cache, keys, sampling or {}, jnp.int32(start), policy, block_size
-        )
+    options = {"temperature": 1.0, "top_k": None, "top_p": None} | (sampling or {})
+    chooser = Sampling(keys, **options, eos_token_ids=jnp.zeros(0, jnp.int32), pad_token_id=0)
+    logits, cache = prefill(model, params, tokens, mask, policy=policy, max_new_tokens=max_new_tokens)
+    now = begin(logits, cache, chooser)
+    yield np.asarray(now.token)[:, None]
+    for done in range(1, max_new_tokens, block_size):
         # the last block may run over: its cache is full then, and what is cut off here was never needed
-        yield np.asarray(block)[:, : max_new_tokens - start]
-
-
-@functools.partial(jax.jit, static_argnames=("model", "policy", "block_size"), donate_argnames="cache")
-def _decode_block(model, params, scores, cache, keys, sampling, start, policy, block_size):
-    def step(carry, index):
-        scores, cache = carry
-        step_keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-        token = sample(scores, step_keys, **sampling)
-        return decode_step(model, params, token, cache, policy=policy), token
-
-    (scores, cache), tokens = jax.lax.scan(step, (scores, cache), start + jnp.arange(block_size))
-    return tokens.T, scores, cache
+        block, _, now = run(model, params, now, chooser, block_size)
+        yield np.asarray(block)[:, : max_new_tokens - done]

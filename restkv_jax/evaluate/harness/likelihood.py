@@ -1,27 +1,21 @@
 """Log-probabilities of given tokens, after an evicted context or under plain attention."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax import kernels
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.generating import decode_step
+from restkv_jax.generation.decoding import run_from
 from restkv_jax.generation.reading import CHUNK_SIZE, prefill
-from restkv_jax.models import Decoder, logits, positions_of
+from restkv_jax.generation.sampling import Forced, TokenScores, score_tokens
+from restkv_jax.kernels.pairs import largest_divisor
+from restkv_jax.models.decoder import Decoder, logits, read
 
 SCORED_AT_ONCE = 128
-"""Positions whose scores over the whole vocabulary exist at one time."""
-
-
-class TokenScores(NamedTuple):
-    """Natural log-probability of each token, float32 [B, T], and whether greedy decoding gives it, bool [B, T]."""
-
-    log_probabilities: Array
-    is_greedy: Array
+"""Positions whose logits over the whole vocabulary exist at one time."""
 
 
 def score_continuation(
@@ -40,26 +34,15 @@ def score_continuation(
     Returns:
       `TokenScores` [B, C].
     """
+    continuation = jnp.asarray(continuation, jnp.int32)
     max_new_tokens = max(1, continuation.shape[1] - 1)
-    scores, cache = prefill(model, params, tokens, mask, policy=policy, max_new_tokens=max_new_tokens)
-    return _feed(model, params, scores, cache, jnp.asarray(continuation, jnp.int32), policy)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "policy"), donate_argnames="cache")
-def _feed(model, params, scores, cache, continuation, policy) -> TokenScores:
-    def step(carry, token):
-        scores, cache = carry
-        return decode_step(model, params, token, cache, policy=policy), _judge(scores, token)
-
-    # the last token is judged but not fed: nothing comes after it
-    (scores, _), judged = jax.lax.scan(step, (scores, cache), continuation[:, :-1].T)
-    last = _judge(scores, continuation[:, -1])
-    return jax.tree.map(lambda rest, end: jnp.concatenate([rest.T, end[:, None]], axis=1), judged, last)
+    logits, cache = prefill(model, params, tokens, mask, policy=policy, max_new_tokens=max_new_tokens)
+    return run_from(model, params, logits, cache, Forced(continuation), continuation.shape[1]).notes
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def score_text(model: Decoder, params: Any, tokens: Array, mask: Array, targets: Array) -> TokenScores:
-    """Scores the token after each position under plain causal attention; nothing is evicted.
+    """Scores the token after each position under the model's own attention; nothing is evicted.
 
     Args:
       model: a `Decoder`.
@@ -72,16 +55,8 @@ def score_text(model: Decoder, params: Any, tokens: Array, mask: Array, targets:
       `TokenScores` [B, T].
     """
     batch, length = tokens.shape
-    chunk_size = kernels.largest_divisor(length, CHUNK_SIZE)
-    hidden, _ = model.apply({"params": params}, tokens, positions_of(mask), chunk_size=chunk_size)
-    part = kernels.largest_divisor(length, SCORED_AT_ONCE)
+    hidden, _ = read(model, params, tokens, mask, chunk_size=largest_divisor(length, CHUNK_SIZE))
+    part = largest_divisor(length, SCORED_AT_ONCE)
     parts = tuple(jnp.moveaxis(x.reshape(batch, -1, part, *x.shape[2:]), 1, 0) for x in (hidden, targets))
-    judged = jax.lax.map(lambda pair: _judge(logits(model, params, pair[0]), pair[1]), parts)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length), judged)
-
-
-def _judge(scores: Array, tokens: Array) -> TokenScores:
-    """From scores [..., V] and tokens [...]."""
-    best = jnp.argmax(scores, axis=-1)
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), tokens[..., None], axis=-1)
-    return TokenScores(chosen[..., 0], best == tokens)
+    scored = jax.lax.map(lambda pair: score_tokens(logits(model, params, pair[0]), pair[1]), parts)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length), scored)

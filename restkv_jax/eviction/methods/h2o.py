@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax import kernels
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.scores import column_sums
+from restkv_jax.models.decoder import LayerView
 
 CHUNK = 128
 """Queries whose attention exists at one time."""
@@ -22,24 +23,23 @@ class AccumulatedAttention:
     all_queries: ClassVar[bool] = True
     additive: ClassVar[bool] = True
 
-    def __call__(self, observation: Observation, window: int) -> Array:
-        o = observation
-        missing = -o.queries.shape[2] % CHUNK
-        queries = jnp.pad(o.queries, ((0, 0), (0, 0), (0, missing), (0, 0)))
-        positions = jnp.pad(o.query_positions, ((0, 0), (0, missing)), constant_values=-1)
+    def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
+        vectors, positions, _ = view.queries
+        *heads, length, _ = vectors.shape
+        missing = -length % CHUNK
+        vectors = jnp.pad(vectors, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
+        positions = jnp.pad(positions, ((0, 0), (0, missing)), constant_values=-1)
 
         def add_chunk(total, start):
-            chunk = jax.lax.dynamic_slice_in_dim(queries, start, CHUNK, axis=2)
-            chunk_positions = jax.lax.dynamic_slice_in_dim(positions, start, CHUNK, axis=1)
-            sums = kernels.column_sums(
-                chunk, o.keys, chunk_positions, o.key_positions, o.sliding_window, jnp.ones(CHUNK, jnp.float32)
+            chunk = view.queries._replace(
+                vectors=jax.lax.dynamic_slice_in_dim(vectors, start, CHUNK, axis=3),
+                positions=jax.lax.dynamic_slice_in_dim(positions, start, CHUNK, axis=1),
             )
-            return total + sums, None
+            return total + column_sums(chunk, pairs, jnp.ones(CHUNK, jnp.float32)), None
 
-        batch, num_heads, length, _ = queries.shape
-        zeros = jnp.zeros((batch, num_heads, o.keys.shape[2]), jnp.float32)
+        zeros = jnp.zeros((*heads, pairs.keys.shape[2]), jnp.float32)
         total, _ = jax.lax.scan(add_chunk, zeros, jnp.arange(0, length, CHUNK))
-        return total[..., : o.keys.shape[2] - window]
+        return total[..., : pairs.keys.shape[2] - window]
 
 
 def h2o(

@@ -6,8 +6,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.models.decoder import LayerView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +16,11 @@ class NegativeKeyNorm:
     """`-||k[n]||_2`: keys of small norm tend to be attended."""
 
     all_queries: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
 
-    def __call__(self, observation: Observation, window: int) -> Array:
-        o = observation
-        keys = o.keys[:, :, : o.keys.shape[2] - window].astype(jnp.float32)
-        return -jnp.repeat(jnp.linalg.norm(keys, axis=-1), o.queries.shape[1] // keys.shape[1], axis=1)
+    def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
+        keys = pairs.keys[:, :, None, : pairs.keys.shape[2] - window].astype(jnp.float32)
+        return -jnp.linalg.norm(keys, axis=-1)
 
 
 def knorm(budget: int = 128, window: int = 32) -> EvictionPolicy:

@@ -5,11 +5,13 @@ from typing import ClassVar, Literal
 
 from jax import Array
 
-from restkv_jax import kernels
 from restkv_jax.eviction.allocation import AdaptiveHeads, ModelWide
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.pooling import make_pooling
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.scores import column_row_norms, output_gram
+from restkv_jax.models.arguments import check_choice
+from restkv_jax.models.decoder import LayerView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +21,9 @@ class ColumnRowNorm:
     all_queries: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
-    def __call__(self, observation: Observation, window: int) -> Array:
-        o = observation
-        gram = kernels.output_gram(o.output_projection)
-        arrays = o.queries, o.keys, o.values, o.query_positions, o.key_positions, o.sliding_window
-        return kernels.column_row_norms(*arrays, gram)[..., : o.keys.shape[2] - window]
+    def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
+        gram = output_gram(view.output_projection)
+        return column_row_norms(view.queries, pairs, gram)[..., : pairs.keys.shape[2] - window]
 
 
 def laprox(
@@ -47,8 +47,7 @@ def laprox(
       candidates: keys before the window that each layer and KV head carries to the selection; 4 times the budget by
         default.
     """
-    if scope not in ("model", "layer"):
-        raise ValueError(f"scope={scope!r} is unknown; choose 'model' or 'layer'")
+    check_choice("scope", scope, ("model", "layer"))
     return EvictionPolicy(
         budget=budget,
         window=window,

@@ -4,11 +4,11 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.models.decoder import LayerView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +19,14 @@ class RandomScores:
     all_queries: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
-    def __call__(self, observation: Observation, window: int) -> Array:
-        o = observation
-        num_kv_heads = o.keys.shape[1]
-        key = jax.random.fold_in(jax.random.key(self.seed), o.layer)
-        draw = lambda position: jax.random.uniform(jax.random.fold_in(key, position), (num_kv_heads,))  # noqa: E731
-        scores = jax.vmap(jax.vmap(draw, out_axes=1))(o.positions[:, : o.positions.shape[1] - window])
-        return jnp.repeat(scores, o.queries.shape[1] // num_kv_heads, axis=1)
+    def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
+        num_kv_heads = pairs.keys.shape[1]
+        key = jax.random.fold_in(jax.random.key(self.seed), view.index)
+
+        def draw(position: Array) -> Array:
+            return jax.random.uniform(jax.random.fold_in(key, position), (num_kv_heads, 1))
+
+        return jax.vmap(jax.vmap(draw, out_axes=-1))(pairs.positions[:, 0, : pairs.keys.shape[2] - window])
 
 
 def random(budget: int = 128, window: int = 32, seed: int = 0) -> EvictionPolicy:

@@ -6,13 +6,15 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax import kernels
 from restkv_jax.eviction.allocation import make_allocation
 from restkv_jax.eviction.methods.snapkv import WindowAttention
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.pooling import make_pooling
 from restkv_jax.eviction.temporal import check_temporal, query_weights
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.scores import averaged_attention_removal_error, averaged_removal_error, output_gram
+from restkv_jax.models.arguments import check_choice
+from restkv_jax.models.decoder import LayerView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +34,22 @@ class Reconstruction:
 
     def __post_init__(self):
         check_temporal(self.temporal, self.alpha)
-        if self.order not in ("after", "before"):
-            raise ValueError(f"order={self.order!r} is unknown; choose 'after' or 'before'")
+        check_choice("order", self.order, ("after", "before"))
+        check_choice("use_output_projection", self.use_output_projection, (False, True))
 
-    def __call__(self, observation: Observation, window: int) -> Array:
-        o = observation
+    def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
         weights = jnp.asarray(query_weights(self.temporal, window, self.alpha))
-        arrays = o.queries, o.keys, o.values, o.query_positions, o.key_positions, o.sliding_window
-        gram = self.gram(o.output_projection)
+        gram = self.gram(view.output_projection)
         if self.order == "after":
-            return kernels.averaged_attention_removal_error(*arrays, gram, weights)
-        return kernels.averaged_removal_error(*arrays, gram, weights)[..., : o.keys.shape[2] - window]
+            return averaged_attention_removal_error(view.queries, pairs, gram, weights)
+        return averaged_removal_error(view.queries, pairs, gram, weights)[..., : pairs.keys.shape[2] - window]
 
     def gram(self, output_projection: Array) -> Array:
-        """The quadratic form in which errors are measured: [H, D, M] to float32 [H, D, D]."""
-        num_heads, dim, _ = output_projection.shape
-        if not self.use_output_projection:
-            return jnp.broadcast_to(jnp.eye(dim, dtype=jnp.float32), (num_heads, dim, dim))
-        return kernels.output_gram(output_projection)
+        """The quadratic form in which errors are measured: [K, G, D, M] to float32 [K, G, D, D]."""
+        if self.use_output_projection:
+            return output_gram(output_projection)
+        *heads, dim, _ = output_projection.shape
+        return jnp.broadcast_to(jnp.eye(dim, dtype=jnp.float32), (*heads, dim, dim))
 
 
 def restkv(
@@ -86,8 +86,7 @@ def restkv(
       allocation: how layers and KV heads share the budget: evenly, less and less from layer to layer, by one selection
         over the heads of a layer, or by one over the whole model.
     """
-    if criterion not in ("reconstruction", "attention"):
-        raise ValueError(f"criterion={criterion!r} is unknown; choose 'reconstruction' or 'attention'")
+    check_choice("criterion", criterion, ("reconstruction", "attention"))
     scorer = Reconstruction(temporal, alpha, order, use_output_projection)
     return EvictionPolicy(
         budget=budget,

@@ -6,11 +6,12 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax import kernels
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.pooling import make_pooling
 from restkv_jax.eviction.temporal import check_temporal, query_weights
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.scores import column_sums
+from restkv_jax.models.decoder import LayerView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,10 @@ class WindowAttention:
         if self.temporal != "sum":
             check_temporal(self.temporal, self.alpha)
 
-    def __call__(self, observation: Observation, window: int) -> Array:
-        o = observation
+    def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
         is_sum = self.temporal == "sum"
         weights = jnp.ones(window) if is_sum else jnp.asarray(query_weights(self.temporal, window, self.alpha))
-        sums = kernels.column_sums(o.queries, o.keys, o.query_positions, o.key_positions, o.sliding_window, weights)
-        return sums[..., : o.keys.shape[2] - window]
+        return column_sums(view.queries, pairs, weights)[..., : pairs.keys.shape[2] - window]
 
 
 def snapkv(

@@ -6,8 +6,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.models.arguments import check_integer
+from restkv_jax.models.decoder import LayerView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,16 +18,15 @@ class SinksAndRecency:
 
     sinks: int = 4
     all_queries: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.sinks < 0:
-            raise ValueError(f"sinks={self.sinks} must not be negative")
+        check_integer("sinks", self.sinks, 0, "first tokens of the prompt")
 
-    def __call__(self, observation: Observation, window: int) -> Array:
-        o = observation
-        positions = o.positions[:, : o.positions.shape[1] - window].astype(jnp.float32)
+    def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
+        positions = pairs.positions[:, :, None, : pairs.keys.shape[2] - window].astype(jnp.float32)
         scores = jnp.where(positions < self.sinks, 2.0**31 - positions, positions)
-        return jnp.broadcast_to(scores[:, None], (*o.queries.shape[:2], scores.shape[1]))
+        return jnp.broadcast_to(scores, (*pairs.keys.shape[:2], *scores.shape[2:]))
 
 
 def streaming_llm(budget: int = 128, sinks: int = 4) -> EvictionPolicy:
@@ -35,6 +36,8 @@ def streaming_llm(budget: int = 128, sinks: int = 4) -> EvictionPolicy:
       budget: slots kept per layer and KV head.
       sinks: first tokens of the prompt that are kept; the rest of the budget goes to the last ones.
     """
+    check_integer("budget", budget, 1, "slots per layer and KV head")
+    check_integer("sinks", sinks, 0, "first tokens of the prompt")
     if budget <= sinks:
         raise ValueError(f"budget={budget} must exceed sinks={sinks}; raise the budget or keep fewer sinks")
     return EvictionPolicy(budget=budget, window=1, scorer=SinksAndRecency(sinks))

@@ -6,9 +6,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax import kernels
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.scores import column_sums
+from restkv_jax.models.decoder import LayerView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +19,10 @@ class LastAttention:
     all_queries: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
-    def __call__(self, observation: Observation, window: int) -> Array:
-        o = observation
-        last = o.queries[:, :, -1:], o.keys, o.query_positions[:, -1:], o.key_positions, o.sliding_window
-        sums = kernels.column_sums(*last, jnp.ones(1, jnp.float32))[..., : o.keys.shape[2] - window]
-        return jnp.broadcast_to(sums.mean(axis=1, keepdims=True), sums.shape)
+    def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
+        sums = column_sums(view.queries.last(1), pairs, jnp.ones(1, jnp.float32))
+        mean = sums[..., : pairs.keys.shape[2] - window].mean(axis=(1, 2), keepdims=True)
+        return jnp.broadcast_to(mean, (*pairs.keys.shape[:2], *mean.shape[2:]))
 
 
 def tova(budget: int = 128, window: int = 1) -> EvictionPolicy:

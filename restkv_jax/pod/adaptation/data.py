@@ -72,18 +72,18 @@ def read_sequences(
     """
     tokens, weights, name = _read(data, tokenizer, directory)
     _check_arrays(tokens, weights, name)
-    if length is None:
-        length = tokens.shape[1] if tokens.ndim == 2 else min(longest, LONGEST_DEFAULT)
-    if length > longest:
-        raise ValueError(f"sequence_length={length} exceeds the model's max_position_embeddings={longest}")
-    if tokens.ndim == 2 and tokens.shape[1] != length:
-        raise ValueError(f"{name} has rows of {tokens.shape[1]} tokens, but sequence_length={length}; leave it out")
-    count = tokens.size // length
+    default = tokens.shape[1] if tokens.ndim == 2 else min(longest, LONGEST_DEFAULT)
+    size = default if length is None else length
+    if size > longest:
+        raise ValueError(f"sequence_length={size} exceeds the model's max_position_embeddings={longest}")
+    if tokens.ndim == 2 and tokens.shape[1] != size:
+        raise ValueError(f"{name} has rows of {tokens.shape[1]} tokens, but sequence_length={size}; leave it out")
+    count = tokens.size // size
     if not count:
-        raise ValueError(f"{name} has {tokens.size} tokens, fewer than sequence_length={length}; give more or shorten")
+        raise ValueError(f"{name} has {tokens.size} tokens, fewer than sequence_length={size}; give more or shorten")
 
     def pack(array: np.ndarray) -> np.ndarray:
-        return array.reshape(-1)[: count * length].reshape(count, length)  # a view, of mapped files too
+        return array.reshape(-1)[: count * size].reshape(count, size)  # a view, of mapped files too
 
     return Sequences(pack(tokens), None if weights is None else pack(weights))
 

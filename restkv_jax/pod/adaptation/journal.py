@@ -7,7 +7,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,7 +35,7 @@ class Journal:
 
     def __init__(self, file: IO[str] | None, bar: Progress, adaptation: Adaptation):
         self._file, self._bar, self._rate = file, bar, learning_rate(adaptation)
-        self._tokens = adaptation.batch_size * adaptation.sequence_length
+        self._tokens = adaptation.batch_size * (adaptation.sequence_length or 0)
         self._pending: tuple[int, Metrics] | None = None
         self._fetched_at = time.monotonic()
 
@@ -64,7 +64,8 @@ class Journal:
             raise FloatingPointError(
                 f"step {step} has loss {loss} and gradient norm {norm}; lower learning_rate, or lengthen warmup"
             )
-        line = {"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": float(self._rate(step - 1))}
+        rate: Any = self._rate(step - 1)
+        line = {"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": float(rate)}
         line["tokens_per_second"] = round(self._tokens / (now - before), 1)
         if self._file is not None:
             print(json.dumps(line), file=self._file, flush=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from restkv_jax.models import Decoder, logits
+from restkv_jax.models.decoder import Decoder, logits
 
 
 def next_token_loss(
@@ -23,7 +23,7 @@ def next_token_loss(
       model: a `Decoder`.
       params: its parameters. The unembedding is rounded to the dtype of `hidden` within a chunk, so that its gradient
         is summed over the chunks in its own dtype.
-      hidden: [B, T, M], normed.
+      hidden: [B, T, M], of `read`, before the final norm.
       tokens: int [B, T].
       weights: float32 [B, T], how much the prediction of each token counts; nothing predicts the first.
       chunk_size: tokens per chunk.

@@ -11,9 +11,8 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from restkv_jax.models import Decoder
+from restkv_jax.models.decoder import Decoder, read
 from restkv_jax.models.mesh import automatic, parameter_shardings
-from restkv_jax.models.shared_attention import Sharing, hidden_states
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
 from restkv_jax.pod.adaptation.recipe import Adaptation
 from restkv_jax.pod.adaptation.training import Batch, Metrics, TrainState, make_optimizer, split_params, train_step
@@ -31,7 +30,7 @@ class Program(NamedTuple):
     batch: Batch
 
 
-def make_program(model: Decoder, sharing: Sharing | None, adaptation: Adaptation, mesh: Mesh) -> Program:
+def make_program(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> Program:
     """The program of an adaptation whose `steps`, `sequence_length` and `compute_dtype` are given.
 
     Raises:
@@ -42,7 +41,7 @@ def make_program(model: Decoder, sharing: Sharing | None, adaptation: Adaptation
     state, frozen = _state_shapes(model, adaptation, mesh)
     step = functools.partial(
         train_step,
-        forward=functools.partial(hidden_states, model, sharing=sharing),
+        forward=lambda params, tokens: read(model, params, tokens, checkpoint=True)[0],
         model=model,
         optimizer=make_optimizer(adaptation),
         compute_dtype=jnp.dtype(adaptation.compute_dtype),
@@ -61,8 +60,8 @@ def _state_shapes(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> tuple[T
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
         for name, shape in parameter_shapes(model).items()
     }
-    trained, frozen = split_params(unflatten(shapes), adaptation.train)
-    trained = {name: leaf.update(dtype=jnp.float32) for name, leaf in trained.items()}
+    chosen, frozen = split_params(unflatten(shapes), adaptation.train)
+    trained: dict[str, Any] = {name: leaf.update(dtype=jnp.float32) for name, leaf in chosen.items()}
     optimizer = make_optimizer(adaptation)
     optimizer_state = optax.tree.map_params(
         optimizer,

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from restkv_jax.eviction.policy import check_integer
+from restkv_jax.models.arguments import check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,12 @@ class Adaptation:
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     loss_chunk: int = 512
     seed: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """`steps`, where they are given."""
+        assert self.steps is not None
+        return self.steps
 
     def __post_init__(self):
         check_integer("batch_size", self.batch_size, 1, "sequences per step")

@@ -14,13 +14,12 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from restkv_jax.eviction.policy import check_integer
-from restkv_jax.models import Decoder, save_model
-from restkv_jax.models.checksum import checksum
-from restkv_jax.models.key_groups import FILE
+from restkv_jax.models.arguments import check_integer
+from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.digest import checksum
+from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.mesh import make_mesh
-from restkv_jax.models.saving import check_params
-from restkv_jax.models.shared_attention import Sharing
+from restkv_jax.models.saving import check_params, save_model
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
 from restkv_jax.pod.adaptation.checkpoints import Position, open_checkpoints, restore, save
 from restkv_jax.pod.adaptation.data import Sequences, batches, check_vocabulary, make_batch, read_sequences
@@ -56,7 +55,7 @@ def adapt(
       model: a `Decoder`.
       params: its parameters; they are not changed.
       data: text files, or a token array with or without weights of the tokens: see `read_sequences`.
-      sharing: a `Sharing`; None trains the ordinary model, the fair comparison.
+      sharing: to use instead of the model's own; a model without one is trained as it is, the fair comparison.
       adaptation: how to train.
       output: directory of the run: `model/` with the result in Hugging Face's layout and its groups, `metrics.jsonl`,
         `checkpoints/`, and the ids of text. Without it nothing is written, and a killed run is lost.
@@ -85,24 +84,25 @@ def adapt(
     for arrays in sequences.sample():  # the others when their turn comes
         check_vocabulary(arrays["tokens"], model.config.vocab_size)
     adaptation = _resolve(adaptation, sequences)
-    program = make_program(model, sharing, adaptation, make_mesh() if mesh is None else mesh)
-    configuration = describe(model, params, sequences, sharing, adaptation)
+    if sharing is not None:
+        sharing.groups.check_model(model.config)
+        model = model.clone(sharing=sharing)
+    program = make_program(model, adaptation, make_mesh() if mesh is None else mesh)
+    configuration = describe(model, params, sequences, adaptation)
     trained = _train(program, params, sequences, adaptation, configuration, output, checkpoint_every, quiet)
     result = unflatten(flatten(params) | trained)
     if output is not None:
-        _export(output / MODEL, model, result, tokenizer, sharing, save_dtype)
+        _export(output / MODEL, model, result, tokenizer, save_dtype)
     return result
 
 
-def describe(
-    model: Decoder, params: Any, sequences: Sequences, sharing: Sharing | None, adaptation: Adaptation
-) -> dict[str, Any]:
+def describe(model: Decoder, params: Any, sequences: Sequences, adaptation: Adaptation) -> dict[str, Any]:
     """All that the result depends on, as JSON: checkpoints of a run are refused by a run where this differs."""
     description = {
         "model": dataclasses.asdict(model.config),
         "weights": checksum(params),
         "data": {"sequences": len(sequences), "checksum": sequences.checksum()},
-        "sharing": None if sharing is None else dataclasses.asdict(sharing),
+        "sharing": None if model.sharing is None else dataclasses.asdict(model.sharing),
         "adaptation": dataclasses.asdict(adaptation),
     }
     return json.loads(json.dumps(description))
@@ -119,7 +119,8 @@ def _train(
     quiet: bool,
 ) -> dict[str, Array]:
     """Runs the steps that are left and returns the trained parameters."""
-    dataset, vocabulary = batches(sequences, adaptation), configuration["model"]["vocab_size"]
+    dataset: Any = batches(sequences, adaptation)
+    vocabulary = configuration["model"]["vocab_size"]
     is_first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(open_checkpoints(output / "checkpoints")) if output else None
@@ -132,7 +133,7 @@ def _train(
         log = output / "metrics.jsonl" if output and is_first_process else None
         quiet = quiet or not is_first_process
         journal = stack.enter_context(open_journal(log, adaptation, position.step, quiet))
-        for done in range(position.step + 1, adaptation.steps + 1):
+        for done in range(position.step + 1, adaptation.num_steps + 1):
             batch = make_batch(dataset[done - 1], adaptation.accumulation, vocabulary)
             state, metrics = step(state, frozen, place_batch(program, batch))
             journal.record(done, metrics)
@@ -144,20 +145,14 @@ def _train(
     return state.params
 
 
-def _export(
-    directory: pathlib.Path, model: Decoder, params: Any, tokenizer: Any, sharing: Sharing | None, dtype: str
-) -> None:
-    """Writes the model's directory, its groups with it; what a killed export left beside is removed."""
+def _export(directory: pathlib.Path, model: Decoder, params: Any, tokenizer: Any, dtype: str) -> None:
+    """Writes the model's directory, its sharing with it; what a killed export left beside is removed."""
     params = jax.tree.map(_gather, params)
     if jax.process_index() != 0:
         return
     for unfinished in directory.parent.glob(f".{directory.name}.*"):
         shutil.rmtree(unfinished)
     save_model(directory, model, jax.tree.map(lambda leaf: leaf.astype(dtype), params), tokenizer)
-    if sharing is None:
-        (directory / FILE).unlink(missing_ok=True)  # of an earlier run in the same place
-    else:
-        sharing.groups.save(directory, model)
 
 
 def _gather(leaf: Array) -> Array:

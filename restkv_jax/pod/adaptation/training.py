@@ -34,11 +34,11 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Of one step, float32 scalars: mean loss per token in nats, norm of the gradient before clipping."""
 
-    loss: Array
-    gradient_norm: Array
+    loss: Any
+    gradient_norm: Any
 
 
-def split_params(params: Any, pattern: str) -> tuple[dict[str, Array], dict[str, Array]]:
+def split_params(params: Any, pattern: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Trained and frozen parameters, both by dotted name.
 
     Raises:
@@ -53,7 +53,7 @@ def split_params(params: Any, pattern: str) -> tuple[dict[str, Array], dict[str,
 
 def learning_rate(adaptation: Adaptation) -> optax.Schedule:
     """Linear warm-up, then a cosine to zero (Loshchilov & Hutter 2017). `steps` must be given."""
-    rate, steps = adaptation.learning_rate, adaptation.steps
+    rate, steps = adaptation.learning_rate, adaptation.num_steps
     warmup = int(adaptation.warmup * steps)
     return optax.warmup_cosine_decay_schedule(rate / (warmup + 1), rate, warmup, steps)
 
@@ -108,5 +108,5 @@ def train_step(
     total = jnp.maximum(batch.weights[:, :, 1:].sum(), jnp.finfo(jnp.float32).tiny)
     loss, gradient = jax.tree.map(lambda x: x / total, sums)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     return TrainState(params, optimizer_state), Metrics(loss, optax.tree.norm(gradient))

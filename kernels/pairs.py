@@ -1,0 +1,68 @@
+"""What attention is between: the queries of a layer, and its pairs of keys and values."""
+
+from typing import NamedTuple
+
+import jax
+from jax import Array
+
+
+class Queries(NamedTuple):
+    """Queries of one layer, after RoPE and times the scale of the logits: kernels multiply by keys and nothing else.
+
+    `vectors` [B, K, G, T, D], the `G` query heads of each KV head; `positions` int32 [B, T], -1 on padding;
+    `sliding_window` int32 scalar, in tokens: how far back they see.
+    """
+
+    vectors: Array
+    positions: Array
+    sliding_window: Array | int
+
+    def last(self, count: int) -> "Queries":
+        """The last `count` of them."""
+        return self._replace(vectors=self.vectors[:, :, :, -count:], positions=self.positions[:, -count:])
+
+
+class Pairs(NamedTuple):
+    """Keys and values of one layer, keys after RoPE.
+
+    `keys`, `values` [B, K, N, D]; `positions` int32 [B, K or 1, N], -1 where a place is empty.
+    """
+
+    keys: Array
+    values: Array
+    positions: Array
+
+
+def visible(queries: Queries, positions: Array) -> Array:
+    """Which keys each query sees: a key at `p` is seen from `q` if `0 <= p <= q < p + sliding_window`.
+
+    Args:
+      queries: with positions int32 [B, T].
+      positions: of the keys, int32 [B, K or 1, N], -1 where there is none.
+
+    Returns:
+      bool [B, K or 1, T, N].
+    """
+    past = queries.positions[:, None, :, None] - positions[:, :, None, :]
+    return (past >= 0) & (past < queries.sliding_window) & (positions >= 0)[:, :, None, :]
+
+
+def proximal(queries: Queries, positions: Array, sink: Array | int, recent: Array | int) -> Array:
+    """Which keys are among the first `sink` or the last `recent` up to and with a query's own (PoD); as `visible`."""
+    past = queries.positions[:, None, :, None] - positions[:, :, None, :]
+    return (positions < sink)[:, :, None, :] | (past < recent)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
+
+
+def take_columns(x: Array, start: Array | int, size: int, axis: int) -> Array:
+    """`size` entries of an axis from `start` on; the array itself where these are all."""
+    return x if size == x.shape[axis] else jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def take_pairs(pairs: Pairs, start: Array | int, size: int) -> Pairs:
+    """`size` pairs from `start` on."""
+    return Pairs(*(take_columns(x, start, size, axis=2) for x in pairs))

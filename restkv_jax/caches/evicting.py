@@ -1,0 +1,122 @@
+"""The cache that evicts while generating: one importance per slot, updated by every new query."""
+
+import dataclasses
+from typing import Any, Self
+
+import einops
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.caches.base import WHOLE
+from restkv_jax.caches.dense import DenseKeeper, KVCache, empty_cache, put_layer, put_pair
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.kernels.pairs import Pairs, Queries, visible
+from restkv_jax.kernels.partition import on_mesh
+from restkv_jax.kernels.scores import removal_errors
+from restkv_jax.models.decoder import Decoder, LayerView
+from restkv_jax.models.memory import PairMemory
+
+UNSEEN = -1.0
+"""Importance of a slot that no query has seen; errors are not negative."""
+
+
+class EvictingCache(KVCache):
+    """A `KVCache` of a fixed number of slots, for any number of new tokens.
+
+    Attributes:
+      importance: float32 [L, B, K, N], moving average of each slot's removal error; `UNSEEN` until it is first seen.
+      gram: float32 [L, K, G, D, D], the quadratic forms of the errors, of the output projection.
+      policy: static; its scorer measures the errors, its window is never overwritten.
+    """
+
+    importance: Array
+    gram: Array
+    policy: EvictionPolicy = flax.struct.field(pytree_node=False)
+
+    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> Self:
+        slots = jnp.where(active[:, None], self.next_slots(layer), self.num_slots)
+        importance = put_pair(self.importance, layer, slots, jnp.full(slots.shape, UNSEEN))
+        return super().append(layer, keys, values, active).replace(importance=importance)
+
+    def next_slots(self, layer: Array) -> Array:
+        """The first free slot, else that of least importance outside the policy's window."""
+        used, positions = self.lengths[layer], self.positions[layer]
+        is_recent = positions > self.next_positions[:, None, None] - self.policy.window
+        candidates = jnp.where(is_recent, jnp.inf, self.importance[layer])
+        return jnp.where(used < self.num_slots, used, jnp.argmin(candidates, axis=-1))
+
+    def observe(self, view: LayerView, memory: PairMemory, active: Array) -> Self:
+        before = self.importance[view.index]
+        seen = update_importance(before, view.queries, memory.pairs, self.gram[view.index], self.policy)
+        importance = jnp.where(active[:, None, None], seen, before)
+        return self.replace(importance=put_layer(self.importance, view.index, importance))
+
+    def is_full(self) -> Array:
+        return jnp.zeros((), bool)
+
+    def check_policy(self, policy: EvictionPolicy) -> None:
+        if policy != self.policy:
+            raise ValueError("policy is not the one that the cache was made with; pass the prefill's, or none")
+
+    def row_axes(self) -> "EvictingCache":
+        axes = jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self)
+        return axes.replace(gram=WHOLE)
+
+
+def update_importance(importance: Array, queries: Queries, pairs: Pairs, gram: Array, policy: EvictionPolicy) -> Array:
+    """`e <- alpha x + (1 - alpha) e` over the queries, oldest first; the first sight of a slot sets `e = x`.
+
+    Args:
+      importance: float32 [B, K, N], before.
+      queries: [B, K, G, w, D].
+      pairs: [B, K, N, D], those in the slots.
+      gram: float32 [K, G, D, D].
+      policy: its scorer says `alpha`, its `group_reduce` how query heads agree.
+    """
+    errors = removal_errors(queries, pairs, gram)
+    errors = einops.reduce(errors, "b k g w n -> w b k n", policy.group_reduce)
+    seen = jnp.moveaxis(visible(queries._replace(sliding_window=jnp.iinfo(jnp.int32).max), pairs.positions), 2, 0)
+    alpha = policy.query_scorer.alpha
+
+    def step(importance, query):
+        errors, is_seen = query
+        smoothed = jnp.where(importance < 0, errors, alpha * errors + (1 - alpha) * importance)
+        return jnp.where(is_seen, smoothed, importance), None
+
+    return jax.lax.scan(step, importance, (errors, seen))[0]
+
+
+class EvictingKeeper(DenseKeeper):
+    """Gives the kept slots the importance that the window's queries, one after the other, see in them."""
+
+    @staticmethod
+    def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:
+        return policy.while_generating
+
+    def start(self, prompt_lengths: Array, dtype: Any) -> EvictingCache:
+        config = self.model.config
+        num_slots = self.policy.slots(self.policy.slots(self.length) + self.max_new_tokens)
+        dense = empty_cache(config, prompt_lengths, num_slots, dtype)
+        num_kv_heads, dim = config.num_key_value_heads, config.head_dim
+        gram_shape = config.num_hidden_layers, num_kv_heads, config.num_attention_heads // num_kv_heads, dim, dim
+        return EvictingCache(
+            **{field.name: getattr(dense, field.name) for field in dataclasses.fields(KVCache)},
+            importance=on_mesh(jnp.full(dense.positions.shape, UNSEEN, jnp.float32), rows=1, heads=2),
+            gram=jnp.zeros(gram_shape, jnp.float32),
+            policy=self.policy,
+        )
+
+    def add(self, cache: KVCache, view: LayerView, memory: PairMemory, scored: dict) -> KVCache:
+        kept = self.choose(view, memory, scored)
+        gram = self.policy.query_scorer.gram(view.output_projection)
+        unseen = jnp.full(kept.positions.shape, UNSEEN, jnp.float32)
+        queries = view.queries.last(self.num_queries)
+        importance = update_importance(unseen, queries, kept, gram, self.policy)
+        cache = self.write(cache, view, kept)
+        assert isinstance(cache, EvictingCache)
+        return cache.replace(
+            importance=put_layer(cache.importance, view.index, importance),
+            gram=put_layer(cache.gram, view.index, gram),
+        )

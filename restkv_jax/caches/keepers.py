@@ -1,0 +1,18 @@
+"""Which kind of cache a model and a policy need: the only place that knows all kinds."""
+
+from restkv_jax.caches.base import Keeper
+from restkv_jax.caches.candidates import PagedKeeper
+from restkv_jax.caches.dense import DenseKeeper
+from restkv_jax.caches.evicting import EvictingKeeper
+from restkv_jax.caches.shared_keeper import SharedKeeper
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.models.decoder import Decoder
+
+KEEPERS: list[type[Keeper]] = [SharedKeeper, EvictingKeeper, PagedKeeper, DenseKeeper]
+"""The first one that takes a model and a policy builds the cache."""
+
+
+def keeper_of(model: Decoder, policy: EvictionPolicy, length: int, max_new_tokens: int) -> Keeper:
+    """The keeper for prompts of `length` tokens, padding included, with room for `max_new_tokens` more."""
+    chosen = next(keeper for keeper in KEEPERS if keeper.takes(model, policy, length))
+    return chosen(model, policy, length, max_new_tokens)

@@ -1,0 +1,198 @@
+"""Reading prompts into a shared cache, with or without eviction of distant tokens."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.caches.base import Keeper
+from restkv_jax.caches.dense import put_layer
+from restkv_jax.caches.shared import SharedCache, empty_shared_cache
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.select import best_mask, prefix_scores, score
+from restkv_jax.kernels.gather import gather_pairs
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.partition import divide, each_part
+from restkv_jax.kernels.top import places
+from restkv_jax.models.decoder import Decoder, LayerView
+from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.memory import SharedMemory
+
+
+class RunningBlocks(flax.struct.PyTreeNode):
+    """A prefill that evicts: what waits until a block is complete, since only then its distant tokens are chosen.
+
+    Attributes:
+      cache: what has been chosen.
+      scores: float32 [B, K, T], the sum over the block's layers so far; -inf on what is not distant.
+      values: [S, B, K, T, D], those of the block's layers, its leader first; `S` layers in the longest block.
+    """
+
+    cache: SharedCache
+    scores: Array
+    values: Array
+
+
+class SharedKeeper(Keeper):
+    """Layers that share keys: distant tokens are kept once per block, chosen when the block is complete."""
+
+    @staticmethod
+    def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:
+        return model.sharing is not None
+
+    @property
+    def sharing(self) -> Sharing:
+        """The model's."""
+        assert self.model.sharing is not None
+        return self.model.sharing
+
+    @property
+    def evicts(self) -> bool:
+        """Whether distant tokens have to be chosen from."""
+        return self.policy.slots(self.num_distant) < self.num_distant
+
+    @property
+    def num_distant(self) -> int:
+        """Distant tokens of the longest prompt."""
+        return self.sharing.distant(self.length)
+
+    @property
+    def num_queries(self) -> int:
+        return self.policy.num_queries(self.length) if self.evicts else 1
+
+    def start(self, prompt_lengths: Array, dtype: Any) -> SharedCache | RunningBlocks:
+        config, sharing, length = self.model.config, self.sharing, self.length
+        num_kept = self.policy.slots(self.num_distant)
+        cache = empty_shared_cache(config, sharing, prompt_lengths, length, num_kept, self.max_new_tokens, dtype)
+        if not self.evicts:
+            return cache
+        pairs = prompt_lengths.shape[0], config.num_key_value_heads, length
+        values = jnp.zeros((sharing.groups.longest_block, *pairs, config.head_dim), dtype)
+        return RunningBlocks(cache=cache, scores=jnp.zeros(pairs, jnp.float32), values=values)
+
+    def add(self, state: Any, view: LayerView, memory: SharedMemory, scored: dict) -> SharedCache | RunningBlocks:
+        if self.evicts:
+            return _score_layer(state, view.last(self.num_queries), memory, self.policy)
+        return _keep_layer(state, view.index, memory)
+
+    def finish(self, state: Any) -> SharedCache:
+        return state.cache if self.evicts else state
+
+
+def _keep_layer(cache: SharedCache, layer: Array | int, memory: SharedMemory) -> SharedCache:
+    """Puts all of a layer into the cache."""
+    sharing, lengths = cache.sharing, cache.prompt_lengths
+    batch, num_kv_heads, length, _ = memory.pairs.keys.shape
+    cache = _store_proximal(cache, layer, memory.pairs)
+    slots = jnp.arange(sharing.distant(length))
+    indices = sharing.sink + slots + (length - lengths)[:, None]
+    indices = jnp.where(slots < lengths[:, None] - sharing.proximal, indices, length)
+    indices = jnp.broadcast_to(indices[:, None], (batch, num_kv_heads, len(slots)))
+    cache = _store_keys(cache, layer, jnp.asarray(sharing.groups.is_leader)[layer], memory, indices)
+    return _store_values(cache, jnp.full((1, num_kv_heads), layer), memory.pairs.values[None], indices)
+
+
+def _score_layer(state: RunningBlocks, view: LayerView, memory: SharedMemory, policy: EvictionPolicy) -> RunningBlocks:
+    """Adds a layer's scores to its block's, and where it is the block's last, chooses the distant tokens."""
+    groups = state.cache.sharing.groups
+    num_kv_heads = groups.num_kv_heads
+    cache = _store_proximal(state.cache, view.index, memory.pairs)
+    leader = jnp.asarray(groups.leader)[view.index]  # [K]
+    scores = distant_scores(view, memory, cache.prompt_lengths, policy)
+    scores = jnp.where((leader == view.index)[:, None], scores, state.scores + scores)
+    of_block = jnp.arange(len(state.values))[:, None, None, None, None] == (view.index - leader)[:, None, None]
+    values = jnp.where(of_block, memory.pairs.values, state.values)
+
+    # Layers below the last one of a block choose too, which is cheaper than to copy the cache through a branch.
+    following = jnp.asarray((*groups.leader[1:], (groups.num_layers,) * num_kv_heads))[view.index]
+    is_last = following > view.index
+    indices = places(best_mask(scores, policy.slots_given), policy.slots_given)
+    cache = _store_keys(cache, view.index, is_last, memory, indices)
+    layers = leader + jnp.arange(len(values))[:, None]
+    layers = jnp.where(is_last & (layers <= view.index), layers, groups.num_layers)
+    return RunningBlocks(cache=_store_values(cache, layers, values, indices), scores=scores, values=values)
+
+
+def distant_scores(view: LayerView, memory: SharedMemory, prompt_lengths: Array, policy: EvictionPolicy) -> Array:
+    """A policy's scores of distant tokens in one layer.
+
+    Every token is judged by the key that decoding will read it by: its own where it is proximal to the prompt's last
+    token, else the leader's. The policy's window counts as best where it reaches beyond the recent tokens.
+
+    Args:
+      view: with the queries that judge.
+      memory: the layer's pairs and the leaders' keys.
+      prompt_lengths: int32 [B].
+      policy: its scorer and pooling judge.
+
+    Returns:
+      float32 [B, K, T], -inf on what is not distant.
+    """
+    positions = memory.pairs.positions
+    distant = (positions >= memory.sink) & (positions < (prompt_lengths - memory.recent)[:, None, None])
+    keys = jnp.where(distant[..., None], memory.leader_keys, memory.pairs.keys)
+    pairs = memory.pairs._replace(keys=keys)
+    scores = prefix_scores(policy, view, pairs, score(policy, view, pairs))
+    window = keys.shape[2] - scores.shape[2]
+    scores = jnp.pad(scores, ((0, 0), (0, 0), (0, window)), constant_values=jnp.inf)
+    return jnp.where(distant, scores, -jnp.inf)
+
+
+def _store_proximal(cache: SharedCache, layer: Array | int, pairs: Pairs) -> SharedCache:
+    """Fills one layer's proximal slots from the pairs of left-padded prompts, [B, K, T, D]."""
+    batch, num_kv_heads, length, _ = pairs.keys.shape
+    positions = cache.proximal_positions(cache.prompt_lengths - 1)
+    indices = jnp.where(positions >= 0, positions + (length - cache.prompt_lengths)[:, None], length)
+    kept = gather_pairs(pairs, jnp.broadcast_to(indices[:, None], (batch, num_kv_heads, positions.shape[1])))
+    return cache.replace(
+        keys=put_layer(cache.keys, layer, kept.keys), values=put_layer(cache.values, layer, kept.values)
+    )
+
+
+def _store_keys(
+    cache: SharedCache, layer: Array | int, heads: Array, memory: SharedMemory, indices: Array
+) -> SharedCache:
+    """Fills the first `C` distant slots of the blocks of some KV heads with their leaders' keys.
+
+    Args:
+      cache: the state.
+      layer: int32 scalar.
+      heads: bool [K].
+      memory: the leaders' keys, [B, K, T, D].
+      indices: int32 [B, K, C] of the tokens to keep; `T` where a slot stays empty.
+    """
+    kept = gather_pairs(memory.pairs._replace(keys=memory.leader_keys), indices)
+    blocks = jnp.where(heads, cache._blocks(layer)[0], cache.distant_keys.shape[2])
+    blocks = jnp.broadcast_to(blocks, indices.shape[:2])
+
+    def put(stores, blocks, *new):
+        return [
+            store.at[blocks[0], :, : indices.shape[-1]].set(jnp.swapaxes(x, 0, 1).astype(store.dtype), mode="drop")
+            for store, x in zip(stores, new, strict=True)
+        ]
+
+    stores = cache.distant_keys, cache.distant_positions
+    keys, positions = each_part(put, stores, *(divide(x, cache.parts) for x in (blocks, kept.keys, kept.positions)))
+    return cache.replace(distant_keys=keys, distant_positions=positions)
+
+
+def _store_values(cache: SharedCache, layers: Array, values: Array, indices: Array) -> SharedCache:
+    """Fills the first `C` distant slots of several layers, the same tokens in all.
+
+    Args:
+      cache: the state.
+      layers: int32 [S, K], where each KV head's values belong; `L` writes nothing.
+      values: [S, B, K, T, D].
+      indices: int32 [B, K, C] of the tokens to keep; `T` where a slot stays empty.
+    """
+    places = indices[..., None]
+    kept = jax.vmap(lambda x: jnp.take_along_axis(x, places, axis=2, mode="fill", fill_value=0))(values)
+    kept = kept.astype(cache.distant_values.dtype)  # [S, B, K, C, D]
+
+    def of_head(store: Array, layers: Array, new: Array) -> Array:
+        return store.at[layers, :, : indices.shape[-1]].set(new, mode="drop")
+
+    put = jax.vmap(of_head, in_axes=(2, 1, 2), out_axes=2)
+    return cache.replace(distant_values=put(cache.distant_values, layers, kept))

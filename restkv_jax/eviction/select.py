@@ -1,0 +1,120 @@
+"""Selection: scores are smoothed, reduced over query heads, and the best keys taken."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.top import places, top_mask
+from restkv_jax.models.decoder import LayerView
+
+UNREACHABLE = float(jnp.finfo(jnp.float32).min)
+"""Score of keys that no later token can see: kept only where there is room for all."""
+
+
+def score(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:
+    """The scorer's own scores, float32 [B, K, G or 1, T - w], the same for every budget; None if nothing is judged."""
+    length = pairs.keys.shape[2]
+    window = policy.window_of(length)
+    if policy.scorer is None or length == window:
+        return None
+    return policy.scorer(view.last(policy.num_queries(length)), pairs, window)
+
+
+def score_once(scored: dict, policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:
+    """`score`, once per layer for all policies whose scorers and windows agree; `scored` holds what is known."""
+    key = policy.scorer, policy.window_of(pairs.keys.shape[2])
+    if key not in scored:
+        scored[key] = score(policy, view, pairs)
+    return scored[key]
+
+
+def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores: Array | None) -> Array:
+    """The smoothed scores, reduced over each KV head's query heads: float32 [B, K, T - w], -inf on padding.
+
+    Args:
+      policy: its pooling smooths.
+      view: with the window's queries, or more.
+      pairs: [B, K, T, D] of the prompt.
+      scores: of `score`.
+    """
+    batch, num_kv_heads, length, _ = pairs.keys.shape
+    window = policy.window_of(length)
+    is_token = pairs.positions[:, :, : length - window] >= 0
+    if scores is None:
+        return jnp.where(is_token, jnp.zeros((batch, num_kv_heads, length - window)), -jnp.inf)
+    budget = length if policy.budget is None else policy.budget
+    pooled = policy.pooling(scores, view, pairs, min(max(budget - window, 1), length))
+    reduced = pooled.mean(axis=2) if policy.group_reduce == "mean" else pooled.max(axis=2)
+    return jnp.where(is_token, jnp.where(_is_within_reach(view, pairs, window), reduced, UNREACHABLE), -jnp.inf)
+
+
+def _is_within_reach(view: LayerView, pairs: Pairs, window: int) -> Array:
+    """bool [B, 1, T - w]: whether the sliding window lets any later token see a key."""
+    positions = pairs.positions
+    return positions[..., -1:] + 1 - positions[..., : positions.shape[2] - window] < view.queries.sliding_window
+
+
+def places_to_keep(scores: Array, positions: Array, window: int, slots: int) -> Array:
+    """Indices of the best `slots - window` keys before the window and of the window, ascending.
+
+    Args:
+      scores: float32 [B, K, T - w], -inf on padding.
+      positions: int32 [B, 1, T], -1 on padding.
+      window: `w`.
+      slots: `C`, places per KV head; more than `T` leaves the rest empty.
+
+    Returns:
+      int32 [B, K, C]; `T` marks an empty slot, and those come last.
+    """
+    batch, num_kv_heads, prefix = scores.shape
+    chosen = best_mask(scores, slots - window)
+    recent = jnp.broadcast_to(positions[:, :, prefix:] >= 0, (batch, num_kv_heads, window))
+    return places(jnp.concatenate([chosen, recent], axis=-1), slots)
+
+
+def best_mask(scores: Array, count: int) -> Array:
+    """Marks the `count` best of scores float32 [B, K, N], those of -inf never: bool [B, K, N]."""
+    return top_mask(scores, count) & (scores > -jnp.inf)
+
+
+def weighed_scores(policy: EvictionPolicy, scores: Array, positions: Array, indices: Array) -> Array:
+    """What the allocation compares of the keys at `indices`, int32 [B, K, N].
+
+    Args:
+      policy: its allocation weighs.
+      scores: float32 [B, K, T - w] of the prefix.
+      positions: int32 [B, 1, T], -1 on padding.
+      indices: int32 [B, K, N], `T` where a place is empty.
+
+    Returns:
+      float32 [B, K, N]: inf in the window, -inf on padding and where empty.
+    """
+    quota = policy.slots_given - policy.window
+    scores = policy.allocation.weigh(scores, scores > UNREACHABLE, quota)
+    window = jnp.where(positions[:, :, scores.shape[-1] :] >= 0, jnp.inf, -jnp.inf)
+    window = jnp.broadcast_to(window, (*scores.shape[:2], window.shape[-1]))
+    padded = jnp.pad(jnp.concatenate([scores, window], axis=-1), ((0, 0), (0, 0), (0, 1)), constant_values=-jnp.inf)
+    return jnp.take_along_axis(padded, indices, axis=-1)
+
+
+def keep_shares(policy: EvictionPolicy, scores: Array, prefix_lengths: Array, layers: Array, num_layers: int) -> Array:
+    """Marks the window and every KV head's best keys, as many as the policy's allocation gives it.
+
+    Args:
+      policy: its allocation, budget and window count.
+      scores: float32 [L, B, K, N], inf in the window and -inf where a place is empty.
+      prefix_lengths: int32 [B], keys before the window of each prompt.
+      layers: int32 [L], which layers these are.
+      num_layers: of the model.
+
+    Returns:
+      bool [L, B, K, N].
+    """
+    in_window = jnp.isposinf(scores)
+    candidates = jnp.where(in_window, -jnp.inf, scores)
+    shares = policy.slots_given, policy.window, layers, num_layers
+    counts = policy.allocation.counts(candidates, prefix_lengths, *shares)
+    best_first = jnp.argsort(-candidates, axis=-1, stable=True)
+    rank = jnp.argsort(best_first, axis=-1)
+    return in_window | ((rank < counts[..., None]) & (candidates > -jnp.inf))

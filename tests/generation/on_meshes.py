@@ -1,0 +1,85 @@
+"""Prefill and decoding of every method on a mesh of emulated devices: collectives of the programs, and results.
+
+`python on_meshes.py DATA MODEL` prints one line of JSON per policy; `test_mesh.py` reads them.
+"""
+
+import json
+import os
+import re
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import restkv_jax as rk
+from restkv_jax.generation.decoding import feed
+from restkv_jax.generation.reading import check_and_pad, read_prompt
+from restkv_jax.models.mesh import automatic, beside, parameter_shardings
+
+CONFIG = dict(
+    model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=8, max_position_embeddings=512,
+    initializer_range=0.3, eos_token_id=None, bos_token_id=None,
+)  # fmt: skip
+BUDGET, WINDOW, NEW, STEPS = 40, 16, 6, 3
+GROUPS = rk.pod.LayerGroups([[0, 0, 0, 0], [0, 1, 0, 1]])
+SHARING = rk.pod.Sharing(GROUPS, sink=4, recent=20)
+SIZED = {name: preset(budget=BUDGET) for name, preset in rk.METHODS.items() if name != "full"}
+POLICIES = {
+    "full": rk.full(),
+    **{name: policy.replace(window=min(policy.window, WINDOW)) for name, policy in SIZED.items()},
+    "before": rk.restkv(BUDGET, WINDOW, order="before"),
+    "while_generating": rk.restkv(BUDGET, WINDOW, while_generating=True),
+    "shared": rk.full(),
+    "shared and evicted": rk.snapkv(BUDGET, WINDOW),
+}
+MODEL = rk.build_model(CONFIG)
+TOKENS = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (4, 100))
+MASK = np.arange(100) >= np.array([[0], [20], [60], [5]])
+
+
+def gathered(compiled) -> list[str]:
+    """Shapes of what is gathered or moved between devices; all-reduces are not."""
+    found = re.findall(r"= (\S+) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text())
+    return [re.sub(r"\{.*", "", shape) for shape in found]
+
+
+def run(model, params, policy):
+    """Logits of prefill and some steps, kept positions, and what the two programs gather."""
+    prompt = check_and_pad(model, params, TOKENS, MASK, (policy,), NEW, 64, None)
+    token, active = jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
+    arrays = params, prompt.tokens, prompt.mask
+    with beside(params):
+        reading = read_prompt.lower(prompt.model, *arrays, *prompt.options).compile()
+        logits, (cache,) = reading(*arrays)
+        step = feed.lower(model, params, token, cache, active).compile()
+        every, kept = [logits], np.asarray(rk.kept_positions(cache))
+        for _ in range(STEPS):
+            logits, cache = step(params, jnp.asarray(np.argmax(every[-1], -1), jnp.int32), cache, active)
+            every.append(logits)
+    return np.stack(every), kept, gathered(reading), gathered(step)
+
+
+def main(data: int, model_parallel: int) -> None:
+    devices = jax.devices()[: data * model_parallel]
+    mesh = automatic(jax.make_mesh((data, model_parallel), ("data", "model"), devices=devices))
+    params = rk.init_params(MODEL, jax.random.key(0))
+    placed = jax.device_put(params, parameter_shardings(MODEL, mesh))
+    for name, policy in POLICIES.items():
+        model = MODEL.clone(sharing=SHARING) if name.startswith("shared") else MODEL
+        logits, kept, in_reading, in_step = run(model, placed, policy)
+        expected, kept_alone, _, _ = run(model, params, policy)
+        error = float(np.abs(logits - expected).max() / np.abs(expected).max())
+        tokens_equal = bool((logits.argmax(-1) == expected.argmax(-1)).all())
+        common = min(kept.shape[-1], kept_alone.shape[-1])
+        kept_equal = bool((kept[..., :common] == kept_alone[..., :common]).all() and (kept[..., common:] == -1).all())
+        line = dict(name=name, error=error, tokens=tokens_equal, kept=kept_equal, prefill=in_reading, decode=in_step)
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
