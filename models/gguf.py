@@ -115,20 +115,25 @@ def _check_quantisations(blocks: dict[str, _Block]) -> None:
 
 def _tensors(architecture: str, config: ModelConfig, blocks: dict[str, _Block]) -> dict[str, StoredTensor]:
     """The tensors under their Hugging Face names; one that the model does not have keeps its own."""
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    theirs = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    names = _hugging_face_names(architecture, config)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    names, tensors = {}, {}
-    for name in checkpoint_tensors(Decoder(config)):
-        module, _, suffix = name.rpartition(".")
-        names[f"{theirs.get_name(module)}.{suffix}"] = name
-    for name, block in blocks.items():
-        module = names.get(name, name).split(".")[-2:-1]
-        # llama.cpp reorders what it takes for rotary pairs in Llama's own way, as neighbours.
-        permuted = architecture == "llama" and module in (["q_proj"], ["k_proj"])
-        order = _row_order(block.shape[0], heads[module[0]]) if permuted else None
-        tensors[names.get(name, name)] = StoredTensor(block.shape, "F32", functools.partial(_read_rows, block, order))
+    tensors = {}
+    for name in blocks:
+        block, name = blocks[name], names.get(name, name)
+        projection = name.split(".")[-2] if "." in name else ""
+        # llama.cpp reorders Llama's queries and keys, since it takes neighbours for rotary pairs there.
+        permuted = architecture == "llama" and projection in heads
+        order = _row_order(block.shape[0], heads[projection]) if permuted else None
+        tensors[name] = StoredTensor(block.shape, "F32", functools.partial(_read_rows, block, order))
     return tensors
+
+
+def _hugging_face_names(architecture: str, config: ModelConfig) -> dict[str, str]:
+    """The Hugging Face name of each name in GGUF."""
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    splits = (name.rpartition(".") for name in checkpoint_tensors(Decoder(config)))
+    return {f"{known.get_name(module)}.{suffix}": f"{module}.{suffix}" for module, _, suffix in splits}
 
 
 def _row_order(rows: int, heads: int) -> np.ndarray:

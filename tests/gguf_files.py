@@ -88,11 +88,11 @@ def _add(writer: gguf.GGUFWriter, name: str, value: bool | int | float | str | l
         kinds[type(value)](name, value)
 
 
-def byte_level(writer: gguf.GGUFWriter, vocab_size: int) -> None:
-    """A byte-level tokenizer, filled up or cut to the size of the vocabulary, at least 13."""
+def byte_level(writer: gguf.GGUFWriter, vocab_size: int, splits: str = "qwen2") -> None:
+    """A byte-level tokenizer, filled up or cut to the size of the vocabulary, at least 13; `splits` names its rule."""
     tokens = (BYTE_LEVEL + [f"<|unused{i}|>" for i in range(vocab_size)])[:vocab_size]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(splits)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
     writer.add_token_merges(MERGES)

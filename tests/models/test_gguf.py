@@ -156,6 +156,15 @@ def test_the_tokenizer_is_that_of_transformers(tmp_path, writer, size):
         assert found.apply_chat_template(chat, tokenize=False) == "<|s|>user: hello<|e|>"
 
 
+@pytest.mark.parametrize("fields, first", [({}, [1]), ({"tokenizer.ggml.add_bos_token": False}, [])])
+def test_texts_of_llama_3_begin_with_its_token_unless_the_file_says_otherwise(tmp_path, fields, first):
+    def llama3(writer, vocab_size):
+        byte_level(writer, vocab_size, "llama-bpe")
+
+    path = write_gguf(tmp_path / "model.gguf", LLAMA, random_tensors(LLAMA), fields, tokenizer=llama3)
+    assert rk.load_model(path)[2]("hello")["input_ids"] == [*first, 8, 9, 6]  # he, ll, o
+
+
 def test_both_end_tokens_end_a_text(tmp_path):
     fields = {"tokenizer.ggml.eot_token_id": 5}
     path = write_gguf(tmp_path / "model.gguf", LLAMA, random_tensors(LLAMA), fields)
