@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from restkv_jax.models.files import one_line, read_json
-from restkv_jax.models.ignored_options import warn_of_ignored, warn_of_partial_rotation
+from restkv_jax.models.ignored_options import warn_of_ignored, warn_of_ignored_rope
 from restkv_jax.models.rope_parameters import (
     check_raw_rope,
     check_rope,
@@ -137,7 +137,7 @@ def read_config(source: Any) -> ModelConfig:
             f"hidden_act={reprlib.repr(hf.hidden_act)} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )
     rope = one_rope(hf.rope_parameters, getattr(hf, "layer_types", None) or ())
-    warn_of_partial_rotation(model_type, rope)
+    warn_of_ignored_rope(model_type, rope)
     attention_bias = bool(getattr(hf, "attention_bias", False))
     return ModelConfig(
         model_type=model_type,

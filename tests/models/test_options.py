@@ -138,7 +138,8 @@ def test_fields_that_no_model_type_here_has_cost_nothing():
 
 def test_rope_of_layer_types_is_ignored_where_transformers_ignores_it():
     nested = LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 99.0}}}
-    assert read_config(nested) == read_config(LLAMA)
+    with pytest.warns(UserWarning, match=r"ignored as in transformers: full_attention=\{.*99"):
+        assert read_config(nested) == read_config(LLAMA)
     jax.tree.map(np.testing.assert_array_equal, logits_of(nested), logits_of(LLAMA))
 
 
