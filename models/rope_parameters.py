@@ -33,7 +33,7 @@ REQUIRED = {
 
 RANGES = {
     "rope_theta": (1, 1e30),
-    "factor": (1, 1e9),
+    "factor": (1, 1e6),
     "low_freq_factor": (1e-6, 1e9),
     "high_freq_factor": (1e-6, 1e9),
     "attention_factor": (1e-6, 1e9),

@@ -14,16 +14,20 @@ from hugging_face import (
     MISTRAL,
     QWEN2,
     QWEN3,
+    ROPES,
     YARN,
     left_padded,
     our_logits,
     random_model,
     reference_logits,
+    torch,
     write_model,
 )
 
 import restkv_jax as rk
 from restkv_jax.models.config import UNLIMITED, read_config, to_hugging_face
+from restkv_jax.models.rope import apply_rope, rope_frequencies
+from restkv_jax.models.rope_parameters import RANGES
 
 LENGTHS = (40, 33, 12)
 THETA = {"rope_theta": 2000.0}
@@ -190,6 +194,32 @@ def test_prompts_within_the_extended_context_are_not_warned_of():
         jax.eval_shape(lambda: read(8))
     with pytest.warns(UserWarning, match="exceed the model's maximum of 128 positions"):
         jax.eval_shape(lambda: read(9))
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_every_number_that_is_accepted_gives_a_rotation(name):
+    for setting, bounds in RANGES.items():
+        for bound in bounds if setting in ROPES[name] else ():
+            value = [bound] * 4 if isinstance(ROPES[name][setting], list) else bound
+            try:
+                config = read_config(LLAMA | {"rope_parameters": ROPES[name] | {setting: value}})
+            except ValueError as error:
+                assert setting in str(error)
+                continue
+            frequencies, factor = rope_frequencies(config, jnp.asarray([5, 2**20]))
+            turned = apply_rope(jnp.ones((2, 1, 2, 8)), jnp.asarray([[0, 5], [0, 2**20]]), frequencies, factor)
+            assert np.isfinite(turned).all(), (setting, bound)
+
+
+def test_longrope_changes_its_factors_while_generating(tmp_path):
+    config = LLAMA | {"rope_parameters": ROPES["longrope"]}
+    reference = random_model(config)
+    model, params, _ = rk.load_model(write_model(tmp_path, reference, config), jnp.float32)
+    tokens, _ = left_padded(2, (12,))
+    new = 8  # the original length is 16
+    ours = rk.generate(model, params, tokens, max_new_tokens=new, eos_token_ids=())
+    theirs = reference.generate(torch.tensor(tokens).long(), max_new_tokens=new, do_sample=False, eos_token_id=-1)
+    np.testing.assert_array_equal(ours.tokens[0], theirs[0, 12:])
 
 
 NUMBERS = [float("nan"), float("inf"), -float("inf"), 0, -1, "8", [8], True, 10**400]
