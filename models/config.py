@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from restkv_jax.models.files import one_line, read_json
-from restkv_jax.models.ignored_options import warn_of_ignored, warn_of_partial_rotation
+from restkv_jax.models.ignored_options import warn_of_ignored, warn_of_ignored_rope
 from restkv_jax.models.rope_parameters import (
     check_raw_rope,
     check_rope,
@@ -137,7 +137,7 @@ def read_config(source: Any) -> ModelConfig:
             f"hidden_act={reprlib.repr(hf.hidden_act)} is not supported; supported: {', '.join(ACTIVATIONS)}"
         )
     rope = one_rope(hf.rope_parameters, getattr(hf, "layer_types", None) or ())
-    warn_of_partial_rotation(model_type, rope)
+    warn_of_ignored_rope(model_type, rope)
     attention_bias = bool(getattr(hf, "attention_bias", False))
     return ModelConfig(
         model_type=model_type,
@@ -253,7 +253,7 @@ def _sliding_windows(hf: Any) -> tuple[int, ...]:
             "layer_types name 'sliding_attention', but the configuration has no width for it: sliding_window is null "
             "or use_sliding_window is false"
         )
-    return tuple(width if kind == "sliding_attention" else UNLIMITED for kind in kinds)
+    return tuple(UNLIMITED if kind == "full_attention" or width is None else width for kind in kinds)
 
 
 def _check_sizes(fields: Mapping) -> None:

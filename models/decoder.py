@@ -14,6 +14,7 @@ from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.memory import Memory, PairMemory, SharedMemory, follow
 from restkv_jax.models.rope import apply_rope, rope_frequencies, sequence_lengths
+from restkv_jax.models.rules import with_usual_promotion
 
 
 class LayerView(NamedTuple):
@@ -256,6 +257,7 @@ def _over_chunks(function, layer: DecoderLayer, carry: Any, length: int, chunk_s
     return carry, jax.tree.map(lambda note: note[-1], notes)
 
 
+@with_usual_promotion
 def read(
     model: Decoder,
     params: Any,
@@ -299,6 +301,7 @@ def read(
     return found
 
 
+@with_usual_promotion
 def logits(model: Decoder, params: Any, hidden: Array) -> Array:
     """Logits of the next token from the residual stream, [..., M] to float32 [..., V]."""
     found: Any = model.apply({"params": params}, hidden, method=Decoder.logits)

@@ -103,7 +103,7 @@ def run(args: Sequence[str]) -> None:
     _keep_programs(options.compilation_cache)
     settings = _join(options)
     with as_usage_error():
-        loaded = load_checkpoint(grid.model, grid.dtype)
+        loaded = load_checkpoint(grid.model, grid.dtype, dense=grid.dense)
         weights = checksum(loaded.params)
         try:
             if settings.process == 0:

@@ -45,15 +45,17 @@ class PromptOptions:
     Args:
       prompt: the prompt; read from --file or from standard input if left out.
       file: text file that holds the prompt.
-      model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes
-        with the package if left out.
+      model: directory of a checkpoint in Hugging Face's layout, a GGUF file, or id of a model on the hub; the model that
+        comes with the package if left out.
       dtype: of weights and cache; "auto" is bfloat16, on a CPU float32.
+      dense: leave out the sharing of keys that the model was adapted to.
     """
 
     prompt: str | None = dataclasses.field(default=None, kw_only=False)
     file: pathlib.Path | None = None
     model: str | None = None
     dtype: DType = "auto"
+    dense: bool = False
 
 
 def parse(

@@ -35,7 +35,8 @@ class AdaptOptions:
       output: directory of the run: model/ with the result, metrics.jsonl, checkpoints/.
       model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes
         with the package if left out.
-      groups: the layers that share keys, the file or its directory, as `LayerGroups.save` writes them.
+      groups: the layers that share keys, the file or its directory, as `LayerGroups.save` writes them; a model that was
+        adapted before goes on with its own.
       dense: train the ordinary model instead, to compare.
       sink: first tokens whose keys are not shared.
       recent: last tokens whose keys are not shared.
@@ -77,16 +78,18 @@ def run(args: Sequence[str]) -> None:
 def run_adapt(args: Sequence[str]) -> None:
     """`restkv pod adapt`: trains, and says where the result is."""
     options, adaptation = parse_adapt(args)
-    if options.dense == (options.groups is not None):
+    if options.dense and options.groups is not None:
         raise UsageError("give either --groups FILE, to share keys, or --dense, to train the ordinary model")
     with as_usage_error():
         mesh = make_mesh(options.model_parallel)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with its stack what it raises anyway
     with as_usage_error():
-        model, params, tokenizer = load_checkpoint(options.model, "float32")
+        model, params, tokenizer = load_checkpoint(options.model, "float32", dense=options.dense)
         sharing = None
         if options.groups is not None:
             sharing = Sharing(LayerGroups.load(options.groups, model), options.sink, options.recent)
+        elif model.sharing is None and not options.dense:
+            raise UsageError("give --groups FILE, to share keys, or --dense, to train the ordinary model")
         adapt(
             model,
             params,

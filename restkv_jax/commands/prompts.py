@@ -26,7 +26,7 @@ def load_prompt(options: PromptOptions) -> LoadedPrompt:
     """
     text = read_prompt(options)
     with as_usage_error():
-        loaded = load_checkpoint(options.model, options.dtype)
+        loaded = load_checkpoint(options.model, options.dtype, dense=options.dense)
     ids = loaded.tokenizer(text)["input_ids"]
     if not ids:
         raise UsageError("the prompt is empty: the tokenizer turns it into no tokens")

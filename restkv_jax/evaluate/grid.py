@@ -28,6 +28,7 @@ class Grid:
       model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes with
         the package if left out.
       dtype: of weights and cache; "auto" is bfloat16, on a CPU float32.
+      dense: leave out the sharing of keys that the model was adapted to.
     """
 
     tasks: tuple[str, ...] = ("single", "multikey", "haystack")
@@ -39,6 +40,7 @@ class Grid:
     seed: int = 0
     model: str | None = None
     dtype: DType = "auto"
+    dense: bool = False
 
 
 class Method(NamedTuple):

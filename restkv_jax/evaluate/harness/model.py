@@ -274,7 +274,7 @@ def load_model_of(args: ModelArgs) -> Loaded:
     Raises:
       ValueError: a model or tokenizer that cannot be loaded.
     """
-    loaded = load_checkpoint(args.pretrained, args.dtype, needs_tokenizer=args.tokenizer is None)
+    loaded = load_checkpoint(args.pretrained, args.dtype, args.tokenizer is None, args.dense)
     if args.tokenizer is None:
         return loaded
     try:

@@ -27,6 +27,7 @@ class ModelArgs:
       max_gen_toks: most tokens to generate where a task does not say.
       batch_size: prompts read at once.
       seed: of the random draws, where a task samples.
+      dense: leave out the sharing of keys that the model was adapted to.
     """
 
     pretrained: str | None = None
@@ -37,6 +38,7 @@ class ModelArgs:
     max_gen_toks: int = 256
     batch_size: int = 1
     seed: int = 0
+    dense: bool = False
 
 
 class ParsedArgs(NamedTuple):
