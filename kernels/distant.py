@@ -35,9 +35,9 @@ def _read_distant(
     Args:
       state: of [B, K, G, 1] queries, what has been read so far.
       queries: one per row.
-      keys: [A, M, R, b, N, D] of all blocks, in `A x M` parts as `partition` says, `b` rows in each.
+      keys: [A, M, b, R, N, D] of all blocks, in `A x M` parts as `partition` says, `b` rows in each.
       values: [L, B, K, N, D] of all layers.
-      positions: int32 [A, M, R, b, N] of the keys.
+      positions: int32 [A, M, b, R, N] of the keys.
       layer: int32 scalar.
       blocks: int32 [K], the block of each KV head in this layer, numbered within its part.
       lengths: int32 [B], slots in use.
@@ -81,9 +81,9 @@ def _read_part(state, vectors, stores: Pairs, blocks, lengths, positions, *, lay
         start = jnp.minimum(first, num_slots - size)
         slots = start + jnp.arange(size)
         piece = Pairs(
-            jax.lax.dynamic_slice(stores.keys, (block, row, start, 0), (1, 1, size, dim)),
+            jax.lax.dynamic_slice(stores.keys, (row, block, start, 0), (1, 1, size, dim)),
             jax.lax.dynamic_slice(stores.values, (layer, row, head, start, 0), (1, 1, 1, size, dim))[0],
-            jax.lax.dynamic_slice(stores.positions, (block, row, start), (1, 1, size)),
+            jax.lax.dynamic_slice(stores.positions, (row, block, start), (1, 1, size)),
         )
         one = like.replace(vectors=vectors[row, head][None, None], positions=positions[row, head][None, None])
         seen = visible(one, piece.positions) & (slots >= first) & (slots < length)

@@ -9,6 +9,7 @@ from jax import Array
 
 from restkv_jax.models.config import read_config
 from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.rules import with_usual_promotion
 
 
 def build_model(config: Any) -> Decoder:
@@ -26,6 +27,7 @@ def build_model(config: Any) -> Decoder:
     return Decoder(read_config(config))
 
 
+@with_usual_promotion
 def init_params(model: Decoder, key: Array, dtype: Any = jnp.float32) -> Any:
     """Draws random parameters; works under `jax.eval_shape`.
 

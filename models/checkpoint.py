@@ -85,11 +85,11 @@ def load_model(
     tensors = split_fused(config.model_type, tensors, expected)
     check_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, path, names)
     _check_stored_dtypes({name: tensors[name] for name in expected})
+    sharing = Sharing.load(path, model) if path.is_dir() else None
     params = {
         parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), tensors, expected)
         for parameter, shape in parameter_shapes(model).items()
     }
-    sharing = Sharing.load(path, model) if path.is_dir() else None
     return model.clone(sharing=sharing), unflatten(params), tokenizer
 
 
@@ -109,7 +109,7 @@ def _find_checkpoint(path_or_id: str | os.PathLike | None) -> pathlib.Path:
             f"path_or_id={str(path_or_id)!r} does not exist; give a directory with config.json and safetensors, a "
             "GGUF file, or the id of a model on the Hugging Face hub such as 'owner/name'"
         )
-    return _download(path_or_id)
+    return _download(str(path_or_id))
 
 
 def _download(model_id: str) -> pathlib.Path:

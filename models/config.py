@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from restkv_jax.models.families import FAMILIES, prepare, text_part
 from restkv_jax.models.files import one_line, read_json
-from restkv_jax.models.ignored_options import warn_of_ignored, warn_of_partial_rotation
+from restkv_jax.models.ignored_options import warn_of_ignored, warn_of_ignored_rope
 from restkv_jax.models.rope_parameters import (
     check_raw_rope,
     check_rope,
@@ -196,7 +196,7 @@ def read_config(source: Any) -> ModelConfig:
     rope = one_rope(hf.rope_parameters, family.rope_kinds or getattr(hf, "layer_types", None) or ())
     own = family.read(hf, rope)
     if "partial_rotary_factor" not in own:
-        warn_of_partial_rotation(model_type, rope)
+        warn_of_ignored_rope(model_type, rope)
     attention_bias = bool(getattr(hf, "attention_bias", False))
     return ModelConfig(
         model_type=model_type,
@@ -317,7 +317,7 @@ def _sliding_windows(hf: Any) -> tuple[int, ...]:
             "layer_types name 'sliding_attention', but the configuration has no width for it: sliding_window is null "
             "or use_sliding_window is false"
         )
-    return tuple(width if kind == "sliding_attention" else UNLIMITED for kind in kinds)
+    return tuple(UNLIMITED if kind == "full_attention" or width is None else width for kind in kinds)
 
 
 def _check_sizes(fields: Mapping) -> None:

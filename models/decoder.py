@@ -16,6 +16,7 @@ from restkv_jax.models.experts import Experts, mix_experts
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.memory import Memory, PairMemory, SharedMemory, follow
 from restkv_jax.models.rope import Rope, apply_rope, grow_with_position, layer_ropes, sequence_lengths
+from restkv_jax.models.rules import with_usual_promotion
 
 
 class LayerView(NamedTuple):
@@ -314,6 +315,7 @@ def _over_chunks(function, layer: DecoderLayer, carry: Any, length: int, chunk_s
     return carry, jax.tree.map(lambda note: note[-1], notes)
 
 
+@with_usual_promotion
 def read(
     model: Decoder,
     params: Any,
@@ -344,7 +346,12 @@ def read(
 
     Returns:
       the residual stream before the final norm, [B, T, M], for `logits`; and the state.
+
+    Raises:
+      ValueError: groups of a model of another shape.
     """
+    if model.sharing is not None:
+        model.sharing.groups.check_model(model.config)
     if positions is None:
         positions = positions_of(mask if mask is not None else jnp.ones(tokens.shape, bool))
     arguments: Any = positions, hooks, state, chunk_size, checkpoint
@@ -352,6 +359,7 @@ def read(
     return found
 
 
+@with_usual_promotion
 def logits(model: Decoder, params: Any, hidden: Array) -> Array:
     """Logits of the next token from the residual stream, [..., M] to float32 [..., V]."""
     found: Any = model.apply({"params": params}, hidden, method=Decoder.logits)

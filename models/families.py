@@ -101,7 +101,7 @@ def _write_gemma2(config: "ModelConfig") -> Fields:
 def _read_gemma3(hf: Any, rope: Fields) -> Fields:
     if hf.attn_logit_softcapping is not None:
         warnings.warn(
-            f"attn_logit_softcapping={hf.attn_logit_softcapping} is ignored as in transformers: Gemma 3 has no such cap",
+            f"attn_logit_softcapping={hf.attn_logit_softcapping} is ignored as in transformers: Gemma 3 has none",
             stacklevel=4,
         )
     ropes = {

@@ -60,19 +60,21 @@ def _is_neutral(name: str, value: Any) -> bool:
     return value is None or name not in NEUTRAL or value in NEUTRAL[name]
 
 
-def warn_of_partial_rotation(model_type: str, rope: dict[str, Any]) -> None:
-    """Warns that RoPE turns whole heads whatever `partial_rotary_factor` says, as in transformers.
+def warn_of_ignored_rope(model_type: str, rope: dict[str, Any]) -> None:
+    """Warns of RoPE settings without effect in transformers: `partial_rotary_factor`, and some for each layer type.
 
     Raises:
-      ValueError: a scaling with which transformers heeds the factor.
+      ValueError: a scaling with which transformers heeds `partial_rotary_factor`.
     """
     part, kind = rope.get("partial_rotary_factor"), rope.get("rope_type", "default")
-    if part in (None, 1):
-        return
-    if kind != "default":
-        raise ValueError(f"partial_rotary_factor={reprlib.repr(part)} is not supported with rope_type={kind!r}")
-    warnings.warn(
-        f"partial_rotary_factor={reprlib.repr(part)} is ignored as in transformers: models of type {model_type!r} turn "
-        "whole heads",
-        stacklevel=3,
-    )
+    ignored = {name: value for name, value in rope.items() if isinstance(value, dict)}
+    if part not in (None, 1):
+        if kind != "default":
+            raise ValueError(f"partial_rotary_factor={reprlib.repr(part)} is not supported with rope_type={kind!r}")
+        ignored["partial_rotary_factor"] = part
+    if ignored:
+        named = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in ignored.items())
+        warnings.warn(
+            f"RoPE settings without effect for models of type {model_type!r} are ignored as in transformers: {named}",
+            stacklevel=3,
+        )

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.rules import usual_promotion
 from restkv_jax.models.tensors import TENSORS, parameter_shapes, unflatten
 
 SPLIT_AXES = {"h", "k", "f", "v"}
@@ -57,18 +58,39 @@ def parameter_shardings(model: Decoder, mesh: Mesh) -> Any:
     return unflatten({name: sharding(name, shape) for name, shape in parameter_shapes(model).items()})
 
 
-def mesh_of(params: Any) -> Mesh | None:
+@contextlib.contextmanager
+def beside(params: Any) -> Iterator[Any]:
+    """Programs that are called inside divide what they make as the parameters are divided.
+
+    Yields:
+      the parameters, on a mesh whose axes the compiler handles: the same buffers.
+
+    Raises:
+      ValueError: parameters under the caller's transform on a mesh with explicit axes.
+    """
+    with usual_promotion():
+        shardings = [jax.typeof(x).sharding if isinstance(x, jax.Array) else None for x in jax.tree.leaves(params)]
+        explicit = any(s is not None and AxisType.Explicit in s.mesh.axis_types for s in shardings)
+        if explicit and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
+            raise ValueError(
+                "params lie on a mesh with explicit axes, which the compiler does not divide programs over; make it "
+                "with axis_types=(jax.sharding.AxisType.Auto,) * 2, or call this outside of jax.jit"
+            )
+        mesh = _mesh_of(params)
+        if mesh is None:
+            yield params
+            return
+        mesh = automatic(mesh)
+        if explicit:
+            params = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), params)
+        with jax.set_mesh(mesh):
+            yield params
+
+
+def _mesh_of(params: Any) -> Mesh | None:
     """The mesh with the axes `data` and `model` that parameters lie on; None for one device, or under a transform."""
     for leaf in jax.tree.leaves(params):
         sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and {"data", "model"} <= set(sharding.mesh.axis_names):
             return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
     return None
-
-
-@contextlib.contextmanager
-def beside(params: Any) -> Iterator[None]:
-    """Programs that are called inside divide what they make as the parameters are divided."""
-    mesh = mesh_of(params)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(automatic(mesh)):
-        yield

@@ -33,7 +33,7 @@ REQUIRED = {
 
 RANGES = {
     "rope_theta": (1, 1e30),
-    "factor": (1, 1e9),
+    "factor": (1, 1e6),
     "low_freq_factor": (1e-6, 1e9),
     "high_freq_factor": (1e-6, 1e9),
     "attention_factor": (1e-6, 1e9),
@@ -77,12 +77,13 @@ def one_rope(settings: Mapping, layer_types: Iterable[str]) -> dict[str, Any]:
     if not any(kind in settings for kind in kinds):
         return dict(settings)
     each = [settings.get(kind) for kind in kinds]
-    if not all(isinstance(one, Mapping) and one == each[0] for one in each):
+    first = each[0]
+    if not isinstance(first, Mapping) or any(one != first for one in each):
         raise ValueError(
             f"rope_parameters={reprlib.repr(dict(settings))} differ between the layer types {', '.join(kinds)}, which "
             "is not supported for this model_type"
         )
-    return dict(each[0])
+    return dict(first)
 
 
 def freeze_rope(settings: Mapping, max_position_embeddings: int) -> tuple[tuple[str, Any], ...]:
@@ -115,7 +116,7 @@ def check_rope(settings: Mapping, head_dim: int) -> None:
     Raises:
       ValueError: an unknown scaling; a base, factor or length that is missing, not a number or out of range.
     """
-    kind = settings.get("rope_type")
+    kind = settings.get("rope_type", "")
     _check_type(kind)
     for name in ("rope_theta", *REQUIRED.get(kind, ())):
         if settings.get(name) is None:

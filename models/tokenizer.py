@@ -36,6 +36,8 @@ def load_tokenizer(path_or_id: str | os.PathLike) -> Any:
     if vocabulary is None:
         raise _no_vocabulary(directory)
     refuse_pointer(vocabulary)
+    if vocabulary.name == "vocab.json" and (directory / "merges.txt").is_file():
+        refuse_pointer(directory / "merges.txt")
     _check_packages(vocabulary)
     tokenizer = _from_transformers(directory, str(vocabulary), config=_bare_config(directory), local_files_only=True)
     if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
@@ -78,8 +80,8 @@ def _bare_config(directory: pathlib.Path) -> Any:
 
     fields = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     try:
-        config = AutoConfig.for_model(fields.get("model_type"))
-    except (ValueError, TypeError):
+        config = AutoConfig.for_model(str(fields.get("model_type")))
+    except ValueError:
         config = PreTrainedConfig()
     if isinstance(fields.get("tokenizer_class"), str):
         config.tokenizer_class = fields["tokenizer_class"]

@@ -24,10 +24,10 @@ class CompilationClock:
     def __exit__(self, *error) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **metadata) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith(self.PREFIX):
             now = time.perf_counter()
-            self._intervals.append((now - duration, now))
+            self._intervals.append((now - duration_secs, now))
 
     @property
     def seconds(self) -> float:

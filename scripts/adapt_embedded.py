@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.progress
-import tyro
 from embedded_curriculum import CURRICULUM
 
 import restkv_jax as rk
+from restkv_jax.commands.options import parse
 from restkv_jax.evaluate import make_prompts, measure_accuracy
 from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.models import hidden_states
@@ -95,7 +95,7 @@ def saved(options: Options, groups: rk.pod.LayerGroups) -> float:
 
 
 def find_groups(options: Options, model: Any, params: Any, tokenizer: Any) -> list[rk.pod.LayerGroups]:
-    """For every saving that is wanted the groups that come closest, on the way of least loss; prints the way."""
+    """For every saving in the options the groups that come closest, on the way of least loss; prints the way."""
     path = options.run / "merged.json"
     if not path.exists():
         sample = sequences(tokenizer, options.sample_prompts // 3, options.seed + 4)
@@ -107,7 +107,7 @@ def find_groups(options: Options, model: Any, params: Any, tokenizer: Any) -> li
     for groups, loss in found:
         leaders = ", ".join("".join(map(str, head)) for head in zip(*groups.leader, strict=True))
         print(f"| {groups.num_blocks} | {saved(options, groups):.1%} | {loss:.3f} | {leaders} |", flush=True)
-    return [min((g for g, _ in found), key=lambda g: abs(saved(options, g) - wanted)) for wanted in options.savings]
+    return [min((g for g, _ in found), key=lambda g: abs(saved(options, g) - saving)) for saving in options.savings]
 
 
 def adapted(options: Options, model: Any, params: Any, tokenizer: Any, sharing: rk.pod.Sharing | None, name: str):
@@ -204,4 +204,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(parse(Options))

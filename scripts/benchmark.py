@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.progress import track
 
 import restkv_jax as rk
 from restkv_jax.caches.paged import fill_pages, pool_shape
+from restkv_jax.commands.options import parse
 from restkv_jax.eviction.allocation import ALLOCATIONS, ModelWide
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.pod.adaptation.program import make_program
@@ -317,4 +317,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(parse(Options))

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import restkv_jax as rk
-from restkv_jax.evaluate.tasks import Prompt, make_prompts
+from restkv_jax.commands.options import parse
+from restkv_jax.evaluate import Prompt, make_prompts
 from restkv_jax.timing import CompilationClock
 
 
@@ -109,4 +109,4 @@ def cost_table(runs: dict[str, Run], num_tokens: int, num_prompts: int) -> Table
 if __name__ == "__main__":
     # transformers advises to install PyTorch, which nothing here needs
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    tyro.cli(main)
+    parse(main)

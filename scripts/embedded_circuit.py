@@ -97,21 +97,21 @@ def wiring(config: ModelConfig, weights: dict[str, Any], key: jax.Array) -> dict
 
     Their values are a projection of what a token is. Copying heads write it back, which predicts the token; each other
     makes a note of it in components of its own, and heads of `MATCHES` compare notes in the half of their components
-    that RoPE turns least. `previous` also passes on what `last` has noted.
+    that RoPE turns least. `previous` also passes on what `last` wrote.
     """
     hidden, dim = config.hidden_size, config.head_dim
     groups = config.num_attention_heads // config.num_key_value_heads
     token_key, note_key, mix_key = jax.random.split(key, 3)
     seen = jax.random.orthogonal(token_key, TOKEN_COMPONENTS)[:, :dim]
-    noted = jax.random.orthogonal(note_key, dim)[:, :NOTE_COMPONENTS]
+    note_basis = jax.random.orthogonal(note_key, dim)[:, :NOTE_COMPONENTS]
     starts = range(CONSTANT_COMPONENTS + TOKEN_COMPONENTS, hidden, NOTE_COMPONENTS)
     blocks = {role: slice(start, start + NOTE_COMPONENTS) for role, start in zip(NOTING, starts, strict=True)}
     value = jnp.zeros((hidden, dim)).at[CONSTANT_COMPONENTS : CONSTANT_COMPONENTS + TOKEN_COMPONENTS].set(seen)
     queries, keys, values, output = (weights[f"{name}_projection"] for name in ("query", "key", "value", "output"))
     for role, (layer, head) in HEADS.items():
-        passed = value.at[blocks["last"]].set(noted.T / NOTE_SCALE) if role == "previous" else value
+        passed = value.at[blocks["last"]].set(note_basis.T / NOTE_SCALE) if role == "previous" else value
         values = values.at[layer, :, head // groups].set(passed)
-        note = value.T if role in COPYING else jnp.zeros((dim, hidden)).at[:, blocks[role]].set(NOTE_SCALE * noted)
+        note = value.T if role in COPYING else jnp.zeros((dim, hidden)).at[:, blocks[role]].set(NOTE_SCALE * note_basis)
         output = output.at[layer, head].set(note)
     half = jnp.arange(dim // 4, dim // 2)
     slow = jnp.concatenate([half, half + dim // 2])
@@ -148,9 +148,9 @@ def look_losses(queries: jax.Array, keys: jax.Array, batch: data.Batch) -> jax.A
     queries = jnp.take_along_axis(queries[layers, :, heads], start[..., None], axis=2)
     scores = jnp.einsum("rbmd,rbtd->rbmt", queries, keys[layers, :, heads // groups]) + batch.log_copies[:, None]
     scores = jnp.where(jnp.arange(scores.shape[-1]) <= start[..., None], scores, -1e9)
-    wanted = jnp.take_along_axis(scores, jnp.maximum(batch.look_to, 0), axis=-1)
-    wanted = jnp.where(batch.look_to >= 0, wanted, -1e9)
-    losses = jax.nn.logsumexp(scores, axis=-1) - jax.nn.logsumexp(wanted, axis=-1)
+    target_scores = jnp.take_along_axis(scores, jnp.maximum(batch.look_to, 0), axis=-1)
+    target_scores = jnp.where(batch.look_to >= 0, target_scores, -1e9)
+    losses = jax.nn.logsumexp(scores, axis=-1) - jax.nn.logsumexp(target_scores, axis=-1)
     asked, nothing = batch.look_from >= 0, batch.look_to[..., 0] == 0
     kinds = jnp.stack([asked & nothing, asked & ~nothing])
     counts = kinds.sum(axis=(2, 3))

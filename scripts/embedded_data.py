@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from restkv_jax.evaluate import tasks
+from restkv_jax.evaluate.tasks import needles, vocabulary
 
 ROLES = ("first", "second", "last", "retrieve", "previous", "next", "continue")
 """What heads are shown to do. `first` and `second`: the adjective and the noun of the key that a token belongs to or
@@ -83,8 +83,8 @@ class Vocabulary:
         groups = ["".join(digits) for n in (1, 2, 3) for digits in itertools.product(string.digits, repeat=n)]
         self.inner = {group: ids(group) for group in groups}
         self.first = {group: ids("Ġ" + group) for group in groups}
-        self.adjectives = [self.encode(" " + word) for word in tasks.adjectives()]
-        self.nouns = [self.encode("-" + word) for word in tasks.nouns()]
+        self.adjectives = [self.encode(" " + word) for word in vocabulary.adjectives()]
+        self.nouns = [self.encode("-" + word) for word in vocabulary.nouns()]
 
     def number(self, value: str) -> list[int]:
         """The tokens of " " and a number."""
@@ -100,10 +100,10 @@ def make_batch(stage: Stage, vocabulary: Vocabulary, rng: np.random.Generator) -
 
 
 def _pack(stage: Stage, vocabulary: Vocabulary, rows: list[list[Segment]], rng: np.random.Generator) -> Batch:
-    shape, wanted, looked = (stage.batch, stage.length), (stage.batch, stage.targets), stage.length // 4
+    shape, target_shape, looked = (stage.batch, stage.length), (stage.batch, stage.targets), stage.length // 4
     tokens = np.full(shape, vocabulary.pad, np.int32)
     positions, log_copies = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    index, target, answer = (np.full(wanted, fill, np.int32) for fill in (0, 0, -1))
+    index, target, answer = (np.full(target_shape, fill, np.int32) for fill in (0, 0, -1))
     look_from = np.full((len(ROLES), stage.batch, looked), -1, np.int32)
     look_to = np.full((*look_from.shape, MOST_TARGETS), -1, np.int32)
     for b, row in enumerate(rows):
@@ -179,7 +179,7 @@ def _needles(stage: Stage, v: Vocabulary, rng: np.random.Generator, kind: str, s
     owners = rng.permutation(np.repeat(np.arange(num_keys), per_key)).tolist()
     groups = [[i for i, owner in enumerate(owners) if owner == key] for key in range(num_keys)]
     numbers = [v.number(str(rng.integers(1_000_000, 10_000_000))) for _ in owners]
-    header = tasks.ONE_HEADER if kind == "one" and rng.random() < 0.4 else tasks.MANY_HEADER
+    header = needles.ONE_HEADER if kind == "one" and rng.random() < 0.4 else needles.MANY_HEADER
     start = v.encode(header) + newline if rng.random() < 0.9 else []
     haystack = [_needle(v, i, keys[key], numbers[i], groups[key], newline) for i, key in enumerate(owners)]
 
@@ -199,7 +199,7 @@ def _needles(stage: Stage, v: Vocabulary, rng: np.random.Generator, kind: str, s
 
 def _needle(v: Vocabulary, i: int, key: list[int], number: list[int], group: list[int], newline: list[int]) -> Segment:
     """The `i`-th needle; `group` are those of its key, in order."""
-    opening = v.encode(("" if newline else " ") + tasks.NEEDLE.split(" {key}")[0])
+    opening = v.encode(("" if newline else " ") + needles.NEEDLE.split(" {key}")[0])
     before = [*opening, *key, *v.encode(" is:")]
     at, adjective = len(before), len(opening)
     noun, place = adjective + len(key) - 1, group.index(i)
@@ -213,7 +213,7 @@ def _needle(v: Vocabulary, i: int, key: list[int], number: list[int], group: lis
 
 def _question(v, asked: list[int], keys, groups, numbers, newline, many: bool, short: bool) -> Segment:
     """The question for some keys with its answer: their values in the order of the keys and of the text."""
-    parts = (tasks.MANY_QUESTION if many else tasks.ONE_QUESTION).split(" {keys}")
+    parts = (needles.MANY_QUESTION if many else needles.ONE_QUESTION).split(" {keys}")
     opening = parts[1].split("? ")[1] if short else parts[0]
     tokens = list(v.encode(("" if newline else " ") + opening))
     looks, mentions = [], []
@@ -270,7 +270,7 @@ def _tracking(stage: Stage, v: Vocabulary, rng: np.random.Generator, short: bool
     which = rng.permutation(np.repeat(np.arange(count), [len(chain) for chain in chains]))
     upcoming = [iter(chain) for chain in lines]
     sentences = [next(upcoming[i]) for i in which]
-    start = Segment([v.bos, *v.encode(tasks.TRACKING_HEADER + "\n")])
+    start = Segment([v.bos, *v.encode(needles.TRACKING_HEADER + "\n")])
     budget = stage.length - len(start.tokens) - sum(len(s.tokens) for s in sentences)
     questions, used = [], 0
     for i in rng.permutation(count):
@@ -284,7 +284,7 @@ def _tracking(stage: Stage, v: Vocabulary, rng: np.random.Generator, short: bool
 
 
 def _assignment(v: Vocabulary, name: str, source: str) -> Segment:
-    tokens = v.encode_once(tasks.ASSIGNMENT.format(name=name, value=source) + "\n")
+    tokens = v.encode_once(needles.ASSIGNMENT.format(name=name, value=source) + "\n")
     made, given = v.encode_once(" " + name), v.encode_once(" " + source.removeprefix("VAR "))
     end = len(tokens) - 1
     marks = {("name", name, t): 1 + t for t in range(len(made))} | {("line", name): end}
@@ -292,7 +292,7 @@ def _assignment(v: Vocabulary, name: str, source: str) -> Segment:
 
 
 def _tracking_question(v: Vocabulary, chain: list[str], value: str, short: bool) -> Segment:
-    text = tasks.TRACKING_QUESTION.format(value=value, count=len(chain))
+    text = needles.TRACKING_QUESTION.format(value=value, count=len(chain))
     tokens = v.encode_once(text[text.rindex("variables") - 2 :] if short else text)
     end, number = len(tokens) - 1, v.number(value)
     at = max(i for i, token in enumerate(tokens) if token == number[0])
@@ -340,7 +340,7 @@ def _keys(v: Vocabulary, rng: np.random.Generator, count: int) -> list[list[int]
 
 def _noise(stage: Stage, v: Vocabulary, rng: np.random.Generator, room: int, newline: list[int]) -> list[Segment]:
     """Noise sentences for `room` tokens; where positions are spread, each stands for many."""
-    tokens = v.encode(("" if newline else " ") + tasks.NOISE) + newline
+    tokens = v.encode(("" if newline else " ") + needles.NOISE) + newline
     count = max(room, 0) // len(tokens)
     most = max(1, stage.span // max(1, count * len(tokens)))
     return [Segment(tokens, copies=int(rng.integers(1, most + 1))) for _ in range(count)]

@@ -6,13 +6,12 @@ and nothing else.
 
 import pathlib
 
-import tyro
-
+from restkv_jax.commands.options import parse
 from restkv_jax.evaluate.accuracy import wilson_interval
-from restkv_jax.evaluate.grid import Entry, parse_method
+from restkv_jax.evaluate.grid import CacheConfig, parse_method
 from restkv_jax.evaluate.results import read_results
 
-Exact = dict[tuple[str, int], dict[Entry, tuple[int, int]]]
+Exact = dict[tuple[str, int], dict[CacheConfig, tuple[int, int]]]
 """Exact answers and prompts by task and length, and by method and budget."""
 
 
@@ -21,9 +20,9 @@ def read_exact(directories: tuple[pathlib.Path, ...]) -> Exact:
     counts: Exact = {}
     for directory in directories:
         for cell, scores in read_results(directory).cells.items():
-            entries = counts.setdefault((cell.task, cell.length), {})
-            right, total = entries.get(cell.entry, (0, 0))
-            entries[cell.entry] = right + int(scores.exact.sum()), total + len(scores.exact)
+            by_config = counts.setdefault((cell.task, cell.length), {})
+            right, total = by_config.get(cell.config, (0, 0))
+            by_config[cell.config] = right + int(scores.exact.sum()), total + len(scores.exact)
     return counts
 
 
@@ -41,7 +40,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
         print(f"| {' | '.join(row)} |")
 
 
-def main(directories: tyro.conf.Positional[tuple[pathlib.Path, ...]]) -> None:
+def main(directories: tuple[pathlib.Path, ...]) -> None:
     """Prints the full cache by length, then every length's methods by budget.
 
     Args:
@@ -50,19 +49,24 @@ def main(directories: tyro.conf.Positional[tuple[pathlib.Path, ...]]) -> None:
     counts = read_exact(directories)
     tasks, lengths = dict.fromkeys(task for task, _ in counts), sorted({length for _, length in counts})
     full = {
-        place: {entry.method: n for entry, n in found.items() if not entry.budget} for place, found in counts.items()
+        scenario: {config.method: n for config, n in found.items() if not config.budget}
+        for scenario, found in counts.items()
     }
     print("Full cache:\n")
     rows = [[f"`{task}`", *(cell_text(full.get((task, n), {}).get("full")) for n in lengths)] for task in tasks]
     print_table(["prompts", *(f"{length:,} tokens" for length in lengths)], rows)
     for length in lengths:
-        small = [entry for task in tasks for entry in counts.get((task, length), {}) if entry.budget]
+        small = [config for task in tasks for config in counts.get((task, length), {}) if config.budget]
         methods, budgets = dict.fromkeys(e.method for e in small), dict.fromkeys(e.budget for e in small)
         if not small:
             continue
         print(f"\n{length:,} tokens:\n")
         rows = [
-            [f"`{task}`", budget, *(cell_text(counts[task, length].get(Entry(method, budget))) for method in methods)]
+            [
+                f"`{task}`",
+                budget,
+                *(cell_text(counts[task, length].get(CacheConfig(method, budget))) for method in methods),
+            ]
             for task in tasks
             if (task, length) in counts
             for budget in budgets
@@ -71,4 +75,4 @@ def main(directories: tyro.conf.Positional[tuple[pathlib.Path, ...]]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    parse(main)

@@ -7,7 +7,7 @@ import string
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from restkv_jax.evaluate import tasks
+from restkv_jax.evaluate.tasks import needles, vocabulary
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
@@ -45,7 +45,11 @@ def answer_tokens() -> list[str]:
 def word_tokens() -> list[str]:
     """The words of the templates and of the keys, as `PATTERN` splits them."""
     splitter = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    texts = [*tasks.TEMPLATES, *(f" {word}" for word in tasks.adjectives()), *(f"-{word}" for word in tasks.nouns())]
+    texts = [
+        *needles.TEMPLATES,
+        *(f" {word}" for word in vocabulary.adjectives()),
+        *(f"-{word}" for word in vocabulary.nouns()),
+    ]
     return [piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)]
 
 
@@ -58,7 +62,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     trained.pre_tokenizer = split_text()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + NUM_MERGES, initial_alphabet=alphabet, show_progress=False)
-    words = [prefix + word for word in tasks.nouns() + tasks.adjectives() for prefix in ("", " ")]
+    words = [prefix + word for word in vocabulary.nouns() + vocabulary.adjectives() for prefix in ("", " ")]
     trained.train_from_iterator(words, trainer)
     merges = [tuple(pair) for pair in _merges(trained)]
     to_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str

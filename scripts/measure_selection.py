@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.progress
-import tyro
 from jax import Array
 
 import restkv_jax as rk
+from restkv_jax.commands.options import parse
 from restkv_jax.evaluate import is_exact, make_prompts
 from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.eviction.layer import evict
@@ -107,11 +107,11 @@ def output_errors(model: Any, params: Any, tokens: Array, mask: Array, policies:
                 shown.queries, memory.keys, memory.values, shown.output_projection, memory.positions
             )
             kept = evict(policy, observation, policy.budget)
-            wanted = window_outputs(*observation.attention_arguments)
+            exact = window_outputs(*observation.attention_arguments)
             arrays = kept.keys, kept.values, shown.positions, kept.positions, observation.sliding_window
-            missing = wanted - window_outputs(shown.queries, *arrays)
+            missing = exact - window_outputs(shown.queries, *arrays)
             project = functools.partial(jnp.einsum, "bhwd,hdm->bwm", precision="highest")
-            sizes = (jnp.linalg.norm(project(x, shown.output_projection), axis=(1, 2)) for x in (missing, wanted))
+            sizes = (jnp.linalg.norm(project(x, shown.output_projection), axis=(1, 2)) for x in (missing, exact))
             return jnp.divide(*sizes)
 
         return errors.at[layer.index].set(jnp.stack([error(policy) for policy in policies], axis=-1))
@@ -161,4 +161,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(parse(Options))

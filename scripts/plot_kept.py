@@ -4,10 +4,10 @@ import pathlib
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import restkv_jax as rk
-from restkv_jax.evaluate.tasks import make_prompts
+from restkv_jax.commands.options import parse
+from restkv_jax.evaluate import make_prompts
 from restkv_jax.plot import plot_kept, token_span
 
 
@@ -43,4 +43,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    parse(main)

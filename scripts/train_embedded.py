@@ -21,11 +21,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import rich.progress
-import tyro
 from embedded_circuit import initial_params, look_losses
 from embedded_curriculum import CURRICULUM, choose_stage
 
 import restkv_jax as rk
+from restkv_jax.commands.options import parse
 from restkv_jax.models.config import ModelConfig
 
 LOOK_WEIGHT = 0.5
@@ -130,10 +130,10 @@ def answer_loss(params: Any, hidden: jax.Array, batch: data.Batch, vocabulary_si
     Tokens beyond the vocabulary's size are left out.
     """
     hidden = jnp.take_along_axis(hidden, batch.index[..., None], axis=1)
-    scores = hidden @ params["embedding"][:vocabulary_size].T
-    losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch.target)
+    logits = hidden @ params["embedding"][:vocabulary_size].T
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.target)
     weight = (batch.answer >= 0) & (batch.target < vocabulary_size)
-    right = scores.argmax(axis=-1) == batch.target
+    right = logits.argmax(axis=-1) == batch.target
     return jnp.where(weight, losses, 0.0).sum() / weight.sum(), right | ~weight
 
 
@@ -274,4 +274,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(parse(Options))

@@ -43,10 +43,10 @@ class SharedCache(Cache):
     Attributes:
       keys: [L, B, K, P, D], proximal, after RoPE; `P = sink + recent`, less where no sequence gets that long.
       values: [L, B, K, P, D].
-      distant_keys: [A, M, R, B / A, N, D], once per block; `R` blocks of the KV heads of each of `M` parts, which
-        belong to the rows of each of `A` parts (on a mesh, the places along `model` and `data`).
+      distant_keys: [A, M, B / A, R, N, D], once per block: on a mesh in parts, of the rows at each of `A` places along
+        `data` and of the KV heads at each of `M` along `model`, with at most `R` blocks each.
       distant_values: [L, B, K, N, D].
-      distant_positions: int32 [A, M, R, B / A, N], -1 where empty.
+      distant_positions: int32 [A, M, B / A, R, N], -1 where empty.
       kept: int32 [B], distant tokens of the prompt that are held.
       skips: where distant tokens may be skipped, else None.
       sharing: static.
@@ -96,10 +96,8 @@ class SharedCache(Cache):
         groups, parts = self.sharing.groups, self.parts
         part = jnp.arange(groups.num_kv_heads) // (groups.num_kv_heads // parts.heads)
         blocks = jnp.asarray(groups.in_parts(parts.heads)[0])
-        distant = self.distant_positions[:, part, blocks]  # [A, L, K, b, N]
-        distant = jnp.moveaxis(distant, (0, 3), (1, 2)).reshape(
-            *blocks.shape[:1], -1, *distant.shape[2:3], distant.shape[4]
-        )
+        distant = self.distant_positions[:, part, :, blocks]  # [L, K, A, b, N]
+        distant = jnp.moveaxis(distant.reshape(*blocks.shape, -1, distant.shape[-1]), 1, 2)
         proximal = self.proximal_positions(self.next_positions - 1)
         proximal = jnp.broadcast_to(proximal[None, :, None], self.keys.shape[:4])
         return jnp.concatenate([proximal, distant], axis=-1)
@@ -107,7 +105,7 @@ class SharedCache(Cache):
     def row_axes(self) -> "SharedCache | None":
         if self.parts.rows > 1:
             return None
-        distant = {"distant_keys": 3, "distant_positions": 3}
+        distant = {"distant_keys": 2, "distant_positions": 2}
         axes = jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self).replace(**distant)
         return axes if self.skips is None else axes.replace(skips=jax.tree.map(lambda x: 0, self.skips))
 
@@ -157,13 +155,13 @@ class SharedCache(Cache):
     def _put_leaders(self, layer: Array, slots: Array, keys: Array, positions: Array) -> tuple[Array, Array]:
         """The distant keys and positions with one more, [B, K, D] and int32 [B], where the layer leads."""
         blocks, leads = self._blocks(layer)
-        blocks = jnp.broadcast_to(jnp.where(leads, blocks, self.distant_keys.shape[2]), slots.shape)
+        blocks = jnp.broadcast_to(jnp.where(leads, blocks, self.distant_keys.shape[3]), slots.shape)
         positions = jnp.broadcast_to(positions[:, None], slots.shape)
 
         def put(stores, blocks, slots, *new):
             rows = jnp.arange(slots.shape[0])[:, None]
             return [
-                x.at[blocks, rows, slots].set(y.astype(x.dtype), mode="drop") for x, y in zip(stores, new, strict=True)
+                x.at[rows, blocks, slots].set(y.astype(x.dtype), mode="drop") for x, y in zip(stores, new, strict=True)
             ]
 
         stores = self.distant_keys, self.distant_positions
@@ -260,7 +258,7 @@ def empty_shared_cache(
     num_proximal = min(sharing.proximal, length + max_new_tokens)
     num_distant = num_kept + min(max_new_tokens, sharing.distant(length + max_new_tokens))
     counts = [jnp.zeros(batch, jnp.int32) for _ in range(2)]
-    in_parts = *parts, blocks, batch // parts.rows, num_distant
+    in_parts = *parts, batch // parts.rows, blocks, num_distant
 
     def pairs(slots: int) -> Array:
         return on_mesh(jnp.zeros((layers, batch, heads, slots, dim), dtype), rows=1, heads=2)

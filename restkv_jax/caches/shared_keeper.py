@@ -164,12 +164,12 @@ def _store_keys(
       indices: int32 [B, K, C] of the tokens to keep; `T` where a slot stays empty.
     """
     kept = gather_pairs(memory.pairs._replace(keys=memory.leader_keys), indices)
-    blocks = jnp.where(heads, cache._blocks(layer)[0], cache.distant_keys.shape[2])
+    blocks = jnp.where(heads, cache._blocks(layer)[0], cache.distant_keys.shape[3])
     blocks = jnp.broadcast_to(blocks, indices.shape[:2])
 
     def put(stores, blocks, *new):
         return [
-            store.at[blocks[0], :, : indices.shape[-1]].set(jnp.swapaxes(x, 0, 1).astype(store.dtype), mode="drop")
+            store.at[:, blocks[0], : indices.shape[-1]].set(x.astype(store.dtype), mode="drop")
             for store, x in zip(stores, new, strict=True)
         ]
 

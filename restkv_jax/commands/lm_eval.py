@@ -1,22 +1,25 @@
 """`restkv lm-eval`: lm-evaluation-harness's own command with `restkv` among its models."""
 
+import argparse
 import contextlib
+import glob
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-from unittest import mock
+from collections.abc import Iterator, Sequence
 
-from lm_eval._cli import HarnessCLI
-from lm_eval.api.task import ConfigurableTask
+from lm_eval._cli import HarnessCLI  # which has no public name
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import setup_logging
 
-from restkv_jax.commands.options import UsageError
-from restkv_jax.evaluate.harness import EMBEDDED
+from restkv_jax.commands.options import UsageError, as_usage_error, print_notice
+from restkv_jax.evaluate.harness.model import EMBEDDED
 from restkv_jax.evaluate.harness.model_args import parse_model_args
 
+TRIAL_TOKENS = 4096
+"""Most tokens of the prompts that RULER's tasks make when it is tried whether they can be loaded."""
 
-def run_lm_eval(args: Sequence[str]) -> None:
+
+def run(args: Sequence[str]) -> None:
     """Hands over to the harness; tasks that cannot be loaded are named and left out, the others run.
 
     Args:
@@ -27,95 +30,80 @@ def run_lm_eval(args: Sequence[str]) -> None:
       UsageError: arguments that cannot work, or no task that can be loaded.
     """
     setup_logging()
-    with mock.patch.object(sys, "argv", ["restkv lm-eval", *args]):
-        cli = HarnessCLI()
-        parsed = cli.parse_args()
-    # a file of settings says itself which model it is for
-    if parsed.command == "run" and parsed.config is None:
+    harness = HarnessCLI()
+    with _process_arguments("restkv lm-eval", *args):  # the harness reads no others
+        parsed = harness.parse_args()
+    left_out: dict[str, str] = {}
+    with as_usage_error():
+        if parsed.command == "run":
+            _set_model(parsed)
+            parsed.tasks = _loadable_tasks(EvaluatorConfig.from_cli(parsed), left_out)
+        harness.execute(parsed)
+    for name, reason in left_out.items():
+        _warn(name, reason)
+
+
+@contextlib.contextmanager
+def _process_arguments(*arguments: str) -> Iterator[None]:
+    given, sys.argv = sys.argv, list(arguments)
+    try:
+        yield
+    finally:
+        sys.argv = given
+
+
+def _set_model(parsed: argparse.Namespace) -> None:
+    """Fills in the default model and checks its arguments; a file of settings says itself which model it is for."""
+    if parsed.config is None:
         parsed.model = parsed.model or "restkv"
         if parsed.model == "restkv":
             # tasks that make their own prompts find the tokenizer by this argument
             parsed.model_args = {"pretrained": EMBEDDED} | (parsed.model_args or {})
             parse_model_args(parsed.model_args)
-    left_out: dict[str, str] = {}
-    with _shared_downloads(), mock.patch.object(TaskManager, "load", _tolerant(TaskManager.load, left_out)):
-        cli.execute(parsed)
-    for name, reason in left_out.items():
-        _complain(name, reason)
 
 
-def _tolerant(load: Callable[..., Any], left_out: dict[str, str]) -> Callable[..., Any]:
-    """`TaskManager.load` that puts what cannot be loaded into `left_out`, by name with the reason."""
-
-    def load_some(manager: TaskManager, tasks: Sequence[Any]) -> Any:
-        found: list[Any] = []
-        for task in tasks:
-            _sort_out(lambda one: load(manager, [one]), manager, task, found, left_out)
-        if not found:
-            reasons = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
-            raise UsageError(f"--tasks: none can be loaded: {reasons}")
-        return load(manager, found)
-
-    return load_some
-
-
-def _sort_out(load: Callable[[Any], Any], manager: TaskManager, task: Any, found: list, left_out: dict) -> None:
-    """A group or tag that cannot be loaded as a whole is gone through member by member."""
-    try:
-        load(task)
-    except Exception as error:  # whatever a task's own code raises must not stop the others
-        members = _members(manager, task)
-        for member in members:
-            _sort_out(load, manager, member, found, left_out)
-        if not members:
-            name = task if isinstance(task, str) else task.get("task", task.get("group"))
-            left_out[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            _complain(name, left_out[name])
-    else:
-        if task not in found:
-            found.append(task)
+def _loadable_tasks(config: EvaluatorConfig, left_out: dict[str, str]) -> list[str]:
+    """Names and files of the tasks that can be loaded; the others go into `left_out`, by name with the reason."""
+    metadata = dict(config.metadata)
+    lengths = metadata.get("max_seq_lengths")
+    if isinstance(lengths, list):
+        metadata["max_seq_lengths"] = [min(TRIAL_TOKENS, *lengths)]
+    manager = TaskManager(include_path=config.include_path, metadata=metadata)
+    asked = config.tasks.split(",") if isinstance(config.tasks, str) else config.tasks
+    found: dict[str, None] = {}
+    unreachable: set[str] = set()
+    for task in asked:
+        for name in manager.match_tasks([task]) or sorted(glob.glob(f"{task}/*.yaml") or glob.glob(task)) or [task]:
+            found |= dict.fromkeys(_load(manager, name, left_out, unreachable))
+    if not found:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())
+        raise UsageError(f"--tasks: none can be loaded: {reasons}")
+    return list(found)
 
 
-def _members(manager: TaskManager, task: Any) -> list[str]:
-    """Names of what a registered group or tag consists of; none where a group defines its members in place."""
-    entry = manager.task_index.get(task) if isinstance(task, str) else None
-    if entry is None:
-        return []
-    members = sorted(entry.tags) if entry.cfg is None else entry.cfg.get("task")
-    by_name = isinstance(members, list) and all(isinstance(m, str) and m in manager.task_index for m in members)
-    return members if by_name else []
+def _load(manager: TaskManager, name: str, left_out: dict[str, str], unreachable: set[str]) -> list[str]:
+    """The name of what can be loaded, or, of a group or tag that cannot be loaded as a whole, of those members.
 
-
-@contextlib.contextmanager
-def _shared_downloads() -> Iterator[None]:
-    """Lets a task take its data, or its failure, from an earlier task of its name and data set.
-
-    A task is loaded in its group, by itself, and for the run, and both making prompts and waiting for a hub that does
-    not answer take minutes.
+    A data set whose host does not answer is put into `unreachable`, and not waited for again.
     """
-    download = ConfigurableTask.download
-    found: dict[tuple, Any] = {}
-    failed: dict[tuple, Exception] = {}
-
-    def share(self, *args, **kwargs):
-        place = (str(self.DATASET_PATH or self.config.task),)
-        task = (*place, self.config.task, str(self.DATASET_NAME), repr((args, kwargs)))
-        for error in (failed.get(place), failed.get(task)):
-            if error is not None:
-                raise error
-        if task not in found:
-            try:
-                download(self, *args, **kwargs)
-            except Exception as error:
-                # a place that cannot be reached has nothing else either
-                failed[place if isinstance(error, ConnectionError) else task] = error
-                raise
-            found[task] = self.dataset
-        self.dataset = found[task]
-
-    with mock.patch.object(ConfigurableTask, "download", share):
-        yield
+    entry = manager.task_index.get(name)
+    settings = {} if entry is None or entry.cfg is None else entry.cfg
+    dataset = settings.get("dataset_path") or name
+    if dataset in unreachable:
+        left_out[name] = f"the host of {dataset} does not answer"
+        return []
+    try:
+        manager.load([name])
+    except Exception as error:  # whatever a task's own code raises must not stop the others
+        members = settings.get("task") if entry is None or entry.cfg is not None else sorted(entry.tags)
+        if isinstance(members, list) and all(isinstance(m, str) and m in manager.task_index for m in members):
+            return [one for member in members for one in _load(manager, member, left_out, unreachable)]
+        left_out[name] = f"{type(error).__name__}: {error}"
+        _warn(name, left_out[name])
+        unreachable |= {dataset} if isinstance(error, ConnectionError) else set()
+        return []
+    return [name]
 
 
-def _complain(name: str, reason: str) -> None:
-    print(f"restkv: warning: task {name} is left out: {reason}", file=sys.stderr)
+def _warn(name: str, reason: str) -> None:
+    print_notice(f"warning: task {name} is left out: {reason}")

@@ -1,15 +1,13 @@
-"""The commands `restkv pod ...`."""
+"""`restkv pod`: keys of distant tokens shared across layers."""
 
 import dataclasses
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal
 
-import tyro
-
-from restkv_jax.commands.loading import load_checkpoint
-from restkv_jax.commands.options import UsageError, as_usage_error, parse
+from restkv_jax.commands.options import FLAT, UsageError, as_usage_error, parse
+from restkv_jax.loading import load_checkpoint
 from restkv_jax.models.key_groups import LayerGroups, Sharing
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.pod.adaptation.recipe import Adaptation
@@ -37,7 +35,8 @@ class AdaptOptions:
       output: directory of the run: model/ with the result, metrics.jsonl, checkpoints/.
       model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes
         with the package if left out.
-      groups: the layers that share keys, the file or its directory, as `LayerGroups.save` writes them.
+      groups: the layers that share keys, the file or its directory, as `LayerGroups.save` writes them; a model that was
+        adapted before goes on with its own.
       dense: train the ordinary model instead, to compare.
       sink: first tokens whose keys are not shared.
       recent: last tokens whose keys are not shared.
@@ -60,15 +59,8 @@ class AdaptOptions:
     quiet: bool = False
 
 
-class Command(NamedTuple):
-    """A parsed `restkv pod adapt`."""
-
-    options: AdaptOptions
-    adaptation: Adaptation
-
-
-def run_pod(args: Sequence[str]) -> None:
-    """`restkv pod`: runs one of its commands.
+def run(args: Sequence[str]) -> None:
+    """Runs one of the commands of `restkv pod`.
 
     Raises:
       UsageError: an unknown command, or input that the command cannot work with.
@@ -86,16 +78,18 @@ def run_pod(args: Sequence[str]) -> None:
 def run_adapt(args: Sequence[str]) -> None:
     """`restkv pod adapt`: trains, and says where the result is."""
     options, adaptation = parse_adapt(args)
-    if options.dense == (options.groups is not None):
+    if options.dense and options.groups is not None:
         raise UsageError("give either --groups FILE, to share keys, or --dense, to train the ordinary model")
     with as_usage_error():
         mesh = make_mesh(options.model_parallel)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with its stack what it raises anyway
-    model, params, tokenizer = load_checkpoint(options.model, "float32")
     with as_usage_error():
+        model, params, tokenizer = load_checkpoint(options.model, "float32", dense=options.dense)
         sharing = None
         if options.groups is not None:
             sharing = Sharing(LayerGroups.load(options.groups, model), options.sink, options.recent)
+        elif model.sharing is None and not options.dense:
+            raise UsageError("give --groups FILE, to share keys, or --dense, to train the ordinary model")
         adapt(
             model,
             params,
@@ -113,7 +107,7 @@ def run_adapt(args: Sequence[str]) -> None:
         print(f"wrote {options.output / MODEL}")
 
 
-def parse_adapt(args: Sequence[str]) -> Command:
+def parse_adapt(args: Sequence[str]) -> tuple[AdaptOptions, Adaptation]:
     """Options of `restkv pod adapt`.
 
     Raises:
@@ -121,10 +115,12 @@ def parse_adapt(args: Sequence[str]) -> Command:
     """
 
     def command(
-        options: tyro.conf.OmitArgPrefixes[AdaptOptions], adaptation: tyro.conf.OmitArgPrefixes[Adaptation]
-    ) -> Command:
-        return Command(options, adaptation)
+        *,
+        options: Annotated[AdaptOptions, FLAT],
+        adaptation: Annotated[Adaptation, FLAT] = Adaptation(),  # noqa: B008
+    ) -> tuple[AdaptOptions, Adaptation]:
+        return options, adaptation
 
     command.__doc__ = AdaptOptions.__doc__
     with as_usage_error():
-        return parse(command, args, "restkv pod adapt", (AdaptOptions, Adaptation))
+        return parse(command, args, "restkv pod adapt")

@@ -9,7 +9,7 @@ from restkv_jax.evaluate.accuracy import (
     wilson_interval,
 )
 from restkv_jax.evaluate.reconstruction import reconstruction_errors
-from restkv_jax.evaluate.tasks import TASKS, make_prompts
+from restkv_jax.evaluate.tasks.making import TASKS, make_prompts
 from restkv_jax.evaluate.tasks.needles import Chain, Needles
 from restkv_jax.evaluate.tasks.prompts import Prompt, Task
 from restkv_jax.evaluate.tasks.words import CommonWords, FrequentWords

@@ -1,14 +1,14 @@
 """How often a model answers prompts exactly, with confidence intervals."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from restkv_jax.evaluate.batching import pad_batch
-from restkv_jax.evaluate.tasks import Prompt
+from restkv_jax.evaluate.tasks.prompts import Prompt
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import generate_each
 from restkv_jax.generation.reading import bucket_length
@@ -99,9 +99,7 @@ def match_share(text: str, answers: Sequence[str]) -> float:
     return sum(answer.lower() in text for answer in answers) / len(answers)
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927), 95 % by default."""
-    share = correct / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927)."""
+    low, high = scipy.stats.binomtest(correct, total).proportion_ci(confidence, method="wilson")
+    return float(low), float(high)

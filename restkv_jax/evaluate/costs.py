@@ -1,4 +1,4 @@
-"""What the entries of a sweep cost: bytes of the cache, time of the prefill and of a generated token."""
+"""What the configurations of a sweep cost: bytes of the cache, time of the prefill and of a generated token."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.evaluate.batching import pad_batch
-from restkv_jax.evaluate.grid import Entry, Grid, is_file, parse_method, policies
+from restkv_jax.evaluate.grid import CacheConfig, Grid, is_file, parse_method, policies
 from restkv_jax.evaluate.results import Cost, Costs, Rate
-from restkv_jax.evaluate.sweep import Loaded, Place, Work, answer_batch, places, prompts_of
+from restkv_jax.evaluate.sweep import PromptSet, RunSettings, answer_batch, encode_prompts, prompt_sets
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import decode_step, generate
 from restkv_jax.generation.reading import cache_shapes, prefill, prefill_each
+from restkv_jax.loading import Loaded
 
 NEW_TOKENS = 16
 """Room for new tokens in the caches that are measured, and tokens that are timed."""
@@ -26,7 +27,7 @@ MOST_RATED = 5
 
 
 def measure_costs(
-    loaded: Loaded, grid: Grid, work: Work, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    loaded: Loaded, grid: Grid, settings: RunSettings, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> Costs:
     """Measures bytes and times on prompts of the grid's first task, at each of its lengths.
 
@@ -38,45 +39,47 @@ def measure_costs(
     Args:
       loaded: what to measure.
       grid: its lengths, methods and budgets count.
-      work: its batch size, and how many entries share a prefill.
+      settings: its batch size, and how many configurations share a prefill.
       show: wraps the iteration over lengths, for progress.
     """
-    made = [place for place in places(grid, loaded.tokenizer) if not is_file(place.task)]
-    by_length = {place.length: place for place in reversed(made)}
+    made = [prompt_set for prompt_set in prompt_sets(grid, loaded.tokenizer) if not is_file(prompt_set.task)]
+    by_length = {prompt_set.length: prompt_set for prompt_set in reversed(made)}
     found: list[Cost] = []
     for length in show(sorted(by_length)):
-        told = prompts_of(grid, loaded.tokenizer, by_length[length])
-        first = told.batches(work.batch_size)[0]
-        tokens, mask = pad_batch([told.encoded[i] for i in first], work.batch_size)
-        found += _costs_at(loaded, policies(grid, length), length, tokens, mask, work.together)
-    rates = _rates(loaded, grid, by_length[min(by_length)], work.batch_size) if by_length else ()
+        encoded = encode_prompts(grid, loaded.tokenizer, by_length[length])
+        first = encoded.batches(settings.batch_size)[0]
+        tokens, mask = pad_batch([encoded.tokens[i] for i in first], settings.batch_size)
+        found += _costs_at(loaded, policies(grid, length), length, tokens, mask, settings.together)
+    rates = _rates(loaded, grid, by_length[min(by_length)], settings.batch_size) if by_length else ()
     return Costs(jax.devices()[0].device_kind, tuple(found), rates)
 
 
-def _costs_at(loaded: Loaded, entries: dict[Entry, EvictionPolicy], length: int, tokens, mask, together) -> list[Cost]:
-    """The costs of all entries for one batch."""
+def _costs_at(
+    loaded: Loaded, configs: dict[CacheConfig, EvictionPolicy], length: int, tokens, mask, together
+) -> list[Cost]:
+    """The costs of all configurations for one batch."""
     model, params, _ = loaded
-    shapes = {e: cache_shapes(model, params, tokens, mask, policy, NEW_TOKENS) for e, policy in entries.items()}
+    shapes = {e: cache_shapes(model, params, tokens, mask, policy, NEW_TOKENS) for e, policy in configs.items()}
     everything = cache_bytes(cache_shapes(model, params, tokens, mask, full(), NEW_TOKENS))
-    plain = {entry: policy for entry, policy in entries.items() if not parse_method(entry.method).options}
+    plain = {config: policy for config, policy in configs.items() if not parse_method(config.method).options}
     seconds = _token_seconds(
         loaded, {_structure(shapes[e]): policy for e, policy in plain.items()}, tokens, mask, together
     )
     prefills = {}
-    for entry, policy in plain.items():
-        if entry.method not in {e.method for e in prefills}:
+    for config, policy in plain.items():
+        if config.method not in {e.method for e in prefills}:
             run = lambda policy=policy: prefill(model, params, tokens, mask, policy, NEW_TOKENS)  # noqa: E731
-            prefills[entry] = _median_seconds(run)
+            prefills[config] = _median_seconds(run)
     return [
         Cost(
             length,
-            entry.label,
-            cache_bytes(shapes[entry]) // len(tokens),
-            cache_bytes(shapes[entry]) / everything,
-            prefills.get(entry),
-            seconds.get(_structure(shapes[entry])) if entry in plain else None,
+            config.label,
+            cache_bytes(shapes[config]) // len(tokens),
+            cache_bytes(shapes[config]) / everything,
+            prefills.get(config),
+            seconds.get(_structure(shapes[config])) if config in plain else None,
         )
-        for entry in entries
+        for config in configs
     ]
 
 
@@ -91,8 +94,8 @@ def _token_seconds(loaded: Loaded, by_structure: dict, tokens, mask, together: i
     for start in range(0, len(structures), together):
         group = structures[start : start + together]
         kept = tuple(by_structure[structure] for structure in group)
-        scores, caches = prefill_each(loaded.model, loaded.params, tokens, mask, kept, NEW_TOKENS)
-        token = scores.argmax(-1).astype(np.int32)
+        logits, caches = prefill_each(loaded.model, loaded.params, tokens, mask, kept, NEW_TOKENS)
+        token = logits.argmax(-1).astype(np.int32)
         for structure, policy, cache in zip(group, kept, caches, strict=True):
             found[structure] = _step_seconds(loaded, token, cache, policy)
     return found
@@ -108,32 +111,32 @@ def _step_seconds(loaded: Loaded, token: Array, cache: Any, policy: EvictionPoli
     return float(np.median(times))
 
 
-def _rates(loaded: Loaded, grid: Grid, place: Place, batch_size: int) -> tuple[Rate, ...]:
+def _rates(loaded: Loaded, grid: Grid, prompt_set: PromptSet, batch_size: int) -> tuple[Rate, ...]:
     """Prompts per second in a batch, one at a time, and one at a time for each method."""
-    told = prompts_of(grid, loaded.tokenizer, place)
-    batch = told.batches(batch_size)[0]
-    first: dict[str, tuple[Entry, EvictionPolicy]] = {}
-    for entry, policy in policies(grid, place.length).items():
-        first.setdefault(entry.method, (entry, policy))
-    entries = dict(list(first.values())[:MOST_RATED])
+    encoded = encode_prompts(grid, loaded.tokenizer, prompt_set)
+    batch = encoded.batches(batch_size)[0]
+    first: dict[str, tuple[CacheConfig, EvictionPolicy]] = {}
+    for config, policy in policies(grid, prompt_set.length).items():
+        first.setdefault(config.method, (config, policy))
+    configs = dict(list(first.values())[:MOST_RATED])
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("rows",))
-    lengths = {i: pad_batch([told.encoded[i]], 1) for i in batch}
+    lengths = {i: pad_batch([encoded.tokens[i]], 1) for i in batch}
 
     def one_by_one():
         for i in batch:
-            answer_batch(loaded, entries, told, [i], Work(1), mesh)
+            answer_batch(loaded, configs, encoded, [i], RunSettings(1), mesh)
 
     def one_by_one_for_each():
-        for policy in entries.values():
+        for policy in configs.values():
             for tokens, mask in lengths.values():
                 generate(
-                    loaded.model, loaded.params, tokens, mask, policy, told.max_new_tokens
+                    loaded.model, loaded.params, tokens, mask, policy, encoded.max_new_tokens
                 ).tokens.block_until_ready()
 
-    names = f"{len(entries)} methods"
+    names = f"{len(configs)} methods"
     ways = {
         f"batches of {len(batch)}, {names} from one prefill": lambda: answer_batch(
-            loaded, entries, told, batch, Work(len(batch)), mesh
+            loaded, configs, encoded, batch, RunSettings(len(batch)), mesh
         ),
         f"one prompt at a time, {names} from one prefill": one_by_one,
         f"one prompt and one method at a time, {names}": one_by_one_for_each,

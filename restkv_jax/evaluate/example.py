@@ -4,8 +4,9 @@ from matplotlib.figure import Figure
 
 from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.grid import Grid, parse_method, policies
-from restkv_jax.evaluate.sweep import Loaded, places, prompts_of
+from restkv_jax.evaluate.sweep import encode_prompts, prompt_sets
 from restkv_jax.generation.reading import prefill_each
+from restkv_jax.loading import Loaded
 from restkv_jax.plot import plot_kept, token_span
 
 MOST_SHOWN = 5
@@ -21,13 +22,13 @@ def plot_example(loaded: Loaded, grid: Grid) -> Figure | None:
     Returns:
       a figure, or None where no method evicts or there is no prompt.
     """
-    found = places(grid, loaded.tokenizer)
+    found = prompt_sets(grid, loaded.tokenizer)
     shown = _shown(grid, found[0].length) if found else {}
     if not shown:
         return None
-    told = prompts_of(grid, loaded.tokenizer, found[0])
-    number = min(told.prompts)
-    prompt, tokens = told.prompts[number], told.encoded[number]
+    encoded = encode_prompts(grid, loaded.tokenizer, found[0])
+    number = min(encoded.prompts)
+    prompt, tokens = encoded.prompts[number], encoded.tokens[number]
     arrays = pad_left([tokens], len(tokens))
     _, caches = prefill_each(loaded.model, loaded.params, *arrays, tuple(shown.values()))
     where = prompt.text.find(prompt.answers[0])
@@ -41,8 +42,8 @@ def plot_example(loaded: Loaded, grid: Grid) -> Figure | None:
 def _shown(grid: Grid, length: int) -> dict:
     """One policy of each of the first methods without options, by its label."""
     by_method: dict[str, list] = {}
-    for entry, policy in policies(grid, length).items():
-        if policy.budget is not None and not parse_method(entry.method).options:
-            by_method.setdefault(entry.method, []).append((policy.budget, entry.label, policy))
+    for config, policy in policies(grid, length).items():
+        if policy.budget is not None and not parse_method(config.method).options:
+            by_method.setdefault(config.method, []).append((policy.budget, config.label, policy))
     chosen = [sorted(group, key=lambda each: each[0])[:2][-1] for group in by_method.values()]
     return {label: policy for _, label, policy in chosen[:MOST_SHOWN]}

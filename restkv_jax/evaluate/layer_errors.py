@@ -1,4 +1,4 @@
-"""How far the layers' attention moves with each entry of a sweep: a measure that needs no answers."""
+"""How far the layers' attention moves with each configuration of a sweep: a measure that needs no answers."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,46 +9,47 @@ from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.grid import Grid, is_file, policies
 from restkv_jax.evaluate.reconstruction import reconstruction_errors
 from restkv_jax.evaluate.results import LayerErrors
-from restkv_jax.evaluate.sweep import Loaded, Prompts, Work, places, prompts_of
+from restkv_jax.evaluate.sweep import EncodedPrompts, RunSettings, encode_prompts, prompt_sets
 from restkv_jax.generation.reading import bucket_length
+from restkv_jax.loading import Loaded
 
 
 def measure_layer_errors(
-    loaded: Loaded, grid: Grid, work: Work, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    loaded: Loaded, grid: Grid, settings: RunSettings, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> tuple[LayerErrors, ...]:
-    """`reconstruction_errors` of all entries for one batch of prompts of every task and length, over their answers.
+    """`reconstruction_errors` of all configurations for a batch of prompts of every task and length, over the answers.
 
-    Entries that evict while they generate, or refit what they keep, have none: what they keep of the prompt changes.
+    Those that evict while they generate, or refit what they keep, have none: what they keep of the prompt changes.
 
     Args:
       loaded: what to measure.
-      grid: its tasks, lengths and entries count; of several depths the first.
-      work: its batch size, and how many entries share a prefill.
+      grid: its tasks, lengths and configurations count; of several depths the first.
+      settings: its batch size, and how many configurations share a prefill.
       show: wraps the iteration over tasks and lengths, for progress.
     """
     first: dict[tuple[str, int], Any] = {}
-    for place in places(grid, loaded.tokenizer):
-        if not is_file(place.task):
-            first.setdefault((place.task, place.length), place)
+    for prompt_set in prompt_sets(grid, loaded.tokenizer):
+        if not is_file(prompt_set.task):
+            first.setdefault((prompt_set.task, prompt_set.length), prompt_set)
     found = []
     for task, length in show(list(first)):
-        told = prompts_of(grid, loaded.tokenizer, first[task, length])
-        rows, num_following = _texts(loaded.tokenizer, told, work.batch_size)
-        entries = {e.label: p for e, p in policies(grid, length).items() if not p.while_generating and p.refit is None}
+        encoded = encode_prompts(grid, loaded.tokenizer, first[task, length])
+        rows, num_following = _texts(loaded.tokenizer, encoded, settings.batch_size)
+        configs = {e.label: p for e, p in policies(grid, length).items() if not p.while_generating and p.refit is None}
         tokens, mask = pad_left(rows, bucket_length(max(map(len, rows)) - num_following) + num_following)
-        labels = list(entries)
-        for start in range(0, len(labels), work.together):
-            group = labels[start : start + work.together]
-            chosen = tuple(entries[label] for label in group)
+        labels = list(configs)
+        for start in range(0, len(labels), settings.together):
+            group = labels[start : start + settings.together]
+            chosen = tuple(configs[label] for label in group)
             errors = reconstruction_errors(loaded.model, loaded.params, tokens, mask, chosen, num_following)
             means = np.asarray(errors.mean(-1), np.float64).round(6).tolist()
             found += [LayerErrors(task, length, label, tuple(row)) for label, row in zip(group, means, strict=True)]
     return tuple(found)
 
 
-def _texts(tokenizer: Any, told: Prompts, batch_size: int) -> tuple[list[list[int]], int]:
+def _texts(tokenizer: Any, encoded: EncodedPrompts, batch_size: int) -> tuple[list[list[int]], int]:
     """Tokens of prompts with as many tokens of their answers as the shortest answer has, and that number."""
-    numbers = told.batches(batch_size)[0]
-    answers = [tokenizer(told.prompts[i].continuation, add_special_tokens=False)["input_ids"] for i in numbers]
+    numbers = encoded.batches(batch_size)[0]
+    answers = [tokenizer(encoded.prompts[i].continuation, add_special_tokens=False)["input_ids"] for i in numbers]
     shortest = min(map(len, answers))
-    return [told.encoded[i] + answer[:shortest] for i, answer in zip(numbers, answers, strict=True)], shortest
+    return [encoded.tokens[i] + answer[:shortest] for i, answer in zip(numbers, answers, strict=True)], shortest

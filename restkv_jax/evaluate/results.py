@@ -10,16 +10,15 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from restkv_jax.commands.options import UsageError
 from restkv_jax.evaluate.accuracy import is_exact, match_share
-from restkv_jax.evaluate.grid import Entry, Grid, entries, from_mapping, grid_places, is_file
+from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs, conditions, is_file
 
 SWEEP = "sweep.json"
 COSTS = "costs.json"
 ERRORS = "errors.json"
 
 
-class Item(NamedTuple):
+class PromptId(NamedTuple):
     """One prompt of a sweep: the task, the length and the depth asked for, and its number."""
 
     task: str
@@ -28,10 +27,10 @@ class Item(NamedTuple):
     index: int
 
 
-class Line(NamedTuple):
-    """What was said after one prompt, by the label of each entry, and what should have been."""
+class PromptResult(NamedTuple):
+    """What was said after one prompt, by the label of each configuration, and what should have been."""
 
-    item: Item
+    item: PromptId
     prompt_tokens: int
     answers: tuple[str, ...]
     said: dict[str, str]
@@ -43,7 +42,7 @@ class Cell(NamedTuple):
     task: str
     length: int
     depth: float | None
-    entry: Entry
+    config: CacheConfig
 
 
 class Scores(NamedTuple):
@@ -57,7 +56,7 @@ class Scores(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one entry costs at one length: bytes of a row's cache after the prompt and their share of the full cache's,
+    """What a configuration costs at a length: bytes of a row's cache after the prompt, their share of the full cache's,
     seconds of the prefill, seconds of a generated token of a batch; None where it was not timed.
     """
 
@@ -77,7 +76,7 @@ class Rate(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What a sweep's entries cost on the machine it says."""
+    """What the configurations of a sweep cost on the machine it says."""
 
     device: str
     costs: tuple[Cost, ...]
@@ -113,7 +112,7 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
       weights: the checksum of the model's parameters.
 
     Raises:
-      UsageError: the directory holds a sweep of another grid or model; says what differs.
+      ValueError: the directory holds a sweep of another grid or model; says what differs.
     """
     directory.mkdir(parents=True, exist_ok=True)
     files = {task: _digest(pathlib.Path(task)) for task in grid.tasks if is_file(task)}
@@ -131,7 +130,7 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
         f"{name} {theirs.get(name)} there, {ours[name]} here" for name in ours if ours[name] != theirs.get(name)
     ]
     if different:
-        raise UsageError(
+        raise ValueError(
             f"{str(directory)!r} holds results of another sweep ({'; '.join(different)}); give another --output, or "
             "the same grid to go on"
         )
@@ -142,7 +141,7 @@ def _read_sweep(path: pathlib.Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
         return {"grid": dict(values["grid"]), "weights": values["weights"], "files": values.get("files", {})}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{str(path)!r} does not describe a sweep ({error!r}); give the directory of one") from error
+        raise ValueError(f"{str(path)!r} does not describe a sweep ({error!r}); give the directory of one") from error
 
 
 def _replace_text(path: pathlib.Path, text: str) -> None:
@@ -160,7 +159,7 @@ def _digest(path: pathlib.Path) -> str | None:
         return None
 
 
-def append_line(file: IO[str], line: Line) -> None:
+def append_line(file: IO[str], line: PromptResult) -> None:
     """Writes the result of one prompt so that it outlives the process."""
     values = line._asdict()
     values = values.pop("item")._asdict() | values
@@ -184,11 +183,11 @@ def drop_broken_line(path: pathlib.Path) -> None:
             file.truncate(len(whole))
 
 
-def read_lines(directory: pathlib.Path) -> dict[Item, Line]:
+def read_lines(directory: pathlib.Path) -> dict[PromptId, PromptResult]:
     """The results of all processes; an unfinished last line of a file counts as none.
 
     Raises:
-      UsageError: another line that cannot be read, with its place.
+      ValueError: another line that cannot be read, with its number.
     """
     found = {}
     for path in sorted(directory.glob("results-*.jsonl")):
@@ -196,10 +195,12 @@ def read_lines(directory: pathlib.Path) -> dict[Item, Line]:
         for number, text in enumerate(lines[:-1], 1):
             try:
                 values = json.loads(text)
-                item = Item(*(values[name] for name in Item._fields))
-                found[item] = Line(item, values["prompt_tokens"], tuple(values["answers"]), dict(values["said"]))
+                item = PromptId(*(values[name] for name in PromptId._fields))
+                found[item] = PromptResult(
+                    item, values["prompt_tokens"], tuple(values["answers"]), dict(values["said"])
+                )
             except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"line {number} of {str(path)!r} is broken ({error!r}); remove it") from error
+                raise ValueError(f"line {number} of {str(path)!r} is broken ({error!r}); remove it") from error
     return found
 
 
@@ -207,16 +208,20 @@ def read_results(directory: pathlib.Path) -> Results:
     """Everything that a sweep has found so far.
 
     Raises:
-      UsageError: no sweep, or broken lines.
+      ValueError: no sweep, or broken lines.
     """
-    values = _read_sweep(directory / SWEEP)["grid"]
-    grid = Grid(**from_mapping(values, str(directory / SWEEP)))
+    values: dict[str, Any] = _read_sweep(directory / SWEEP)["grid"]
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    try:
+        grid = Grid(**values)
+    except TypeError as error:
+        raise ValueError(f"{str(directory / SWEEP)!r} is of another version: {error}") from error
     cells = score_lines(grid, read_lines(directory).values())
     return Results(grid, cells, read_costs(directory), read_errors(directory))
 
 
 def write_errors(directory: pathlib.Path, errors: Iterable[LayerErrors]) -> None:
-    """Writes the reconstruction errors of a sweep's entries."""
+    """Writes the reconstruction errors of the configurations of a sweep."""
     lines = ",\n".join(json.dumps(each._asdict()) for each in errors)
     _replace_text(directory / ERRORS, f"[{lines}]\n")
 
@@ -230,41 +235,43 @@ def read_errors(directory: pathlib.Path) -> tuple[LayerErrors, ...]:
 
 
 def write_costs(directory: pathlib.Path, costs: Costs) -> None:
-    """Writes what entries cost."""
+    """Writes what configurations cost."""
     values = {"device": costs.device, "costs": [c._asdict() for c in costs.costs]}
     values["rates"] = [rate._asdict() for rate in costs.rates]
     _replace_text(directory / COSTS, json.dumps(values, indent=1) + "\n")
 
 
 def read_costs(directory: pathlib.Path) -> Costs | None:
-    """What entries cost; None where it was not measured."""
+    """What configurations cost; None where it was not measured."""
     if not (directory / COSTS).is_file():
         return None
     values = json.loads((directory / COSTS).read_text())
     return Costs(values["device"], tuple(Cost(**c) for c in values["costs"]), tuple(Rate(**r) for r in values["rates"]))
 
 
-def score_lines(grid: Grid, lines: Iterable[Line]) -> dict[Cell, Scores]:
+def score_lines(grid: Grid, lines: Iterable[PromptResult]) -> dict[Cell, Scores]:
     """The scores of all cells that have prompts, in the grid's order."""
-    by_place: dict[tuple, list[Line]] = {}
+    by_condition: dict[tuple, list[PromptResult]] = {}
     for line in lines:
-        by_place.setdefault(line.item[:3], []).append(line)
-    order = grid_places(grid)
-    places = [place for place in order if place in by_place] + [place for place in by_place if place not in order]
+        by_condition.setdefault(line.item[:3], []).append(line)
+    order = conditions(grid)
+    measured = [condition for condition in order if condition in by_condition] + [
+        condition for condition in by_condition if condition not in order
+    ]
     cells = {}
-    for place in places:
-        ordered = sorted(by_place[place], key=lambda line: line.item.index)
-        for entry in entries(grid):
-            told = [line for line in ordered if entry.label in line.said]
-            if told:
-                cells[Cell(*place, entry)] = _scores(told, entry.label)
+    for condition in measured:
+        ordered = sorted(by_condition[condition], key=lambda line: line.item.index)
+        for config in cache_configs(grid):
+            answered = [line for line in ordered if config.label in line.said]
+            if answered:
+                cells[Cell(*condition, config)] = _scores(answered, config.label)
     return cells
 
 
-def _scores(lines: list[Line], label: str) -> Scores:
-    judged = [(line.said[label], line.answers) for line in lines]
+def _scores(lines: list[PromptResult], label: str) -> Scores:
+    pairs = [(line.said[label], line.answers) for line in lines]
     return Scores(
         np.array([line.item.index for line in lines]),
-        np.array([match_share(said, answers) for said, answers in judged]),
-        np.array([is_exact(said, answers) for said, answers in judged]),
+        np.array([match_share(said, answers) for said, answers in pairs]),
+        np.array([is_exact(said, answers) for said, answers in pairs]),
     )

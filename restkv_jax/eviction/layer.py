@@ -17,6 +17,7 @@ from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.arguments import check_mask
 from restkv_jax.models.config import UNLIMITED
 from restkv_jax.models.decoder import LayerView, positions_of
+from restkv_jax.models.rules import with_usual_promotion
 
 
 class Eviction(NamedTuple):
@@ -33,6 +34,7 @@ class Eviction(NamedTuple):
     values: Array
 
 
+@with_usual_promotion
 def evict_layer(
     policy: EvictionPolicy,
     queries: Array,

@@ -18,6 +18,7 @@ from restkv_jax.generation.sampling import Sampling, row_keys
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.mesh import beside
+from restkv_jax.models.rules import with_usual_promotion
 
 
 class Generation(NamedTuple):
@@ -33,6 +34,7 @@ class Generation(NamedTuple):
     cache: Cache
 
 
+@with_usual_promotion
 def decode_step(
     model: Decoder,
     params: Any,
@@ -62,10 +64,11 @@ def decode_step(
         is of another model or sharing.
     """
     token = check_decoding(model, params, token, cache, policy, sharing)
-    with beside(params):
+    with beside(params) as params:
         return feed(model, params, token, cache, jnp.ones(token.shape, bool))
 
 
+@with_usual_promotion
 def generate(
     model: Decoder,
     params: Any,
@@ -110,10 +113,11 @@ def generate(
     """
     prompt = check_and_pad(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
     sampling = _sampling(model, prompt, key, temperature, top_k, top_p, eos_token_ids)
-    with beside(params):
+    with beside(params) as params:
         return _generate(prompt.model, params, prompt.tokens, prompt.mask, sampling, *prompt.options)
 
 
+@with_usual_promotion
 def generate_each(
     model: Decoder,
     params: Any,
@@ -150,7 +154,7 @@ def generate_each(
     model = model if sharing is None else model.clone(sharing=sharing)
     sampling = _make_sampling(model, logits.shape[0], None, None, None, None, eos_token_ids)
     outs: dict[int, Generation] = {}
-    with beside(params):
+    with beside(params) as params:
         for members in _that_join(caches):
             chosen = [caches[i] for i in members]
             outs |= zip(members, _generate_rows(model, params, logits, chosen, sampling, max_new_tokens), strict=True)
@@ -178,6 +182,7 @@ def _generate_rows(
     return [Generation(*each) for each in zip(*parts, split_rows(out.cache, count), strict=True)]
 
 
+@with_usual_promotion
 def stream(
     model: Decoder,
     params: Any,
@@ -203,14 +208,14 @@ def stream(
     sampling = _sampling(model, prompt, key, temperature, top_k, top_p, eos_token_ids)
 
     def steps() -> Iterator[np.ndarray]:
-        with beside(params):
-            now = _begin(prompt.model, params, prompt.tokens, prompt.mask, sampling, *prompt.options)
+        with beside(params) as placed:
+            now = _begin(prompt.model, placed, prompt.tokens, prompt.mask, sampling, *prompt.options)
         yield np.array(now.token)
         for _ in range(max_new_tokens - 1):
             if not now.active.any():
                 return
-            with beside(params):
-                now = advance(prompt.model, params, now, sampling)
+            with beside(params) as placed:
+                now = advance(prompt.model, placed, now, sampling)
             yield np.array(now.token)
 
     return steps()
@@ -247,8 +252,9 @@ def _make_sampling(model: Decoder, batch: int, key, temperature, top_k, top_p, e
     if keys is not None and keys.shape != (batch,):
         raise ValueError(f"key has shape {keys.shape}, but there are {batch} prompts: pass one key, or one per prompt")
     eos = check_eos(model, eos_token_ids)
+    ends = jnp.asarray(eos, jnp.int32).reshape(-1)
     pad = model.config.pad_token_id
     if pad is None or pad < 0:
-        pad = eos[0] if eos else 0
+        pad = ends[0] if ends.size else 0
     temperature = 1.0 if temperature is None else temperature
-    return Sampling(keys, temperature, top_k, top_p, jnp.asarray(eos, jnp.int32).reshape(-1), pad)
+    return Sampling(keys, temperature, top_k, top_p, ends, pad)

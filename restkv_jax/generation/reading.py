@@ -18,6 +18,7 @@ from restkv_jax.models.decoder import Decoder, Hooks, LayerView, logits, read
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.memory import Memory
 from restkv_jax.models.mesh import beside
+from restkv_jax.models.rules import with_usual_promotion
 
 CHUNK_SIZE = 1024
 """Prompt tokens whose queries and MLP activations exist at one time."""
@@ -42,6 +43,7 @@ def pad_to_bucket(tokens: Array, mask: Array) -> tuple[Array, Array]:
     return tokens, mask
 
 
+@with_usual_promotion
 def prefill(
     model: Decoder,
     params: Any,
@@ -80,6 +82,7 @@ def prefill(
     return logits, cache
 
 
+@with_usual_promotion
 def prefill_each(
     model: Decoder,
     params: Any,
@@ -101,7 +104,7 @@ def prefill_each(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     prompt = check_and_pad(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing)
-    with beside(params):
+    with beside(params) as params:
         return read_prompt(prompt.model, params, prompt.tokens, prompt.mask, *prompt.options)
 
 

@@ -16,8 +16,10 @@ from restkv_jax.models.arguments import check_integer
 from restkv_jax.models.decoder import Decoder, Hooks, LayerView, positions_of, read
 from restkv_jax.models.key_groups import LayerGroups
 from restkv_jax.models.memory import PairMemory
+from restkv_jax.models.rules import with_usual_promotion
 
 
+@with_usual_promotion
 def attention_similarity(
     model: Decoder,
     params: Any,

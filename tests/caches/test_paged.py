@@ -73,7 +73,9 @@ def test_gpu_kernel_interpreted_equals_the_reference(seed):
 
 def test_implementations_are_forced_by_name_and_refused_by_reason():
     assert attend_pages.names == ("reference", "pallas_tpu", "pallas_gpu")
-    with pytest.raises(ValueError, match=r"implementation='triton' of .*unknown; choose from 'reference', 'pallas_tpu'"):
+    with pytest.raises(
+        ValueError, match=r"implementation='triton' of .*unknown; choose from 'reference', 'pallas_tpu'"
+    ):
         attend_pages.force("triton")
     small, wide = ragged_pool(0), ragged_pool(0, dim=32, page_size=8)
     with pytest.raises(ValueError, match="the head dimension 8 does not fill registers of 128"):

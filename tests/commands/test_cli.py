@@ -12,7 +12,7 @@ import tiny
 
 import restkv_jax as rk
 from restkv_jax.commands.main import main
-from restkv_jax.timing import CompilationClock, union_length
+from restkv_jax.timing import CompilationClock
 
 PROMPT = "The sky is blue. One of the special magic numbers for quiet-fox is: 1234567. Here we go. " * 3
 TOKENS = len(PROMPT)
@@ -129,7 +129,7 @@ def test_installed_command(model):
     done = subprocess.run(command, input=PROMPT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert f"--budget 1% of a prompt of {TOKENS} tokens is {round(TOKENS / 100)} slots" in done.stderr
+    assert f"budget=1% of a prompt of {TOKENS} tokens is {round(TOKENS / 100)} slots" in done.stderr
     assert "must exceed window=32" in done.stderr
 
 
@@ -140,19 +140,21 @@ def generate(*args):
 BAD = {
     "no command": ([], "no command given; known: generate, methods, plot"),
     "unknown command": (["generat"], "command 'generat' is unknown"),
-    "unknown method": (generate("--method", "restvk"), "--method 'restvk' is unknown; did you mean restkv?"),
-    "no method": (generate("--method"), "--method '' is unknown"),
-    "unknown option": (generate("--windw", "8"), "--windw is no option of --method restkv; did you mean --window?"),
-    "option of another method": (generate("--method", "h2o", "--alpha", "1"), "--alpha is no option of --method h2o"),
-    "budget of all": (generate("--method", "full", "--budget", "9"), "--budget is no option of --method full"),
-    "wrong type": (generate("--window", "many"), "--window: invalid literal for int() with base 10: 'many'"),
-    "wrong choice": (generate("--pooling", "sum"), "invalid choice 'sum' for argument '--pooling'"),
+    "unknown method": (generate("--method", "restvk"), "method='restvk' is unknown; did you mean restkv?"),
+    "no method": (generate("--method"), "method='' is unknown"),
+    "unknown option": (generate("--windw", "8"), "--windw is not an option of --method restkv; did you mean --window?"),
+    "option of another method": (generate("--method", "h2o", "--alpha", "1"), "--alpha is not an option of --method"),
+    "budget of all": (generate("--method", "full", "--budget", "9"), "--budget is not an option of --method full"),
+    "wrong type": (generate("--window", "many"), '--window: unable to convert "many" into int'),
+    "fraction of a token": (generate("--window", "2.5"), "--window: '2.5' is not an integer"),
+    "no value": (generate("--window"), "--window requires an argument"),
+    "wrong choice": (generate("--pooling", "sum"), 'Invalid value "sum" for --pooling. Choose from'),
     "unquoted prompt": (["generate", "two", "words"], "unexpected argument 'words'; quote a prompt"),
     "small budget": (generate("--budget", "32"), "budget=32 must exceed window=32"),
-    "budget of nothing": (generate("--budget", "0%"), "--budget '0%' is no budget"),
-    "budget above all": (generate("--budget", "120%"), "--budget '120%' is no budget"),
-    "negative budget": (generate("--budget=-4"), "--budget '-4' is no budget"),
-    "budget in words": (generate("--budget", "ten%"), "--budget 'ten%' is no budget"),
+    "budget of nothing": (generate("--budget", "0%"), "budget='0%' is not a budget"),
+    "budget above all": (generate("--budget", "120%"), "budget='120%' is not a budget"),
+    "negative budget": (generate("--budget=-4"), "budget='-4' is not a budget"),
+    "budget in words": (generate("--budget", "ten%"), "budget='ten%' is not a budget"),
     "even kernel": (generate("--kernel-size", "4"), "kernel_size=4 must be odd"),
     "no new tokens": (generate("--max-new-tokens", "0"), "--max-new-tokens 0 must be at least 1"),
     "negative temperature": (generate("--temperature", "-1"), "temperature=-1.0 must not be negative"),
@@ -161,12 +163,12 @@ BAD = {
     "empty prompt": (["generate", " "], "PROMPT is empty"),
     "missing file": (["generate", "--file", "absent.txt"], "--file 'absent.txt' cannot be read"),
     "two prompts": (generate("--file", "absent.txt"), "are both given"),
-    "missing model": (generate("--model", "./absent"), "--model './absent' cannot be loaded: does not exist"),
-    "dtype": (generate("--dtype", "int8"), "invalid choice 'int8'"),
+    "missing model": (generate("--model", "./absent"), "model './absent' cannot be loaded: does not exist"),
+    "dtype": (generate("--dtype", "int8"), 'Invalid value "int8" for --dtype'),
     "methods with arguments": (["methods", "restkv"], "unexpected argument 'restkv'"),
-    "picture without a directory": (["plot", "x", "--output", "absent/kept.png"], "there is no directory"),
-    "picture without a suffix": (["plot", "x", "--output", "kept"], "has no suffix of a picture"),
-    "unknown method in a plot": (["plot", "x", "--methods", "snapkv", "all"], "--method 'all' is unknown"),
+    "picture without a directory": (["plot", "x", "--output", "absent/kept.png"], "does not exist; create it first"),
+    "picture without a suffix": (["plot", "x", "--output", "kept"], "does not end in the suffix of a picture"),
+    "unknown method in a plot": (["plot", "x", "--methods", "snapkv", "all"], "method='all' is unknown"),
 }  # fmt: skip
 
 
@@ -186,16 +188,18 @@ def test_bad_input_that_needs_the_model_is_one_line_too(capsys, model, tmp_path)
     assert_refused(
         capsys,
         ["generate", "a short one", "--model", model, "--budget", "50%"],
-        "--budget 50% of a prompt of 11 tokens is 6 slots: budget=6 must exceed window=32",
+        "budget=50% of a prompt of 11 tokens is 6 slots: budget=6 must exceed window=32",
     )
     assert_refused(capsys, ["plot", PROMPT, "--model", model, "--highlight", "absent"], "'absent' is not in the prompt")
 
 
 def test_bad_values_are_one_line_without_box_characters(model):
-    command = [sys.executable, "-m", "restkv_jax.commands.main", "generate", "x", "--window", "many"]
+    command = [sys.executable, "-m", "restkv_jax", "generate", "x", "--window", "many"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    expected = "restkv: error: --window: invalid literal for int() with base 10: 'many'; see `restkv generate --help`\n"
+    expected = (
+        'restkv: error: Invalid value for --window: unable to convert "many" into int; see `restkv generate --help`\n'
+    )
     assert (done.returncode, done.stderr) == (2, expected)
 
 
@@ -220,8 +224,3 @@ def assert_refused(capsys, args, message):
     assert (code, out) == (2, "")
     assert err.startswith("restkv: error: ") and err.count("\n") == 1
     assert message in err
-
-
-def test_intervals_that_overlap_count_once():
-    assert union_length([]) == 0
-    assert union_length([(0, 4), (1, 2), (3, 6), (8, 9)]) == 7

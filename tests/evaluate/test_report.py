@@ -12,19 +12,25 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from restkv_jax.commands.main import main
-from restkv_jax.commands.options import UsageError
-from restkv_jax.evaluate.grid import Entry, Grid, entries
+from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs
 from restkv_jax.evaluate.report import write_report
 from restkv_jax.evaluate.report.page import missing_prompts, rerun_command
 from restkv_jax.evaluate.report.plots import FULL_COLOR, plot_accuracy, plot_costs, plot_needle_map
-from restkv_jax.evaluate.report.summary import Place, collect, compare_variants, estimate, rank_within, variant_entries
+from restkv_jax.evaluate.report.summary import (
+    Scenario,
+    collect,
+    compare_variants,
+    estimate,
+    rank_within,
+    variant_configs,
+)
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, text_of
 from restkv_jax.evaluate.results import (
     Cost,
     Costs,
-    Item,
     LayerErrors,
-    Line,
+    PromptId,
+    PromptResult,
     Rate,
     append_line,
     open_sweep,
@@ -55,18 +61,20 @@ def make_sweep(directory, grid=GRID, costs=True, stop_after=None):
     places = [
         (t, n, d) for t in grid.tasks for n in grid.lengths for d in (grid.depths if t == "single" else ()) or (None,)
     ]
-    items = [Item(*place, index) for place in places for index in range(grid.prompts)]
+    items = [PromptId(*scenario, index) for scenario in places for index in range(grid.prompts)]
     with results_path(directory, 0).open("w") as file:
         for item in items[:stop_after]:
             answers = tuple(str(10**6 + i) for i in range(4 if item.task == "multivalue" else 1))
             said = {
                 e.label: ", ".join(a if rng.random() < CHANCES[e.method] else "no" for a in answers)
-                for e in entries(grid)
+                for e in cache_configs(grid)
             }
-            append_line(file, Line(item, item.length, answers, said))
+            append_line(file, PromptResult(item, item.length, answers, said))
     if costs:
         found = [
-            Cost(n, e.label, 1000 * (i + 1), 0.1, 0.5, 0.002) for n in grid.lengths for i, e in enumerate(entries(grid))
+            Cost(n, e.label, 1000 * (i + 1), 0.1, 0.5, 0.002)
+            for n in grid.lengths
+            for i, e in enumerate(cache_configs(grid))
         ]
         write_costs(directory, Costs("a <device>", tuple(found), (Rate("by itself", 1.5),)))
     return directory
@@ -177,9 +185,9 @@ def test_variants_are_differences_to_their_base(directory, page):
 
 
 def test_tests_are_mcnemars_with_holms_correction(directory, results):
-    scores = collect(results)[Place("single", 256)]
-    columns = [Entry("full", None), Entry("restkv", "5%"), Entry("snapkv", "5%")]
-    estimates = {entry: estimate(values.values()) for entry, values in scores.items()}
+    scores = collect(results)[Scenario("single", 256)]
+    columns = [CacheConfig("full", None), CacheConfig("restkv", "5%"), CacheConfig("snapkv", "5%")]
+    estimates = {config: estimate(values.values()) for config, values in scores.items()}
     standings = rank_within(scores, estimates, columns)
     full, restkv, snapkv = (match_shares(directory, e.label, "single", 256) for e in columns)
     p_values = [
@@ -194,13 +202,14 @@ def test_tests_are_mcnemars_with_holms_correction(directory, results):
 
 def test_variants_compare_the_prompts_that_both_have(results):
     scores = collect(results)
-    variants = variant_entries(GRID)
-    assert variants == {Entry("restkv(temporal=mean)", b): Entry("restkv", b) for b in GRID.budgets}
-    place = Place("single", 256)
+    variants = variant_configs(GRID)
+    assert variants == {CacheConfig("restkv(temporal=mean)", b): CacheConfig("restkv", b) for b in GRID.budgets}
+    scenario = Scenario("single", 256)
     fewer = {
-        place: scores[place] | {Entry("restkv", "64"): dict(list(scores[place][Entry("restkv", "64")].items())[:5])}
+        scenario: scores[scenario]
+        | {CacheConfig("restkv", "64"): dict(list(scores[scenario][CacheConfig("restkv", "64")].items())[:5])}
     }
-    compared = compare_variants(fewer, variants, [place])
+    compared = compare_variants(fewer, variants, [scenario])
     assert [c.difference.count for c in compared.values()] == [36, 5]
 
 
@@ -353,5 +362,5 @@ def test_directory_without_results_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "does not describe a sweep" in capsys.readouterr().err
     open_sweep(tmp_path, GRID, "checksum")
-    with pytest.raises(UsageError, match="has no results yet"):
+    with pytest.raises(ValueError, match="has no results yet"):
         write_report(tmp_path)

@@ -38,7 +38,7 @@ POLICIES = {
     "shared and evicted": rk.snapkv(BUDGET, WINDOW),
 }
 MODEL = rk.build_model(CONFIG)
-TOKENS = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], (4, 100))
+TOKENS = np.random.default_rng(2).integers(0, CONFIG["vocab_size"], (4, 100))
 MASK = np.arange(100) >= np.array([[0], [20], [60], [5]])
 
 

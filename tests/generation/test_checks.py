@@ -83,3 +83,93 @@ def test_decode_step_refuses_a_wrong_batch_and_a_full_cache():
     full = cache.replace(lengths=cache.lengths * 0 + cache.num_slots)
     with pytest.raises(ValueError, match="the cache is full"):
         rk.decode_step(MODEL, params, scores.argmax(-1), full, rk.full())
+
+
+@pytest.mark.parametrize("call", [rk.generate, rk.prefill])
+@pytest.mark.parametrize(("changes", "error", "words"), [
+    (dict(max_new_tokens=10**10), ValueError, "max_new_tokens=10000000000 must be at most"),
+    (dict(params={"params": PARAMS}), ValueError, r"pass what it holds, params\['params'\]"),
+    (dict(params=None), TypeError, "params=None must be the model's parameters"),
+    (dict(params=PARAMS | {"final_norm": PARAMS["embedding"]}), ValueError, "'final_norm' has the wrong shape"),
+    (dict(params={"embedding": PARAMS["embedding"]}), ValueError, "params are not the model's: missing"),
+    (dict(params=jax.tree.map(lambda x: x.update(dtype=np.int8), PARAMS)), TypeError, "has dtype int8"),
+    (dict(model="llama"), TypeError, "model='llama' must be a Decoder"),
+    (dict(mask=np.full((2, 10), 0.5)), ValueError, "mask holds 0.5; it must be"),
+    (dict(mask=np.full((2, 10), np.nan)), ValueError, "mask holds nan; it must be"),
+    (dict(tokens=["a prompt"]), TypeError, r"tokens=.* must be numbers; a text becomes tokens by tokenizer"),
+    (dict(tokens={"input_ids": TOKENS}), TypeError, r"pass its arrays, tokens=batch\['input_ids'\]"),
+    (dict(sharing="groups"), TypeError, "sharing='groups' must be a restkv_jax.pod.Sharing"),
+])  # fmt: skip
+def test_arguments_that_do_not_belong_together(call, changes, error, words):
+    arguments = dict(model=MODEL, params=PARAMS, tokens=TOKENS) | changes
+    with pytest.raises(error, match=words):
+        call(arguments.pop("model"), arguments.pop("params"), arguments.pop("tokens"), **arguments)
+
+
+@pytest.mark.parametrize(("options", "error", "words"), [
+    (dict(key=jax.random.key(0), temperature=np.ones(2)), ValueError, r"temperature has shape \(2,\)"),
+    (dict(key=jax.random.key(0), top_k=2.5), TypeError, "top_k=2.5 must be an integer"),
+    (dict(key=jax.random.key(0), temperature="1"), TypeError, "temperature='1' must be a number"),
+    (dict(key=jax.random.key(0), top_p=float("nan")), ValueError, "top_p=nan must be finite"),
+    (dict(eos_token_ids=1.5), TypeError, "eos_token_ids=1.5 must be integers"),
+    (dict(eos_token_ids=("2",)), TypeError, r"eos_token_ids=\('2',\) must be numbers"),
+    (dict(eos_token_ids=(61,)), ValueError, r"eos_token_ids.* is out of the vocabulary"),
+])  # fmt: skip
+def test_sampling_that_makes_no_sense(options, error, words):
+    with pytest.raises(error, match=words):
+        rk.generate(MODEL, PARAMS, TOKENS, **options)
+
+
+@pytest.mark.parametrize(("policies", "error", "words"), [
+    ((), ValueError, "policies is empty"),
+    (rk.full(), TypeError, r"policies=.* must be a tuple of policies"),
+    ("snapkv", TypeError, "policies='snapkv' must be a tuple of policies"),
+    (("snapkv",), TypeError, "policy='snapkv' must be an EvictionPolicy"),
+])  # fmt: skip
+def test_policies_that_are_none(policies, error, words):
+    with pytest.raises(error, match=words):
+        rk.generate_each(MODEL, PARAMS, TOKENS, policies=policies)
+
+
+@pytest.mark.parametrize(("make", "error", "words"), [
+    (lambda: rk.restkv(alpha="0.3"), TypeError, "alpha='0.3' must be a number"),
+    (lambda: rk.restkv(alpha=float("nan")), ValueError, "alpha=nan must be finite"),
+    (lambda: rk.snapkv(kernel_size=5.0), TypeError, "kernel_size=5.0 must be an integer"),
+    (lambda: rk.restkv(scale=1.5), TypeError, "scale=1.5 must be an integer"),
+    (lambda: rk.restkv().replace(refit=0.01), TypeError, r"refit=0.01 must be a restkv_jax.LeastSquares"),
+    (lambda: rk.restkv().replace(refit=True), TypeError, r"refit=True must be a restkv_jax.LeastSquares"),
+    (lambda: rk.LeastSquares("0.1"), TypeError, "ridge='0.1' must be a number"),
+    (lambda: rk.restkv(use_output_projection="no"), ValueError, "use_output_projection='no' is unknown"),
+    (lambda: rk.restkv(while_generating="no"), ValueError, "while_generating='no' is unknown"),
+    (lambda: rk.restkv(budget=True), TypeError, "budget=True must be an integer"),
+    (lambda: rk.adakv(floor="0.2"), TypeError, "floor='0.2' must be a number"),
+    (lambda: rk.streaming_llm(sinks=2.0), TypeError, "sinks=2.0 must be an integer"),
+    (lambda: rk.snapkv().replace(page_size=16.0), TypeError, "page_size=16.0 must be an integer"),
+])  # fmt: skip
+def test_options_of_policies_of_the_wrong_kind(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_a_cache_that_an_earlier_step_rewrote_is_refused():
+    params = rk.init_params(MODEL, jax.random.key(0))
+    logits, cache = rk.prefill(MODEL, params, TOKENS)
+    rk.decode_step(MODEL, params, logits.argmax(-1), cache)
+    with pytest.raises(ValueError, match="the cache was used by an earlier step, which rewrote its buffers"):
+        rk.decode_step(MODEL, params, logits.argmax(-1), cache)
+    with pytest.raises(TypeError, match=r"cache=.* must be a cache, as prefill returns it"):
+        rk.decode_step(MODEL, params, logits.argmax(-1), (cache,))
+
+
+def test_decoding_needs_no_policy_and_refuses_one_that_clashes():
+    params = rk.init_params(MODEL, jax.random.key(0))
+    endless = rk.restkv(budget=8, window=4, while_generating=True)
+    logits, cache = rk.prefill(MODEL, params, TOKENS, policy=endless, max_new_tokens=4)
+    for _ in range(12):
+        logits, cache = rk.decode_step(MODEL, params, logits.argmax(-1), cache)
+    assert cache.num_slots == 8
+    with pytest.raises(ValueError, match="policy is not the one that the cache was made with"):
+        rk.decode_step(MODEL, params, logits.argmax(-1), cache, endless.replace(budget=9))
+    logits, dense = rk.prefill(MODEL, params, TOKENS)
+    with pytest.raises(ValueError, match=r"policy\.while_generating=True, but the cache was made without it"):
+        rk.decode_step(MODEL, params, logits.argmax(-1), dense, endless)

@@ -85,7 +85,8 @@ def test_shared_keys_and_their_gradients(monkeypatch):
 def test_distant_tokens():
     vectors, keys, _, values = arrays(queries=1)
     queries = capped(vectors)
-    stores = jnp.moveaxis(keys, 1, 0)[None, None], values[None], jnp.broadcast_to(POSITIONS, (2, 2, LENGTH))[None, None]
+    positions = jnp.broadcast_to(POSITIONS[:, None], keys.shape[:3])
+    stores = keys[None, None], values[None], positions[None, None]
     lengths, is_read = jnp.full(2, LENGTH), jnp.ones((2, 2), bool)
     state = read_distant(empty_softmax(vectors), queries, *stores, jnp.int32(0), jnp.arange(2), lengths, is_read)
     expected = jnp.einsum("bkgtn,bknd->bkgtd", probabilities(queries, keys), values)

@@ -14,16 +14,20 @@ from hugging_face import (
     MISTRAL,
     QWEN2,
     QWEN3,
+    ROPES,
     YARN,
     left_padded,
     our_logits,
     random_model,
     reference_logits,
+    torch,
     write_model,
 )
 
 import restkv_jax as rk
 from restkv_jax.models.config import UNLIMITED, read_config, to_hugging_face
+from restkv_jax.models.rope import apply_rope, rope_frequencies
+from restkv_jax.models.rope_parameters import RANGES
 
 LENGTHS = (40, 33, 12)
 THETA = {"rope_theta": 2000.0}
@@ -46,18 +50,22 @@ COUNT = {
     "newer RoPE wins over theta": LLAMA | {"rope_theta": 7.0, "rope_parameters": {"rope_theta": 2000.0}},
     "older RoPE wins over newer": LLAMA
     | {"rope_scaling": {"type": "linear", "factor": 3.0, "rope_theta": 50.0}, "rope_parameters": {"rope_theta": 9.0}},
-    "swish": LLAMA | {"hidden_act": "swish"},
-    "heads of keys null": LLAMA | {"num_key_value_heads": None},
-    "mistral, bias false": MISTRAL | {"attention_bias": False, "mlp_bias": False},
-    "qwen2, window off and 0": QWEN2 | {"use_sliding_window": False, "sliding_window": 0},
     "qwen2, layer types": QWEN2
     | {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
-    "llama, window -1": LLAMA | {"sliding_window": -1},
-    "llama, window off": LLAMA | {"sliding_window": 4, "use_sliding_window": False},
-    "llama, all layers of one type": LLAMA | {"layer_types": ["full_attention"] * 2},
-    "llama, all layers with RoPE": LLAMA | {"no_rope_layers": [1, 1], "partial_rotary_factor": 1.0},
 }
-"""Configurations without a warning."""
+"""Configurations whose options change the numbers."""
+
+NEUTRAL = {
+    "swish": (LLAMA, {"hidden_act": "swish"}),
+    "heads of keys null": (LLAMA | {"num_key_value_heads": 4}, {"num_key_value_heads": None}),
+    "mistral, bias false": (MISTRAL, {"attention_bias": False, "mlp_bias": False}),
+    "qwen2, window off and 0": (QWEN2, {"use_sliding_window": False, "sliding_window": 0}),
+    "llama, window -1": (LLAMA, {"sliding_window": -1}),
+    "llama, window off": (LLAMA, {"sliding_window": 4, "use_sliding_window": False}),
+    "llama, all layers of one type": (LLAMA, {"layer_types": ["full_attention"] * 2}),
+    "llama, all layers with RoPE": (LLAMA, {"no_rope_layers": [1, 1], "partial_rotary_factor": 1.0}),
+}
+"""A configuration, and options that change nothing."""
 
 IGNORED = {
     "llama, window": (LLAMA, {"sliding_window": 4}, "sliding_window=4"),
@@ -88,32 +96,43 @@ IGNORED = {
 """A configuration, options of other model types, and how the warning names them."""
 
 
-def compare(config, directory):
-    """Loads under the warnings of the caller, compares each row alone with transformers, returns our logits."""
+def logits_of(config):
+    """Those of transformers for random weights, each row alone."""
+    tokens, _ = left_padded(1, LENGTHS)
     reference = random_model(config)
-    model, params, _ = rk.load_model(write_model(directory, reference, config), jnp.float32)
-    assert read_config(to_hugging_face(model.config)) == model.config
-    tokens, mask = left_padded(1, LENGTHS)
-    ours = our_logits(model, params, tokens, mask)
-    for row, length in enumerate(LENGTHS):
-        theirs = reference_logits(reference, tokens[row : row + 1, -length:], np.ones((1, length), bool))
-        assert theirs.std() > 0.3
-        np.testing.assert_allclose(ours[row, -length:], theirs[0], atol=1e-4, rtol=0)
-    return ours
+    rows = [tokens[row : row + 1, -length:] for row, length in enumerate(LENGTHS)]
+    return [reference_logits(reference, row, np.ones(row.shape, bool))[0] for row in rows]
 
 
 @pytest.mark.parametrize("name", COUNT)
 def test_options_that_count(name, tmp_path):
+    config = COUNT[name]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*ignored")
-        compare(COUNT[name], tmp_path)
+        model, params, _ = rk.load_model(write_model(tmp_path, random_model(config), config), jnp.float32)
+    assert read_config(to_hugging_face(model.config)) == model.config
+    tokens, mask = left_padded(1, LENGTHS)
+    ours = our_logits(model, params, tokens, mask)
+    for row, theirs in enumerate(logits_of(config)):
+        assert theirs.std() > 0.3
+        np.testing.assert_allclose(ours[row, -len(theirs) :], theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_options_that_change_nothing(name):
+    config, options = NEUTRAL[name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ignored")
+        assert read_config(config | options) == read_config(config)
+    jax.tree.map(np.testing.assert_array_equal, logits_of(config | options), logits_of(config))
 
 
 @pytest.mark.parametrize("name", IGNORED)
-def test_options_that_are_ignored_with_a_warning(name, tmp_path):
+def test_options_that_are_ignored_with_a_warning(name):
     config, options, named = IGNORED[name]
     with pytest.warns(UserWarning, match=named):
-        compare(config | options, tmp_path)
+        assert read_config(config | options) == read_config(config)
+    jax.tree.map(np.testing.assert_array_equal, logits_of(config | options), logits_of(config))
 
 
 def test_fields_that_no_model_type_here_has_cost_nothing():
@@ -121,8 +140,11 @@ def test_fields_that_no_model_type_here_has_cost_nothing():
     assert read_config(LLAMA | others) == read_config(LLAMA)
 
 
-def test_rope_of_layer_types_is_ignored_where_transformers_ignores_it(tmp_path):
-    compare(LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 99.0}}}, tmp_path)
+def test_rope_of_layer_types_is_ignored_where_transformers_ignores_it():
+    nested = LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 99.0}}}
+    with pytest.warns(UserWarning, match=r"ignored as in transformers: full_attention=\{.*99"):
+        assert read_config(nested) == read_config(LLAMA)
+    jax.tree.map(np.testing.assert_array_equal, logits_of(nested), logits_of(LLAMA))
 
 
 def test_rope_of_layer_types_that_agree():
@@ -161,12 +183,43 @@ def test_context_length(scaling, longest, expected):
 
 def test_prompts_within_the_extended_context_are_not_warned_of():
     model = rk.build_model(LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 32})
-    params = rk.init_params(model, jax.random.key(0))
+    tokens = np.ones((1, 120), np.int32)
+
+    def read(new):
+        params = rk.init_params(model, jax.random.key(0))
+        return rk.prefill(model, params, tokens, policy=rk.full(), max_new_tokens=new)[0]
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rk.prefill(model, params, np.ones((1, 120), np.int32), policy=rk.full(), max_new_tokens=8)
+        jax.eval_shape(lambda: read(8))
     with pytest.warns(UserWarning, match="exceed the model's maximum of 128 positions"):
-        rk.prefill(model, params, np.ones((1, 120), np.int32), policy=rk.full(), max_new_tokens=9)
+        jax.eval_shape(lambda: read(9))
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_every_number_that_is_accepted_gives_a_rotation(name):
+    for setting, bounds in RANGES.items():
+        for bound in bounds if setting in ROPES[name] else ():
+            value = [bound] * 4 if isinstance(ROPES[name][setting], list) else bound
+            try:
+                config = read_config(LLAMA | {"rope_parameters": ROPES[name] | {setting: value}})
+            except ValueError as error:
+                assert setting in str(error)
+                continue
+            frequencies, factor = rope_frequencies(config, jnp.asarray([5, 2**20]))
+            turned = apply_rope(jnp.ones((2, 1, 2, 8)), jnp.asarray([[0, 5], [0, 2**20]]), frequencies, factor)
+            assert np.isfinite(turned).all(), (setting, bound)
+
+
+def test_longrope_changes_its_factors_while_generating(tmp_path):
+    config = LLAMA | {"rope_parameters": ROPES["longrope"]}
+    reference = random_model(config)
+    model, params, _ = rk.load_model(write_model(tmp_path, reference, config), jnp.float32)
+    tokens, _ = left_padded(2, (12,))
+    new = 8  # the original length is 16
+    ours = rk.generate(model, params, tokens, max_new_tokens=new, eos_token_ids=())
+    theirs = reference.generate(torch.tensor(tokens).long(), max_new_tokens=new, do_sample=False, eos_token_id=-1)
+    np.testing.assert_array_equal(ours.tokens[0], theirs[0, 12:])
 
 
 NUMBERS = [float("nan"), float("inf"), -float("inf"), 0, -1, "8", [8], True, 10**400]

@@ -60,7 +60,7 @@ def test_eviction_keeps_the_best_of_the_blocks_summed_scores():
         best = np.sort(distant[np.argsort(-summed)[:12]])
         np.testing.assert_array_equal(kept[layer, row, head], best)
         number = GROUPS.blocks[layer, head]
-        ours, every = (np.asarray(x.distant_keys)[0, 0, number, row] for x in (cache, whole))
+        ours, every = (np.asarray(x.distant_keys)[0, 0, row, number] for x in (cache, whole))
         np.testing.assert_array_equal(ours[:12], every[best - 3])
         values = whole.distant_values[layer, row, head, best - 3]
         np.testing.assert_array_equal(cache.distant_values[layer, row, head, :12], values)

@@ -15,7 +15,6 @@ import pytest
 pytest.importorskip("wonderwords")
 pytest.importorskip("optax")
 pytest.importorskip("orbax.checkpoint")
-pytest.importorskip("tyro")
 
 import restkv_jax as rk
 from restkv_jax.models.decoder import read, rms_norm

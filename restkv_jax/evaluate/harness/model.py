@@ -19,8 +19,6 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from restkv_jax.commands.loading import load_checkpoint
-from restkv_jax.commands.options import UsageError, as_usage_error
 from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.harness.blocks import stream_blocks
 from restkv_jax.evaluate.harness.likelihood import score_continuation, score_text
@@ -28,6 +26,7 @@ from restkv_jax.evaluate.harness.model_args import ModelArgs, parse_model_args, 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import check_sampling
 from restkv_jax.generation.reading import bucket_length
+from restkv_jax.loading import Loaded, load_checkpoint
 from restkv_jax.models.tokenizer import load_tokenizer
 
 EMBEDDED = str(importlib.resources.files("restkv_jax") / "embedded")
@@ -75,7 +74,7 @@ class RestKV(TemplateLM):
       model_args: the fields of `restkv_jax.evaluate.harness.model_args.ModelArgs` and the method's options.
 
     Raises:
-      UsageError: an unknown method or option, or a model that cannot be loaded.
+      ValueError: an unknown method or option, or a model that cannot be loaded.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class RestKV(TemplateLM):
     ):
         super().__init__()
         if max_batch_size is not None:
-            raise UsageError(f"max_batch_size={max_batch_size} is not for this model; give batch_size")
+            raise ValueError(f"max_batch_size={max_batch_size} is not for this model; give batch_size")
         self.parsed = parse_model_args(model_args)
         args = self.parsed.general
         self.model, self.params, self.tokenizer = load_model_of(args)
@@ -123,16 +122,15 @@ class RestKV(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation in the tokenizer's own template."""
-        with as_usage_error("--apply_chat_template: "):
-            return self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids; unless told, with the tokenizer's special tokens where the text does not begin with them."""
+        """Token ids; by default with the tokenizer's special tokens where the text does not begin with them."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.bos_token)
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
@@ -161,7 +159,7 @@ class RestKV(TemplateLM):
         continuation = np.zeros((len(rows), _power(max(len(item.continuation) for item in rows))), np.int32)
         for row, item in zip(continuation, rows, strict=True):
             row[: len(item.continuation)] = item.continuation
-        found = score_continuation(self.model, self.params, tokens, mask, continuation, policy)
+        found = score_continuation(self.model, self.params, tokens, mask, jnp.asarray(continuation), policy)
         log_probabilities, is_greedy = (np.asarray(x) for x in found)
         for b, item in enumerate(batch):
             count = len(item.continuation)
@@ -213,15 +211,15 @@ class RestKV(TemplateLM):
 
     def _prompted(self, index: int, text: str, given: dict) -> Prompted:
         options = check_gen_kwargs(given, self.parsed.general.max_gen_toks)
-        wanted = options["max_gen_toks"]
-        if wanted >= self.max_length:
-            raise UsageError(
-                f"max_gen_toks={wanted} leaves no room for a prompt within max_length={self.max_length}; "
+        room = options["max_gen_toks"]
+        if room >= self.max_length:
+            raise ValueError(
+                f"max_gen_toks={room} leaves no room for a prompt within max_length={self.max_length}; "
                 "lower it, or raise max_length in model_args"
             )
         # a text without tokens still needs one to go on from
-        tokens, _ = maybe_truncate(self.tok_encode(text) or [self.prefix_token_id], wanted, self.max_length)
-        return Prompted(index, (text, given), tokens, options, wanted)
+        tokens, _ = maybe_truncate(self.tok_encode(text) or [self.prefix_token_id], room, self.max_length)
+        return Prompted(index, (text, given), tokens, options, room)
 
     def _generate(self, batch: Sequence[Prompted], policy: EvictionPolicy) -> list[str]:
         length = bucket_length(max(len(item.tokens) for item in batch))
@@ -270,17 +268,19 @@ class RestKV(TemplateLM):
                 bar.update(count(batch))
 
 
-def load_model_of(args: ModelArgs) -> tuple[Any, Any, Any]:
+def load_model_of(args: ModelArgs) -> Loaded:
     """Model, parameters and tokenizer.
 
     Raises:
-      UsageError: a model or tokenizer that cannot be loaded.
+      ValueError: a model or tokenizer that cannot be loaded.
     """
-    model, params, tokenizer = load_checkpoint(args.pretrained, args.dtype, "pretrained", args.tokenizer is not None)
-    if args.tokenizer is not None:
-        with as_usage_error(f"tokenizer={args.tokenizer!r} cannot be loaded: "):
-            tokenizer = load_tokenizer(args.tokenizer)
-    return model, params, tokenizer
+    loaded = load_checkpoint(args.pretrained, args.dtype, args.tokenizer is None, args.dense)
+    if args.tokenizer is None:
+        return loaded
+    try:
+        return loaded._replace(tokenizer=load_tokenizer(args.tokenizer))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer={args.tokenizer!r} cannot be loaded: {error}") from error
 
 
 def check_gen_kwargs(given: dict, max_gen_toks: int) -> dict[str, Any]:
@@ -291,18 +291,17 @@ def check_gen_kwargs(given: dict, max_gen_toks: int) -> dict[str, Any]:
       max_gen_toks: most tokens to generate, where they do not say.
 
     Raises:
-      UsageError: an option that is not supported, or a value out of range.
+      ValueError: an option that is not supported, or a value out of range.
     """
-    options = normalize_gen_kwargs(given, max_gen_toks)
+    options: dict[str, Any] = dict(normalize_gen_kwargs(given, max_gen_toks))
     for name, value in options.items():
         if name not in GEN_KWARGS and (name, value) != ("num_beams", 1):
-            raise UsageError(f"gen_kwargs: {name}={value!r} is not supported; known: {', '.join(GEN_KWARGS)}")
+            raise ValueError(f"gen_kwargs: {name}={value!r} is not supported; known: {', '.join(GEN_KWARGS)}")
     if options["max_gen_toks"] < 1:
-        raise UsageError(f"gen_kwargs: max_gen_toks={options['max_gen_toks']} must be at least 1")
+        raise ValueError(f"gen_kwargs: max_gen_toks={options['max_gen_toks']} must be at least 1")
     if options["do_sample"]:
         options.setdefault("temperature", 1.0)
-        with as_usage_error("gen_kwargs: "):
-            check_sampling(jax.random.key(0), *(options.get(name) for name in SAMPLING))
+        check_sampling(jax.random.key(0), *(options.get(name) for name in SAMPLING))
     return options
 
 

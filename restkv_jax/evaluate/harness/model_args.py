@@ -1,14 +1,13 @@
 """What `--model_args` of lm-evaluation-harness say: the model, the method and the method's options."""
 
 import dataclasses
-import re
+import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-import tyro
-
-from restkv_jax.commands.options import Budget, DType, UsageError, make_policy, options_of_method, parse
-from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.policy import EvictionPolicy, check_integer
+from restkv_jax.eviction.presets import budget_slots, check_options, find_preset, is_percentage, make_policy, suggest
+from restkv_jax.loading import DType
 
 FINENESS = 3
 """Bits of a percentage budget that count after the first: slots are rounded down by less than 1 in 2 ** FINENESS."""
@@ -28,6 +27,7 @@ class ModelArgs:
       max_gen_toks: most tokens to generate where a task does not say.
       batch_size: prompts read at once.
       seed: of the random draws, where a task samples.
+      dense: leave out the sharing of keys that the model was adapted to.
     """
 
     pretrained: str | None = None
@@ -38,80 +38,69 @@ class ModelArgs:
     max_gen_toks: int = 256
     batch_size: int = 1
     seed: int = 0
+    dense: bool = False
 
 
-class Parsed(NamedTuple):
+class ParsedArgs(NamedTuple):
     """The general arguments and the options of the method's preset."""
 
     general: ModelArgs
-    method_options: Any
+    method_options: dict[str, Any]
 
 
-def parse_model_args(given: Mapping[str, Any]) -> Parsed:
+def parse_model_args(given: Mapping[str, Any]) -> ParsedArgs:
     """Checks arguments as the harness hands them over; those that are None count as left out.
 
     Args:
       given: by name; strings, numbers and bools.
 
     Raises:
-      UsageError: an unknown method or option, suggesting near ones, or a value of the wrong kind or out of range.
+      ValueError: an unknown method or option, suggesting near ones, or a value of the wrong kind or out of range.
     """
-    method = str(given.get("method") or ModelArgs.method)
+    values = {name: value for name, value in given.items() if value is not None}
+    general_names = {field.name for field in dataclasses.fields(ModelArgs)}
+    if str(values.get("batch_size", "")).isdecimal():
+        values["batch_size"] = int(values["batch_size"])  # the harness's own `--batch_size` is text
     try:
-        parsed = _parse(given, method)
-        _check_range(parsed.general)
-        policy_for(parsed, least_slots(parsed.method_options))
-    except UsageError as error:
-        # they are written without dashes here
-        names = re.compile(r"--(?!help)([a-z][a-z-]*)")
-        raise UsageError("model_args: " + names.sub(lambda m: m[1].replace("-", "_"), str(error))) from error
+        general = ModelArgs(**{name: values.pop(name) for name in general_names & values.keys()})
+        parsed = ParsedArgs(general, values)
+        check_options(general.method, values, general_names)
+        _check_general(general)
+        policy_for(parsed, least_slots(parsed))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model_args: {error}") from error
     return parsed
 
 
-def _parse(given: Mapping[str, Any], method: str) -> Parsed:
-    method_class = options_of_method(method)
-
-    def read(general: tyro.conf.OmitArgPrefixes[ModelArgs], options: tyro.conf.OmitArgPrefixes[method_class]) -> Parsed:
-        return Parsed(general, options)
-
-    args = [_as_option(name, value) for name, value in given.items() if value is not None]
-    return parse(read, args, "restkv lm-eval", (ModelArgs, method_class), f" of method={method}")
-
-
-def _as_option(name: str, value: Any) -> str:
-    option = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option}={value}"
-
-
-def _check_range(general: ModelArgs) -> None:
+def _check_general(general: ModelArgs) -> None:
     for name in ("max_length", "max_gen_toks", "batch_size"):
-        value = getattr(general, name)
-        if value is not None and value < 1:
-            raise UsageError(f"{name}={value} must be at least 1")
+        if getattr(general, name) is not None:
+            check_integer(name, getattr(general, name), 1, "tokens or prompts")
+    check_integer("seed", general.seed, 0, "of random draws")
+    if general.dtype not in get_args(DType):
+        raise ValueError(f"dtype={general.dtype!r} is unknown; {suggest(str(general.dtype), get_args(DType))}")
 
 
-def policy_for(parsed: Parsed, num_tokens: int) -> EvictionPolicy:
+def policy_for(parsed: ParsedArgs, num_tokens: int) -> EvictionPolicy:
     """The policy for a prompt of this many tokens.
 
     A percentage refers to the prompt's own tokens. It is rounded down by less than an eighth, so that prompts of
     about one length have one policy and share a compiled program; and it is at least `least_slots`.
 
     Raises:
-      UsageError: options that exclude each other.
+      ValueError: options that the method does not have, or that exclude each other.
     """
     options = parsed.method_options
-    budget = getattr(options, "budget", None)
-    if budget is not None and budget.is_percentage:
-        slots = budget.slots(num_tokens)
+    if is_percentage(options.get("budget", "")):
+        slots = budget_slots(options["budget"], num_tokens)
         step = max(1, 1 << max(0, slots.bit_length() - FINENESS - 1))
-        slots = max(slots // step * step, least_slots(options))
-        options = dataclasses.replace(options, budget=Budget(slots))
+        options = options | {"budget": max(slots // step * step, least_slots(parsed))}
     return make_policy(parsed.general.method, options)
 
 
-def least_slots(method_options: Any) -> int:
+def least_slots(parsed: ParsedArgs) -> int:
     """The fewest slots of a percentage budget: one more than what is always kept, and a page of the paged cache."""
-    always_kept = max(getattr(method_options, name, 0) for name in ("window", "sinks"))
+    parameters = inspect.signature(find_preset(parsed.general.method)).parameters
+    defaults = {name: parameters[name].default for name in ("window", "sinks") if name in parameters}
+    always_kept = max((defaults | parsed.method_options).get(name, 0) for name in ("window", "sinks"))
     return max(always_kept + 1, EvictionPolicy.page_size)

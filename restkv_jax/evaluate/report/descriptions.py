@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from restkv_jax.evaluate.tasks import (
+from restkv_jax.evaluate.tasks.needles import (
     ASSIGNMENT,
     MANY_QUESTION,
     NEEDLE,

@@ -11,20 +11,19 @@ from typing import Any, NamedTuple
 import jinja2
 from matplotlib.figure import Figure
 
-from restkv_jax.commands.options import UsageError
-from restkv_jax.evaluate.grid import Grid, grid_places, is_file
+from restkv_jax.evaluate.grid import Grid, conditions, is_file
 from restkv_jax.evaluate.report.descriptions import describe
 from restkv_jax.evaluate.report.plots import plot_accuracy, plot_costs, plot_needle_map
 from restkv_jax.evaluate.report.summary import (
     SIGNIFICANT,
     Estimates,
-    base_entries,
+    base_configs,
     collect,
     count_prompts,
     depth_cells,
     estimate_all,
     rank_overall,
-    variant_entries,
+    variant_configs,
 )
 from restkv_jax.evaluate.report.tables import (
     FROM_BEST,
@@ -64,16 +63,18 @@ def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str
       the path of report.html.
 
     Raises:
-      UsageError: no sweep in the directory, or none of its prompts measured yet.
+      ValueError: no sweep in the directory, or none of its prompts measured yet.
     """
     results = read_results(directory)
     if not results.cells:
-        raise UsageError(f"{str(directory)!r} has no results yet; run `restkv evaluate` first")
+        raise ValueError(f"{str(directory)!r} has no results yet; run `restkv evaluate` first")
     estimates = estimate_all(collect(results))
     content = _content(results, estimates) | _draw(directory, results, estimates, kept)
     content |= {"title": title, "command": rerun_command(results.grid, directory)}
     templates = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (importlib.resources.files(__package__) / name).read_text("utf-8")),
+        loader=jinja2.FunctionLoader(
+            lambda name: (importlib.resources.files("restkv_jax.evaluate.report") / name).read_text("utf-8")
+        ),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -101,9 +102,9 @@ def missing_prompts(results: Results) -> list[str]:
     counts = count_prompts(results)
     expected: dict[tuple[str, int], int] = {}
     found: dict[tuple[str, int], int] = {}
-    for place in grid_places(results.grid):
-        expected[place[:2]] = expected.get(place[:2], 0) + results.grid.prompts
-        found[place[:2]] = found.get(place[:2], 0) + counts.get(place, 0)
+    for condition in conditions(results.grid):
+        expected[condition[:2]] = expected.get(condition[:2], 0) + results.grid.prompts
+        found[condition[:2]] = found.get(condition[:2], 0) + counts.get(condition, 0)
     missing = [
         f"{task} at {length:,} tokens: {found[task, length]:,} of {number:,} prompts"
         for (task, length), number in expected.items()
@@ -126,7 +127,7 @@ def escape_markdown(text: Any) -> str:
 def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
     """What both templates fill in, apart from the pictures."""
     grid = results.grid
-    scores, columns = collect(results), base_entries(grid)
+    scores, columns = collect(results), base_configs(grid)
     rankings = {
         "Share of the answers said": rank_overall(scores, columns),
         "Prompts answered exactly: all answers and nothing else": rank_overall(collect(results, "exact"), columns),
@@ -135,7 +136,7 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
         "grid": grid,
         "tasks": {task: describe(task) for task in grid.tasks},
         "missing": missing_prompts(results),
-        "has_full": any(entry.budget is None for by_entry in scores.values() for entry in by_entry),
+        "has_full": any(config.budget is None for by_config in scores.values() for config in by_config),
         "has_percentages": any(budget.endswith("%") for budget in grid.budgets),
         "has_slots": any(not budget.endswith("%") for budget in grid.budgets),
         "from_full": FROM_FULL,
@@ -144,7 +145,7 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
         "findings": findings(grid, next(iter(rankings.values()))),
         "score_tables": score_tables(grid, scores, estimates),
         "rankings": [ranking_table(grid, ranking, name) for name, ranking in rankings.items() if ranking],
-        "variant_tables": variant_tables(grid, scores) if variant_entries(grid) else [],
+        "variant_tables": variant_tables(grid, scores) if variant_configs(grid) else [],
         "error_tables": error_tables(grid, results.errors),
         "cost_tables": cost_tables(grid, results.costs) if results.costs else [],
         "rate_table": rate_table(results.costs) if results.costs else None,

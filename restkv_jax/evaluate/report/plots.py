@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from restkv_jax.commands.options import parse_budget
-from restkv_jax.evaluate.grid import Entry, entries
-from restkv_jax.evaluate.report.summary import Estimate, Place, base_entries, collect, depth_cells, estimate_all
+from restkv_jax.evaluate.grid import CacheConfig, cache_configs
+from restkv_jax.evaluate.report.summary import Estimate, Scenario, base_configs, collect, depth_cells, estimate_all
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, unit_for
 from restkv_jax.evaluate.results import Results
+from restkv_jax.eviction.presets import budget_slots
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 """Okabe and Ito's colours for all kinds of colour vision; black is the full cache's, and yellow too faint on white."""
@@ -45,7 +45,7 @@ class Series(NamedTuple):
 
 def plot_accuracy(
     results: Results,
-    estimates: Mapping[Place, Mapping[Entry, Estimate]] | None = None,
+    estimates: Mapping[Scenario, Mapping[CacheConfig, Estimate]] | None = None,
     methods: Sequence[str] | None = None,
     title: str = "Share of the answers said, against the budget",
 ) -> Figure:
@@ -66,21 +66,21 @@ def plot_accuracy(
     estimates = estimate_all(collect(results)) if estimates is None else estimates
     if not estimates:
         raise ValueError("results has no prompts; run the sweep first")
-    styles, full = _styles(results, methods), _full_entry(results)
-    num_lengths = len({place.length for place in estimates})
+    styles, full = _styles(results, methods), _full_config(results)
+    num_lengths = len({scenario.length for scenario in estimates})
     columns = num_lengths * (4 // num_lengths) if 2 <= num_lengths <= 4 else min(3, len(estimates))
     figure, axes = _panels(len(estimates), columns, title)
-    for axis, (place, by_entry) in zip(axes, estimates.items(), strict=False):
-        if full in by_entry:
-            axis.axhline(by_entry[full].mean, color=FULL_COLOR, linestyle="--", linewidth=1.2, zorder=1)
-            axis.axhspan(*by_entry[full].interval, color=FULL_COLOR, alpha=0.1, linewidth=0, zorder=0)
-        series = {method: _scores_of(results, by_entry, method) for method in styles}
-        _draw_lines(axis, series, styles, place.length)
-        axis.set_title(f"{place.task}, {place.length:,} tokens", loc="left", fontsize=10)
+    for axis, (scenario, by_config) in zip(axes, estimates.items(), strict=False):
+        if full is not None and full in by_config:
+            axis.axhline(by_config[full].mean, color=FULL_COLOR, linestyle="--", linewidth=1.2, zorder=1)
+            axis.axhspan(*by_config[full].interval, color=FULL_COLOR, alpha=0.1, linewidth=0, zorder=0)
+        series = {method: _scores_of(results, by_config, method) for method in styles}
+        _draw_lines(axis, series, styles, scenario.length)
+        axis.set_title(f"{scenario.task}, {scenario.length:,} tokens", loc="left", fontsize=10)
         axis.set_ylim(-0.03, 1.03)
         axis.yaxis.set_major_formatter(PercentFormatter(1))
     _label_outside(axes, columns, "budget", "answers said")
-    has_full = any(full in by_entry for by_entry in estimates.values())
+    has_full = any(full in by_config for by_config in estimates.values())
     _add_legend(figure, styles, has_full, "bars and band: 95 % intervals")
     return figure
 
@@ -107,11 +107,11 @@ def plot_needle_map(
     if task not in maps:
         raise ValueError(f"task={task!r} has no depths in results; those that have: {', '.join(maps) or 'none'}")
     drawn = _styles(results, methods)
-    by_entry = {e: cells for e, cells in maps[task].items() if e.budget is None or e.method in drawn}
-    lines = [[e for e in by_entry if e.method == method] for method in dict.fromkeys(e.method for e in by_entry)]
+    by_config = {e: cells for e, cells in maps[task].items() if e.budget is None or e.method in drawn}
+    lines = [[e for e in by_config if e.method == method] for method in dict.fromkeys(e.method for e in by_config)]
     lines = sorted(lines, key=lambda line: line[0].budget is not None)
-    depths = sorted({depth for cells in by_entry.values() for depth, _ in cells})
-    lengths = sorted({length for cells in by_entry.values() for _, length in cells})
+    depths = sorted({depth for cells in by_config.values() for depth, _ in cells})
+    lengths = sorted({length for cells in by_config.values() for _, length in cells})
     columns = max(map(len, lines))
     size = (1.6 + columns * max(1.3, 0.55 * len(lengths)), 1.5 + len(lines) * (0.45 + max(0.7, 0.22 * len(depths))))
     figure = Figure(figsize=(max(6.5, size[0]), size[1]), layout="constrained")
@@ -119,9 +119,9 @@ def plot_needle_map(
     for line, row in zip(lines, axes, strict=True):
         for axis in row[len(line) :]:
             axis.set_visible(False)
-        for axis, entry in zip(row, line, strict=False):
-            image = _draw_map(axis, by_entry[entry], depths, lengths)
-            axis.set_title(entry.label, loc="left", fontsize=9)
+        for axis, config in zip(row, line, strict=False):
+            image = _draw_map(axis, by_config[config], depths, lengths)
+            axis.set_title(config.label, loc="left", fontsize=9)
         row[0].set_ylabel("depth", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("length (tokens)", fontsize=9)
@@ -151,7 +151,7 @@ def plot_costs(
     if results.costs is None or not results.costs.costs:
         raise ValueError("results.costs is empty; measure costs with the sweep first")
     costs = results.costs.costs
-    styles, full = _styles(results, methods), _full_entry(results)
+    styles, full = _styles(results, methods), _full_config(results)
     quantities = {
         "cache_bytes": ("cache of a prompt", BYTES),
         "token_seconds": ("time per token", SECONDS),
@@ -178,14 +178,14 @@ def plot_costs(
 
 def _styles(results: Results, methods: Sequence[str] | None) -> dict[str, Style]:
     if methods is None:
-        methods = list(dict.fromkeys(e.method for e in base_entries(results.grid) if e.budget is not None))
+        methods = list(dict.fromkeys(e.method for e in base_configs(results.grid) if e.budget is not None))
     lines = ["-"] * len(COLORS) + [":"] * len(COLORS)
     looks = zip(cycle(COLORS), cycle(MARKERS), cycle(lines), strict=False)
     return {method: Style(*look) for method, look in zip(methods, looks, strict=False)}
 
 
-def _full_entry(results: Results) -> Entry | None:
-    return next((entry for entry in entries(results.grid) if entry.budget is None), None)
+def _full_config(results: Results) -> CacheConfig | None:
+    return next((config for config in cache_configs(results.grid) if config.budget is None), None)
 
 
 def _panels(count: int, columns: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -208,32 +208,32 @@ def _label_outside(axes: Sequence[Axes], columns: int, x: str, y: str | None = N
             axis.set_ylabel(y, fontsize=9)
 
 
-def _scores_of(results: Results, by_entry: Mapping[Entry, Estimate], method: str) -> Series:
-    found = [by_entry[e] for e in (Entry(method, budget) for budget in results.grid.budgets) if e in by_entry]
-    budgets = [budget for budget in results.grid.budgets if Entry(method, budget) in by_entry]
+def _scores_of(results: Results, by_config: Mapping[CacheConfig, Estimate], method: str) -> Series:
+    found = [by_config[e] for e in (CacheConfig(method, budget) for budget in results.grid.budgets) if e in by_config]
+    budgets = [budget for budget in results.grid.budgets if CacheConfig(method, budget) in by_config]
     return Series(budgets, [f.mean for f in found], [f.interval.low for f in found], [f.interval.high for f in found])
 
 
 def _costs_of(results: Results, values: Mapping[str, float], method: str) -> Series:
-    budgets = [budget for budget in results.grid.budgets if Entry(method, budget).label in values]
-    return Series(budgets, [values[Entry(method, budget).label] for budget in budgets])
+    budgets = [budget for budget in results.grid.budgets if CacheConfig(method, budget).label in values]
+    return Series(budgets, [values[CacheConfig(method, budget).label] for budget in budgets])
 
 
 def _draw_lines(axis: Axes, series: Mapping[str, Series], styles: Mapping[str, Style], length: int) -> None:
     """A line per method over the logarithm of its budgets' shares of the prompt."""
     budgets = list(dict.fromkeys(budget for one in series.values() for budget in one.budgets))
-    places = {budget: np.log(parse_budget(budget).slots(length) / length) for budget in budgets}
-    low, high = (min(places.values()), max(places.values())) if places else (0.0, 1.0)
+    x_of = {budget: np.log(budget_slots(budget, length) / length) for budget in budgets}
+    low, high = (min(x_of.values()), max(x_of.values())) if x_of else (0.0, 1.0)
     width = max(high - low, 0.5)
     for i, (method, one) in enumerate(series.items()):
-        x = np.array([places[budget] for budget in one.budgets]) + (i - (len(series) - 1) / 2) * DODGE * width
+        x = np.array([x_of[budget] for budget in one.budgets]) + (i - (len(series) - 1) / 2) * DODGE * width
         order = np.argsort(x)
         y = np.array(one.values)[order]
         look = {"color": styles[method].color, "linewidth": 1.3}
         axis.plot(x[order], y, styles[method].line, marker=styles[method].marker, markersize=4, label=method, **look)
         if one.lows is not None and one.highs is not None:
             axis.vlines(x[order], np.array(one.lows)[order], np.array(one.highs)[order], alpha=0.55, **look)
-    axis.set_xticks(list(places.values()), labels=budgets)
+    axis.set_xticks(list(x_of.values()), labels=budgets)
     axis.set_xlim(low - 0.12 * width, high + 0.12 * width)
     axis.set_axisbelow(True)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)

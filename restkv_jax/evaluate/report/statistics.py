@@ -65,7 +65,7 @@ def bootstrap_interval(
     return Interval(float(found.low), float(found.high))
 
 
-def _mean_of_means(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+def _mean_of_means(*samples: np.ndarray, axis: int = -1) -> np.ndarray | float:
     return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
 
 
@@ -73,8 +73,7 @@ def _interval_of_equal_scores(
     samples: Sequence[np.ndarray], confidence: float, limits: tuple[float, float]
 ) -> Interval:
     mean = float(_mean_of_means(*samples))
-    z = float(scipy.stats.norm.ppf((1 + confidence) / 2))
-    different = wilson_interval(0, sum(sample.size for sample in samples), z)[1]
+    different = wilson_interval(0, sum(sample.size for sample in samples), confidence)[1]
     return Interval(*(mean + different * (limit - mean) for limit in limits))
 
 
@@ -92,7 +91,7 @@ def paired_test(a: np.ndarray, b: np.ndarray, num_resamples: int = 9999, seed: i
       seed: of these.
 
     Raises:
-      ValueError: scores that are no pairs, or none.
+      ValueError: scores that are not pairs, or none.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.ndim != 1 or a.shape != b.shape or not a.size:
@@ -137,9 +136,9 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     Args:
       p_values: [M] of single comparisons.
     """
-    p_values = np.asarray(p_values, float)
-    order = np.argsort(p_values)
-    stepped = np.maximum.accumulate(p_values[order] * np.arange(p_values.size, 0, -1))
-    adjusted = np.empty_like(p_values)
+    given = np.asarray(p_values, float)
+    order = np.argsort(given)
+    stepped = np.maximum.accumulate(given[order] * np.arange(given.size, 0, -1))
+    adjusted = np.empty_like(given)
     adjusted[order] = np.minimum(stepped, 1)
     return adjusted

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from restkv_jax.evaluate.grid import Entry, Grid, entries, parse_method
+from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs, parse_method
 from restkv_jax.evaluate.report.statistics import Interval, bootstrap_interval, holm, paired_test
 from restkv_jax.evaluate.results import Results
 
@@ -17,7 +17,7 @@ ByPrompt = dict[tuple[float | None, int], float]
 """Scores by the depth and the number of their prompts."""
 
 
-class Place(NamedTuple):
+class Scenario(NamedTuple):
     """The prompts of one task and length, at all depths."""
 
     task: str
@@ -32,22 +32,22 @@ class Estimate(NamedTuple):
     count: int
 
 
-Estimates = dict[Place, dict[Entry, Estimate]]
-"""Means with intervals by task and length, and entry."""
+Estimates = dict[Scenario, dict[CacheConfig, Estimate]]
+"""Means with intervals by task and length, and configuration."""
 Ranking = dict[str, dict[str | None, Estimate]]
 """Means over tasks and lengths by method and budget; over a method's budgets under None."""
 
 
 class Comparison(NamedTuple):
-    """How much higher an entry scores than another on the same prompts, and the corrected p value of that."""
+    """How much higher a configuration scores than another on the same prompts, and the corrected p value of that."""
 
     difference: Estimate
     p: float
 
 
 class Standing(NamedTuple):
-    """An entry in its table: whether its mean is the best of its budget; whether it differs from the full cache, and
-    from the best of its budget.
+    """A configuration in its table: whether its mean is the best of its budget; whether it differs from the full cache,
+    and from the best of its budget.
     """
 
     estimate: Estimate
@@ -62,22 +62,24 @@ def base_of(method: str, grid: Grid) -> str | None:
     return name if method != name and name in grid.methods else None
 
 
-def base_entries(grid: Grid) -> list[Entry]:
+def base_configs(grid: Grid) -> list[CacheConfig]:
     """The columns of a sweep that are not variants of others, the full cache first."""
-    return sorted((e for e in entries(grid) if base_of(e.method, grid) is None), key=lambda e: e.budget is not None)
+    return sorted(
+        (e for e in cache_configs(grid) if base_of(e.method, grid) is None), key=lambda e: e.budget is not None
+    )
 
 
-def variant_entries(grid: Grid) -> dict[Entry, Entry]:
+def variant_configs(grid: Grid) -> dict[CacheConfig, CacheConfig]:
     """The base of every variant at the same budget."""
-    bases = {entry: base_of(entry.method, grid) for entry in entries(grid)}
-    return {entry: Entry(base, entry.budget) for entry, base in bases.items() if base is not None}
+    bases = {config: base_of(config.method, grid) for config in cache_configs(grid)}
+    return {config: CacheConfig(base, config.budget) for config, base in bases.items() if base is not None}
 
 
-def collect(results: Results, score: Score = "match") -> dict[Place, dict[Entry, ByPrompt]]:
-    """The scores of every task and length, by entry and prompt, in the order of the results."""
-    found: dict[Place, dict[Entry, ByPrompt]] = {}
+def collect(results: Results, score: Score = "match") -> dict[Scenario, dict[CacheConfig, ByPrompt]]:
+    """The scores of every task and length, by configuration and prompt, in the order of the results."""
+    found: dict[Scenario, dict[CacheConfig, ByPrompt]] = {}
     for cell, scores in results.cells.items():
-        by_prompt = found.setdefault(Place(cell.task, cell.length), {}).setdefault(cell.entry, {})
+        by_prompt = found.setdefault(Scenario(cell.task, cell.length), {}).setdefault(cell.config, {})
         pairs = zip(scores.index.tolist(), getattr(scores, score).tolist(), strict=True)
         by_prompt.update({(cell.depth, index): float(value) for index, value in pairs})
     return found
@@ -90,11 +92,11 @@ def estimate(*groups: Iterable[float], limits: tuple[float, float] = (0.0, 1.0))
     return Estimate(mean, bootstrap_interval(*samples, num_resamples=1000, limits=limits), sum(map(len, samples)))
 
 
-def estimate_all(scores: Mapping[Place, Mapping[Entry, ByPrompt]]) -> Estimates:
-    """Means with intervals of every entry at every task and length."""
+def estimate_all(scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]]) -> Estimates:
+    """Means with intervals of every configuration at every task and length."""
     return {
-        place: {entry: estimate(values.values()) for entry, values in by_entry.items()}
-        for place, by_entry in scores.items()
+        scenario: {config: estimate(values.values()) for config, values in by_config.items()}
+        for scenario, by_config in scores.items()
     }
 
 
@@ -105,27 +107,27 @@ def pair(a: ByPrompt, b: ByPrompt) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rank_within(
-    by_entry: Mapping[Entry, ByPrompt], estimates: Mapping[Entry, Estimate], columns: Sequence[Entry]
-) -> dict[Entry, Standing]:
-    """Which entries are best at their budget, and which differ from the full cache and from the best.
+    by_config: Mapping[CacheConfig, ByPrompt], estimates: Mapping[CacheConfig, Estimate], columns: Sequence[CacheConfig]
+) -> dict[CacheConfig, Standing]:
+    """Which configurations are best at their budget, and which differ from the full cache and from the best.
 
     All tests of the table are corrected together.
 
     Args:
-      by_entry: scores at one task and length.
+      by_config: scores at one task and length.
       estimates: their means.
-      columns: the entries of the table.
+      columns: the configurations of the table.
     """
-    present = [entry for entry in columns if entry in by_entry]
-    full = next((entry for entry in present if entry.budget is None), None)
+    present = [config for config in columns if config in by_config]
+    full = next((config for config in present if config.budget is None), None)
     best = {
         budget: max((e for e in present if e.budget == budget), key=lambda e: estimates[e].mean)
-        for budget in {entry.budget for entry in present if entry.budget is not None}
+        for budget in {config.budget for config in present if config.budget is not None}
     }
     tests = {(e, full) for e in present if full is not None and e != full}
     tests |= {(e, best[e.budget]) for e in present if e.budget is not None and e != best[e.budget]}
     ordered = sorted(tests, key=lambda test: (present.index(test[0]), present.index(test[1])))
-    pairs = [pair(by_entry[a], by_entry[b]) for a, b in ordered]
+    pairs = [pair(by_config[a], by_config[b]) for a, b in ordered]
     p_values = holm([paired_test(*scores) if scores[0].size else 1.0 for scores in pairs])
     differs = {test for test, p in zip(ordered, p_values, strict=True) if p < SIGNIFICANT}
     return {
@@ -139,49 +141,55 @@ def rank_within(
     }
 
 
-def whole_places(scores: Mapping[Place, Mapping[Entry, ByPrompt]], columns: Iterable[Entry]) -> list[Place]:
-    """The tasks and lengths at which there are prompts that all of these entries have."""
+def common_scenarios(
+    scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]], columns: Iterable[CacheConfig]
+) -> list[Scenario]:
+    """The tasks and lengths at which there are prompts that all of these configurations have."""
     return [
-        place
-        for place, by_entry in scores.items()
-        if set.intersection(*(set(by_entry.get(entry, ())) for entry in columns))
+        scenario
+        for scenario, by_config in scores.items()
+        if set.intersection(*(set(by_config.get(config, ())) for config in columns))
     ]
 
 
-def rank_overall(scores: Mapping[Place, Mapping[Entry, ByPrompt]], columns: Sequence[Entry]) -> Ranking:
+def rank_overall(scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]], columns: Sequence[CacheConfig]) -> Ranking:
     """Means over tasks and lengths by method and budget, the best method first; each task and length counts the same.
 
     Args:
       scores: from `collect`.
-      columns: entries to rank.
+      columns: configurations to rank.
 
     Returns:
-      empty if no task and length has prompts of all entries.
+      empty if no task and length has prompts of all configurations.
     """
-    places = whole_places(scores, columns)
-    if not places:
+    scenarios = common_scenarios(scores, columns)
+    if not scenarios:
         return {}
     ranking: Ranking = {}
-    for method in dict.fromkeys(entry.method for entry in columns):
-        own = [entry for entry in columns if entry.method == method]
-        groups = [[_mean_over(own, scores[place])] for place in places]
+    for method in dict.fromkeys(config.method for config in columns):
+        own = [config for config in columns if config.method == method]
+        groups = [[_mean_over(own, scores[scenario])] for scenario in scenarios]
         ranking[method] = {None: estimate(*(group[0] for group in groups))}
         if own[0].budget is not None:
-            for entry in own:
-                ranking[method][entry.budget] = estimate(*(scores[place][entry].values() for place in places))
+            for config in own:
+                ranking[method][config.budget] = estimate(
+                    *(scores[scenario][config].values() for scenario in scenarios)
+                )
     return dict(sorted(ranking.items(), key=lambda item: -item[1][None].mean))
 
 
-def _mean_over(columns: Sequence[Entry], by_entry: Mapping[Entry, ByPrompt]) -> list[float]:
-    """The mean score of each prompt that all of these entries have."""
-    first, *others = (by_entry[entry] for entry in columns)
+def _mean_over(columns: Sequence[CacheConfig], by_config: Mapping[CacheConfig, ByPrompt]) -> list[float]:
+    """The mean score of each prompt that all of these configurations have."""
+    first, *others = (by_config[config] for config in columns)
     shared = [prompt for prompt in first if all(prompt in other for other in others)]
-    return [float(np.mean([by_entry[entry][prompt] for entry in columns])) for prompt in shared]
+    return [float(np.mean([by_config[config][prompt] for config in columns])) for prompt in shared]
 
 
 def compare_variants(
-    scores: Mapping[Place, Mapping[Entry, ByPrompt]], variants: Mapping[Entry, Entry], places: Sequence[Place]
-) -> dict[Entry, Comparison]:
+    scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]],
+    variants: Mapping[CacheConfig, CacheConfig],
+    scenarios: Sequence[Scenario],
+) -> dict[CacheConfig, Comparison]:
     """Every variant against its base on the same prompts; each task and length counts the same in the mean.
 
     All tests are corrected together.
@@ -189,16 +197,17 @@ def compare_variants(
     Args:
       scores: from `collect`.
       variants: the base of each.
-      places: tasks and lengths over which to take the mean; those without prompts of both are left out.
+      scenarios: tasks and lengths over which to take the mean; those without prompts of both are left out.
     """
     found = {}
     for variant, base in variants.items():
-        both = [place for place in places if {variant, base} <= scores[place].keys()]
-        pairs = [pair(scores[place][variant], scores[place][base]) for place in both]
+        both = [scenario for scenario in scenarios if {variant, base} <= scores[scenario].keys()]
+        pairs = [pair(scores[scenario][variant], scores[scenario][base]) for scenario in both]
         pairs = [scores for scores in pairs if scores[0].size]
         if pairs:
             difference = estimate(*(a - b for a, b in pairs), limits=(-1.0, 1.0))
-            found[variant] = (difference, paired_test(*map(np.concatenate, zip(*pairs, strict=True))))
+            ours, theirs = (np.concatenate(scores) for scores in zip(*pairs, strict=True))
+            found[variant] = (difference, paired_test(ours, theirs))
     p_values = holm([p for _, p in found.values()])
     return {v: Comparison(d, float(p)) for (v, (d, _)), p in zip(found.items(), p_values, strict=True)}
 
@@ -211,11 +220,11 @@ def count_prompts(results: Results) -> dict[tuple[str, int, float | None], int]:
     return found
 
 
-def depth_cells(results: Results) -> dict[str, dict[Entry, dict[tuple[float, int], float]]]:
-    """Mean share of answers said by task, entry, depth and length, of the tasks that have depths."""
-    found: dict[str, dict[Entry, dict[tuple[float, int], float]]] = {}
+def depth_cells(results: Results) -> dict[str, dict[CacheConfig, dict[tuple[float, int], float]]]:
+    """Mean share of answers said by task, configuration, depth and length, of the tasks that have depths."""
+    found: dict[str, dict[CacheConfig, dict[tuple[float, int], float]]] = {}
     for cell, scores in results.cells.items():
         if cell.depth is not None:
-            by_entry = found.setdefault(cell.task, {})
-            by_entry.setdefault(cell.entry, {})[cell.depth, cell.length] = float(scores.match.mean())
+            by_config = found.setdefault(cell.task, {})
+            by_config.setdefault(cell.config, {})[cell.depth, cell.length] = float(scores.match.mean())
     return found

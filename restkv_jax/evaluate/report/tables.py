@@ -5,19 +5,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from restkv_jax.evaluate.grid import Entry, Grid, entries
+from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs
 from restkv_jax.evaluate.report.summary import (
     SIGNIFICANT,
     ByPrompt,
     Comparison,
     Estimate,
-    Place,
     Ranking,
+    Scenario,
     Standing,
-    base_entries,
+    base_configs,
     compare_variants,
     rank_within,
-    variant_entries,
+    variant_configs,
 )
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, Unit, text_of
 from restkv_jax.evaluate.results import Cost, Costs, LayerErrors
@@ -59,20 +59,20 @@ EMPTY = TableCell("-")
 
 def score_tables(
     grid: Grid,
-    scores: Mapping[Place, Mapping[Entry, ByPrompt]],
-    estimates: Mapping[Place, Mapping[Entry, Estimate]],
+    scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]],
+    estimates: Mapping[Scenario, Mapping[CacheConfig, Estimate]],
 ) -> dict[str, list[Table]]:
     """By task, a table per length: methods × budgets, the full cache first."""
     tables: dict[str, list[Table]] = {}
-    for place, by_entry in scores.items():
-        columns = base_entries(grid)
-        standings = rank_within(by_entry, estimates[place], columns)
+    for scenario, by_config in scores.items():
+        columns = base_configs(grid)
+        standings = rank_within(by_config, estimates[scenario], columns)
         rows = [
             _row(method, own, {e: _standing_cell(standings[e]) for e in own if e in standings}, grid.budgets)
             for method, own in _by_method(columns).items()
         ]
-        title = f"{place.length:,} tokens, {_count_text([s.estimate.count for s in standings.values()])}"
-        tables.setdefault(place.task, []).append(Table(title, "method", [f"budget {b}" for b in grid.budgets], rows))
+        title = f"{scenario.length:,} tokens, {_count_text([s.estimate.count for s in standings.values()])}"
+        tables.setdefault(scenario.task, []).append(Table(title, "method", [f"budget {b}" for b in grid.budgets], rows))
     return tables
 
 
@@ -104,15 +104,15 @@ def findings(grid: Grid, ranking: Ranking) -> list[str]:
     return found
 
 
-def variant_tables(grid: Grid, scores: Mapping[Place, Mapping[Entry, ByPrompt]]) -> list[Table]:
+def variant_tables(grid: Grid, scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]]) -> list[Table]:
     """Variants against their base: a table over all tasks and lengths, then one per task."""
-    variants = variant_entries(grid)
-    tasks = list(dict.fromkeys(place.task for place in scores))
+    variants = variant_configs(grid)
+    tasks = list(dict.fromkeys(scenario.task for scenario in scores))
     groups = {"All tasks and lengths": list(scores)} if len(scores) > 1 else {}
-    groups |= {task: [place for place in scores if place.task == task] for task in tasks}
+    groups |= {task: [scenario for scenario in scores if scenario.task == task] for task in tasks}
     tables = []
-    for title, places in groups.items():
-        compared = compare_variants(scores, variants, places)
+    for title, scenarios in groups.items():
+        compared = compare_variants(scores, variants, scenarios)
         rows = [
             _row(method, own, {e: _comparison_cell(compared[e]) for e in own if e in compared}, grid.budgets)
             for method, own in _by_method(variants).items()
@@ -125,7 +125,7 @@ def variant_tables(grid: Grid, scores: Mapping[Place, Mapping[Entry, ByPrompt]])
 def error_tables(grid: Grid, errors: Sequence[LayerErrors]) -> list[Table]:
     """A table per task and length: the error of the layers' attention, in the mean over layers, methods × budgets."""
     tables = []
-    columns = [entry for entry in entries(grid) if entry.budget is not None]
+    columns = [config for config in cache_configs(grid) if config.budget is not None]
     for task, length in dict.fromkeys((error.task, error.length) for error in errors):
         means = {e.label: float(np.mean(e.layers)) for e in errors if (e.task, e.length) == (task, length)}
         cells = {e: TableCell(_percent(means[e.label])) for e in columns if e.label in means}
@@ -158,7 +158,7 @@ def rate_table(costs: Costs) -> Table | None:
 
 def _cost_table(grid: Grid, costs: Sequence[Cost], name: str, title: str, units: tuple[Unit, ...]) -> Table:
     values = {cost.label: getattr(cost, name) for cost in costs if getattr(cost, name) is not None}
-    columns = sorted(entries(grid), key=lambda e: e.budget is not None)
+    columns = sorted(cache_configs(grid), key=lambda e: e.budget is not None)
     full = next((values.get(e.label) for e in columns if e.budget is None), None)
     rows = []
     for method, own in _by_method(columns).items():
@@ -171,17 +171,19 @@ def _cost_table(grid: Grid, costs: Sequence[Cost], name: str, title: str, units:
     return Table(title, "method", [f"budget {b}" for b in grid.budgets], rows)
 
 
-def _by_method(columns: Sequence[Entry] | Mapping[Entry, Entry]) -> dict[str, list[Entry]]:
-    found: dict[str, list[Entry]] = {}
-    for entry in columns:
-        found.setdefault(entry.method, []).append(entry)
+def _by_method(columns: Sequence[CacheConfig] | Mapping[CacheConfig, CacheConfig]) -> dict[str, list[CacheConfig]]:
+    found: dict[str, list[CacheConfig]] = {}
+    for config in columns:
+        found.setdefault(config.method, []).append(config)
     return found
 
 
-def _row(method: str, own: Sequence[Entry], cells: Mapping[Entry, TableCell], budgets: Sequence[str]) -> Row:
+def _row(
+    method: str, own: Sequence[CacheConfig], cells: Mapping[CacheConfig, TableCell], budgets: Sequence[str]
+) -> Row:
     if own[0].budget is None:
         return Row(method, [cells.get(own[0], EMPTY)], spans=True)
-    return Row(method, [cells.get(Entry(method, budget), EMPTY) for budget in budgets])
+    return Row(method, [cells.get(CacheConfig(method, budget), EMPTY) for budget in budgets])
 
 
 def _score_cell(estimate: Estimate, marks: str = "", is_strong: bool = False) -> TableCell:

@@ -52,15 +52,15 @@ TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True)
 class Needles:
-    """Numbers hidden under keys, some of which are asked.
+    """Numbers hidden under keys, some of which are asked for.
 
     Attributes:
       num_keys: keys, each with a needle per value.
       num_values: values of each key.
-      num_asked: keys asked.
+      num_asked: keys asked for.
       haystack: what the rest of the text is, "noise" or further "needles".
       depth: where the asked needle stands among the sentences, 0 at their beginning to 1 at their end; None anywhere.
-        Only where one needle is asked.
+        Only where one needle is asked for.
     """
 
     num_keys: int = 1
@@ -76,7 +76,7 @@ class Needles:
             raise ValueError(f"depth={self.depth} must be between 0, the beginning, and 1, the end")
         if not self.asks_one:
             asked = self.num_asked * self.num_values
-            raise ValueError(f"depth={self.depth} is of one needle, but {asked} are asked; leave it out")
+            raise ValueError(f"depth={self.depth} places one needle, but {asked} are asked for; leave it out")
 
     @property
     def asks_one(self) -> bool:
@@ -96,14 +96,14 @@ class Needles:
         sentences = [NEEDLE.format(key=key, value=value) for key, value in pairs]
         room = num_tokens - count(_join(header, sentences, question))
         fillers = _noise(room, count) if self.haystack == "noise" else _other_needles(room, keys, values, rng)
-        pinned = None
-        if self.depth is not None:
+        pinned, depth = "", self.depth
+        if depth is not None:
             pinned = sentences.pop(next(i for i, (key, _) in enumerate(pairs) if key in asked))
 
         def text(n: int, rng: random.Random) -> str:
             lines = _mix(sentences, fillers[:n], rng)
-            if pinned is not None:
-                lines.insert(round(self.depth * len(lines)), pinned)
+            if depth is not None:
+                lines.insert(round(depth * len(lines)), pinned)
             return _join(header, lines, question)
 
         return Draft(text, 0, len(fillers), answers)
@@ -111,7 +111,7 @@ class Needles:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Variables assigned to one another, `num_hops` times, hidden in noise; all that hold the value are asked."""
+    """Variables assigned to one another, `num_hops` times, hidden in noise; all that hold the value are asked for."""
 
     num_hops: int
 
@@ -154,12 +154,12 @@ def _noise(room: int, count: Callable[[str], int]) -> list[str]:
 
 def _other_needles(room: int, keys: Sequence[str], values: Sequence[str], rng: random.Random) -> list[str]:
     """Needles that fill `room` tokens and more, with keys and values that no other has."""
-    keys, values, found = set(keys), set(values), []
+    used_keys, used_values, found = set(keys), set(values), []
     while len(found) < room // MIN_NEEDLE_TOKENS:
         key, value = _key(rng), _number(rng)
-        if key not in keys and value not in values:
-            keys.add(key)
-            values.add(value)
+        if key not in used_keys and value not in used_values:
+            used_keys.add(key)
+            used_values.add(value)
             found.append(NEEDLE.format(key=key, value=value))
     return found
 

@@ -43,6 +43,7 @@ class Task(Protocol):
 
     def draft(self, rng: random.Random, count: Callable[[str], int], num_tokens: int) -> Draft:
         """Draws a prompt to be written in at most `num_tokens` tokens, as `count` counts them."""
+        ...
 
 
 def largest_fitting(count: Callable[[int], int], least: int, most: int, room: int, guess: int) -> int | None:

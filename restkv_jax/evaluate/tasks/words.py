@@ -1,12 +1,13 @@
 """Lists of words whose most frequent ones are asked."""
 
 import dataclasses
-import functools
 import math
 import random
 import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
+
+import scipy.special
 
 from restkv_jax.evaluate.tasks.prompts import Draft
 from restkv_jax.evaluate.tasks.vocabulary import plain_words
@@ -102,7 +103,8 @@ class FrequentWords:
         while len(coded) < ranks - 1:
             coded["".join(rng.choices(string.ascii_lowercase, k=NUM_LETTERS))] = None
         words = [DOTS, *coded]
-        shares = [rank**-self.alpha / zeta(self.alpha) for rank in range(1, ranks + 1)]
+        total = float(scipy.special.zeta(self.alpha))
+        shares = [rank**-self.alpha / total for rank in range(1, ranks + 1)]
         # The third asked is then ahead of the fourth by one appearance at least.
         least = math.ceil(1 / (shares[NUM_FREQUENT] - shares[NUM_FREQUENT + 1]))
         most = max(least, num_tokens + num_tokens // 4)
@@ -114,13 +116,6 @@ class FrequentWords:
             return FREQUENT_WORDS.format(words=" ".join(words[i] for i, j in order if j < counts[i]))
 
         return Draft(text, least, most, tuple(words[1 : NUM_FREQUENT + 1]))
-
-
-@functools.cache
-def zeta(alpha: float, terms: int = 1000) -> float:
-    """Riemann's zeta function, `sum k^-alpha` over all `k >= 1`, by Euler's and Maclaurin's formula."""
-    tail = terms ** (1 - alpha) / (alpha - 1) - terms**-alpha / 2 + alpha * terms ** (-alpha - 1) / 12
-    return sum(k**-alpha for k in range(1, terms + 1)) + tail
 
 
 def _shuffled(num_words: int, num_common: int, repeats: Repeats, rng: random.Random) -> list[int]:

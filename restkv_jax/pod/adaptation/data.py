@@ -62,7 +62,7 @@ def read_sequences(
         into memory, of ids [N] or of rows [N, T], or `.npz`, read whole, with `tokens` and `weights` of the same
         shape; or such an array, or a mapping of the two, itself.
       length: tokens per sequence; None is the rows' length, else the shorter of `longest` and `LONGEST_DEFAULT`.
-      longest: the model's `max_position_embeddings`.
+      longest: the model's `context_length`.
       tokenizer: for text.
       directory: where ids of text are kept; a temporary one for None.
 
@@ -75,7 +75,7 @@ def read_sequences(
     default = tokens.shape[1] if tokens.ndim == 2 else min(longest, LONGEST_DEFAULT)
     size = default if length is None else length
     if size > longest:
-        raise ValueError(f"sequence_length={size} exceeds the model's max_position_embeddings={longest}")
+        raise ValueError(f"sequence_length={size} exceeds the model's maximum of {longest} positions")
     if tokens.ndim == 2 and tokens.shape[1] != size:
         raise ValueError(f"{name} has rows of {tokens.shape[1]} tokens, but sequence_length={size}; leave it out")
     count = tokens.size // size

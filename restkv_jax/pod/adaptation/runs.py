@@ -19,6 +19,7 @@ from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.digest import checksum
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.mesh import make_mesh
+from restkv_jax.models.rules import with_usual_promotion
 from restkv_jax.models.saving import check_params, save_model
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
 from restkv_jax.pod.adaptation.checkpoints import Position, open_checkpoints, restore, save
@@ -33,6 +34,7 @@ MODEL = "model"
 """The adapted model in the directory of a run."""
 
 
+@with_usual_promotion
 def adapt(
     model: Decoder,
     params: Any,
@@ -79,7 +81,7 @@ def adapt(
         raise ValueError(f"save_dtype={save_dtype!r} is not supported; supported: {', '.join(SAVE_DTYPES)}")
     check_params(flatten(params), parameter_shapes(model))
     output = None if output is None else _make_directory(output)
-    longest = model.config.max_position_embeddings
+    longest = model.config.context_length
     sequences = read_sequences(data, adaptation.sequence_length, longest, tokenizer, output)
     for arrays in sequences.sample():  # the others when their turn comes
         check_vocabulary(arrays["tokens"], model.config.vocab_size)

@@ -19,13 +19,11 @@ pytest.importorskip("yaml")
 import jax.numpy as jnp
 
 import restkv_jax as rk
-from restkv_jax.commands.evaluate import parse_evaluate
 from restkv_jax.commands.main import main
-from restkv_jax.commands.options import UsageError
 from restkv_jax.evaluate import generate_texts, make_prompts
-from restkv_jax.evaluate.grid import Grid, check_grid, entries, parse_method, policies
+from restkv_jax.evaluate.grid import Grid
 from restkv_jax.evaluate.results import read_lines, read_results
-from restkv_jax.evaluate.sweep import Work, our_units, place_seed, places, prompts_of
+from restkv_jax.evaluate.sweep import RunSettings, batches_of_process, encode_prompts, prompt_set_seed, prompt_sets
 
 ROOT = pathlib.Path(__file__).parents[2]
 METHODS = "--methods full snapkv laprox --budgets 25%"
@@ -52,14 +50,14 @@ def test_every_prompt_is_answered_as_alone(sweep):
     model, params, tokenizer = rk.load_model(dtype=jnp.float32)
     lines = read_lines(sweep)
     assert len(lines) == 10
-    prompts = make_prompts("multikey", tokenizer, 256, 5, place_seed(3, "multikey", 256, None))
+    prompts = make_prompts("multikey", tokenizer, 256, 5, prompt_set_seed(3, "multikey", 256, None))
     alone = {"snapkv 25%": rk.snapkv(64), "laprox 25%": rk.laprox(64), "full": rk.full()}
     texts = generate_texts(model, params, tokenizer, prompts, list(alone.values()), batch_size=1)
-    for label, told in zip(alone, texts, strict=True):
+    for label, expected in zip(alone, texts, strict=True):
         found = [lines["multikey", 256, None, i].said[label] for i in range(5)]
-        assert found == told
+        assert found == expected
     results = read_results(sweep)
-    assert {(cell.task, cell.entry.label) for cell in results.cells} == {
+    assert {(cell.task, cell.config.label) for cell in results.cells} == {
         (task, label) for task in ("single", "multikey") for label in alone
     }
     for scores in results.cells.values():
@@ -100,7 +98,7 @@ def test_own_prompts_are_bucketed_and_what_cannot_be_read_is_named(tmp_path, cap
     own.write_text("".join(json.dumps(value) + "\n" for value in values))
     missing, empty = str(tmp_path / "missing.jsonl"), tmp_path / "empty.jsonl"
     empty.write_text('{"prompt": "Who?", "answers": "nobody"}\n')
-    assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own), "--methods", "full") == 0
+    assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own)) == 0
     errors = capsys.readouterr().err
     assert f"task {missing!r} is left out" in errors
     assert f"task {str(empty)!r} is left out" in errors and '"answers", a list' in errors
@@ -109,21 +107,21 @@ def test_own_prompts_are_bucketed_and_what_cannot_be_read_is_named(tmp_path, cap
     for item, line in lines.items():
         assert line.prompt_tokens <= item.length == rk.bucket_length(line.prompt_tokens)
     own.write_text(own.read_text() + '{"prompt": "More?", "answers": ["no"]}\n')
-    assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own), "--methods", "full") == 2
+    assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own)) == 2
     assert "the files" in capsys.readouterr().err
 
 
 def test_needle_depths_are_measured_where_a_task_has_one_needle(tmp_path):
     grid = Grid(tasks=("single", "multiquery"), depths=(0.0, 0.5, 1.0), prompts=7)
     _, _, tokenizer = rk.load_model(dtype=jnp.float32)
-    found = {(place.task, place.depth): place.num_prompts for place in places(grid, tokenizer)}
+    found = {(prompt_set.task, prompt_set.depth): prompt_set.num_prompts for prompt_set in prompt_sets(grid, tokenizer)}
     assert found == {("single", 0.0): 7, ("single", 0.5): 7, ("single", 1.0): 7, ("multiquery", None): 7}
 
 
 def test_no_two_places_ask_for_the_same_needles():
     grid = Grid(tasks=("single", "multikey"), lengths=(256, 512), depths=(0.0, 1.0), prompts=3)
     _, _, tokenizer = rk.load_model(dtype=jnp.float32)
-    found = [prompts_of(grid, tokenizer, place).prompts for place in places(grid, tokenizer)]
+    found = [encode_prompts(grid, tokenizer, prompt_set).prompts for prompt_set in prompt_sets(grid, tokenizer)]
     answers = [prompt.answers for prompts in found for prompt in prompts.values()]
     assert len(set(answers)) == len(answers) == 24
 
@@ -131,97 +129,13 @@ def test_no_two_places_ask_for_the_same_needles():
 def test_processes_share_the_batches_without_rest():
     grid = Grid(prompts=23, lengths=(256, 512))
     _, _, tokenizer = rk.load_model(dtype=jnp.float32)
-    whole = our_units(places(grid, tokenizer), Work(batch_size=4))
-    shared = [our_units(places(grid, tokenizer), Work(4, process=p, num_processes=3)) for p in range(3)]
+    whole = batches_of_process(prompt_sets(grid, tokenizer), RunSettings(batch_size=4))
+    shared = [
+        batches_of_process(prompt_sets(grid, tokenizer), RunSettings(4, process=p, num_processes=3)) for p in range(3)
+    ]
     assert sorted(unit for part in shared for unit in part) == sorted(whole)
     assert sum(size for _, _, size in whole) == 23 * 2 * 3
     assert max(map(len, shared)) - min(map(len, shared)) <= 1
-
-
-def test_a_grid_comes_from_a_file_and_the_command_line_goes_before(tmp_path):
-    file = tmp_path / "grid.yaml"
-    file.write_text("tasks: [haystack]\nmethods: [full, restkv(temporal=mean)]\nbudgets: [2%, 64]\nprompts: 7\n")
-    options, grid = parse_evaluate(
-        ["--output", "out", "--grid", str(file), "--prompts", "9", "--lengths", "512", "1024"]
-    )
-    assert grid == Grid(("haystack",), ("full", "restkv(temporal=mean)"), ("2%", "64"), (512, 1024), prompts=9)
-    assert [entry.label for entry in entries(grid)] == ["full", "restkv(temporal=mean) 2%", "restkv(temporal=mean) 64"]
-    made = policies(grid, 1024)
-    assert [policy.budget for policy in made.values()] == [None, 20, 64]
-    assert [policy.window for policy in made.values()][1:] == [10, 32]
-    assert options.batch_size == 10
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tasks": ("singel",)}, "task 'singel' is unknown; did you mean single"),
-        ({"methods": ("snapkw",)}, "'snapkw' is unknown; did you mean snapkv"),
-        ({"methods": ("restkv(temporl=mean)",)}, "'temporl' is no option of restkv; did you mean temporal"),
-        ({"methods": ("restkv(temporal=never)",)}, "temporal='never' is unknown"),
-        ({"methods": ("restkv(",)}, "must be a name, or a name with options"),
-        ({"methods": ("full", "full")}, "given twice"),
-        ({"tasks": ("single", "single")}, "tasks are given twice"),
-        ({"methods": ("restkv(use_output_projection=no)",)}, "use_output_projection must be true or false"),
-        ({"dtype": "bf16"}, "dtype 'bf16' is unknown; did you mean bfloat16"),
-        ({"budgets": ("2000",)}, "budget 2000 is above the context of 1024 tokens"),
-        ({"budgets": ("much",)}, "'much' is no budget"),
-        ({"budgets": ("0.1%",)}, "at 1,024 tokens: budget=1"),
-        ({"depths": (1.5,)}, "depth 1.5 must be between 0"),
-        ({"prompts": 0}, "prompts=0 must be at least 1"),
-        ({"lengths": ()}, "lengths is empty"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_by_name(changes, message):
-    with pytest.raises(UsageError) as error:
-        check_grid(Grid(**changes))
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("task: [single]\n", "'task' is no field of a grid; did you mean tasks"),
-        ("tasks: single\n", "tasks must be a list"),
-        ("- single\n", "must hold fields"),
-        ("prompts: many\n", "prompts: 'many' is not a whole number"),
-        ("depths: [deep]\n", "depths: ['deep'] is not a number"),
-        ("tasks: [", "cannot be read"),
-    ],
-)
-def test_a_file_that_is_no_grid_is_refused(tmp_path, text, message):
-    file = tmp_path / "grid.yaml"
-    file.write_text(text)
-    with pytest.raises(UsageError, match=r"grid\.yaml") as error:
-        parse_evaluate(["--output", "out", "--grid", str(file)])
-    assert message in str(error.value)
-
-
-def test_options_of_methods_are_names_or_python_values():
-    assert parse_method("restkv(temporal=mean, alpha=0.5)") == ("restkv", {"temporal": "mean", "alpha": 0.5})
-    assert parse_method("laprox") == ("laprox", {})
-    assert parse_method("restkv(use_output_projection=false)").options == {"use_output_projection": False}
-    grid = Grid(methods=("restkv(refit=0.1, window=8)", "laprox(candidates=300, page_size=8)"), budgets=("64",))
-    refitted, laprox = policies(grid, 1024).values()
-    assert refitted == rk.restkv(64, window=8).replace(refit=rk.LeastSquares(0.1))
-    assert laprox == rk.laprox(64).replace(candidates=300, page_size=8)
-
-
-def test_the_commands_for_a_tpu_vm_are_those_that_there_are():
-    script = ROOT / "scripts" / "tpu_vm_evaluate.sh"
-    out = subprocess.run(
-        ["bash", script, "pod", "zone", "some/model"], capture_output=True, text=True, check=True
-    ).stdout
-    commands = [line.split('--command="')[1].rstrip('"') for line in out.splitlines() if "restkv evaluate" in line]
-    assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
-    assert len(commands) == 2
-    for command in commands:
-        program, subcommand, *arguments = shlex.split(command)
-        assert (program, subcommand) == ("env/bin/restkv", "evaluate")
-        arguments[arguments.index("--grid") + 1] = str(ROOT / "docs" / "report" / "grid.yaml")
-        options, grid = parse_evaluate(arguments)
-        assert grid.model == "some/model" and options.batch_size == 64
-    assert subprocess.run(["bash", script], capture_output=True).returncode == 2
 
 
 def start(output, *args, devices=1):

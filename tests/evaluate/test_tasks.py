@@ -1,4 +1,4 @@
-"""Prompts: sized, repeatable, answerable; and how answers are judged."""
+"""Prompts: sized, repeatable, answerable; and how answers are scored."""
 
 import collections
 import hashlib
@@ -27,9 +27,8 @@ from restkv_jax.evaluate import (
     measure_accuracy,
     wilson_interval,
 )
-from restkv_jax.evaluate.tasks import NOISE
+from restkv_jax.evaluate.tasks.needles import NOISE
 from restkv_jax.evaluate.tasks.prompts import largest_fitting
-from restkv_jax.evaluate.tasks.words import zeta
 
 NEEDLE_TASKS = tuple(name for name, task in TASKS.items() if isinstance(task, Needles))
 ONE_ASKED = tuple(name for name in NEEDLE_TASKS if TASKS[name].asks_one)
@@ -159,11 +158,6 @@ def test_frequent_words_are_those_counted_most(num_tokens, seed):
     # Shares of 1, 1/4 and 1/9, each rounded down to whole words.
     assert abs(ranked[0][1] - most / 4) <= 1
     assert abs(ranked[1][1] - most / 9) <= 1
-
-
-def test_zeta_has_its_known_values():
-    assert zeta(2.0) == pytest.approx(1.6449340668482264, abs=1e-14)
-    assert zeta(1.5) == pytest.approx(2.6123753486854883, abs=1e-12)
 
 
 @pytest.mark.parametrize(("task", "needles"), [("single", 1), ("multikey", 8), ("multivalue", 4), ("multiquery", 4)])

@@ -1,0 +1,3 @@
+from restkv_jax.commands.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,191 @@
+"""`restkv generate`: an answer on a small cache, and what it cost."""
+
+import argparse
+import dataclasses
+import inspect
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import jax
+from cyclopts import Group, Parameter
+from rich.console import Console
+from rich.table import Table
+from transformers import TextStreamer
+
+from restkv_jax.caches.base import cache_bytes
+from restkv_jax.caches.paged import PagedCache
+from restkv_jax.commands.options import FLAT, LONG_PROMPT, PromptOptions, UsageError, as_usage_error, parse
+from restkv_jax.commands.prompts import LoadedPrompt, load_prompt
+from restkv_jax.eviction.methods.full import full
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.presets import find_preset, make_policy
+from restkv_jax.generation.checks import check_sampling
+from restkv_jax.generation.generating import stream
+from restkv_jax.generation.reading import bucket_length, cache_shapes
+from restkv_jax.timing import CompilationClock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions(PromptOptions):
+    """Generates from a prompt on a small cache and prints the answer as it comes.
+
+    Args:
+      method: how to choose what the cache keeps; `restkv generate --method NAME --help` lists the method's options,
+        `restkv methods` all methods.
+      max_new_tokens: most tokens to generate.
+      temperature: divides the logits; greedy decoding without it, --top-k and --top-p.
+      top_k: draw among the k best tokens.
+      top_p: draw among the best tokens that hold this probability mass.
+      seed: of the random draws.
+      quiet: print nothing but the answer.
+    """
+
+    method: str = "restkv"
+    max_new_tokens: int = 64
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    quiet: bool = False
+
+
+class Timing(NamedTuple):
+    """Seconds: compilation, the first token (prefill) without it, the other tokens without it; number of tokens."""
+
+    compilation: float
+    first: float
+    rest: float
+    num_tokens: int
+
+
+def run(args: Sequence[str]) -> None:
+    """Streams the answer, then says what it cost."""
+    options, method_options = parse_generate(args)
+    with as_usage_error():
+        make_policy(options.method, method_options, LONG_PROMPT)
+    sampling = _sampling(options)
+    prompt = load_prompt(options)
+    with as_usage_error():
+        policy = make_policy(options.method, method_options, prompt.tokens.shape[1])
+    timing = _print_answer(prompt, policy, options.max_new_tokens, sampling)
+    if not options.quiet:
+        Console().print(_cost_table(prompt, options.method, policy, options.max_new_tokens, timing))
+
+
+def parse_generate(args: Sequence[str]) -> tuple[GenerateOptions, dict[str, Any]]:
+    """The command's options and those of the method that `--method` names.
+
+    Raises:
+      UsageError: an unknown method or option, or a value of the wrong kind.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", nargs="?", default=GenerateOptions.method)
+    method = first.parse_known_args(list(itertools.takewhile(lambda arg: arg != "--", args)))[0].method or ""
+    with as_usage_error():
+        method_class = _options_of(method)
+    group = Group(f"Method {method}", help=_first_line(find_preset(method)))
+    shown = Parameter(name="*", group=group, parse=None if dataclasses.fields(method_class) else False)
+
+    def command(
+        options: Annotated[GenerateOptions, FLAT] = GenerateOptions(),
+        *,
+        method_options: Any = method_class(),  # noqa: B008
+    ) -> tuple[GenerateOptions, dict[str, Any]]:
+        parameters = inspect.signature(find_preset(method)).parameters
+        return options, {name: getattr(method_options, _option_name(method, name)) for name in parameters}
+
+    command.__annotations__["method_options"] = Annotated[method_class, shown]
+    command.__doc__ = _first_line(GenerateOptions)
+    return parse(command, args, "restkv generate", f" of --method {method}")
+
+
+def _options_of(method: str) -> type:
+    """A dataclass with the parameters, defaults and docstring of a method's preset; budgets as text.
+
+    A parameter whose name is taken by an option of the command gets the method's as a prefix.
+    """
+    preset = find_preset(method)
+    fields = []
+    for parameter in inspect.signature(preset).parameters.values():
+        annotation, default = parameter.annotation, parameter.default
+        if parameter.name == "budget":
+            annotation, default = Annotated[str, Parameter(metavar="TOKENS|PERCENT%")], str(default)
+        fields.append((_option_name(method, parameter.name), annotation, default))
+    namespace = {"__doc__": preset.__doc__, "__module__": __name__}
+    return dataclasses.make_dataclass(f"{method}_options", fields, namespace=namespace, frozen=True)
+
+
+def _option_name(method: str, parameter: str) -> str:
+    taken = {field.name for field in dataclasses.fields(GenerateOptions)}
+    return f"{method}_{parameter}" if parameter in taken else parameter
+
+
+def _first_line(documented: Any) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
+
+
+def _sampling(options: GenerateOptions) -> dict[str, Any]:
+    """Keyword arguments of `stream`, checked before the model is loaded."""
+    if options.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
+    sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    if all(value is None for value in sampling.values()):
+        return {}
+    if not 0 <= options.seed < 2**32:
+        raise UsageError(f"--seed {options.seed} must be in [0, 2**32)")
+    key = jax.random.key(options.seed)
+    with as_usage_error():
+        check_sampling(key, **sampling)
+    return sampling | {"key": key}
+
+
+def _print_answer(prompt: LoadedPrompt, policy: EvictionPolicy, max_new_tokens: int, sampling: dict) -> Timing:
+    """Prints the answer as it comes."""
+    model, params, tokenizer = prompt.loaded
+    printer = TextStreamer(tokenizer, skip_special_tokens=True)
+    with CompilationClock() as clock:
+        start = time.perf_counter()
+        with as_usage_error():
+            steps = stream(model, params, prompt.tokens, policy=policy, max_new_tokens=max_new_tokens, **sampling)
+        printer.put(next(steps))
+        first, first_compilation = time.perf_counter() - start, clock.seconds
+        num_tokens = 1
+        for token in steps:
+            printer.put(token)
+            num_tokens += 1
+        printer.end()
+        rest = time.perf_counter() - start - first
+        rest_compilation = clock.seconds - first_compilation
+    return Timing(clock.seconds, first - first_compilation, rest - rest_compilation, num_tokens)
+
+
+def _cost_table(
+    prompt: LoadedPrompt, method: str, policy: EvictionPolicy, max_new_tokens: int, timing: Timing
+) -> Table:
+    """Slots and bytes as they are allocated, against the full cache's for the same prompt, and times."""
+    length = prompt.tokens.shape[1]
+    model, params, _ = prompt.loaded
+    cache, everything = (
+        cache_shapes(model, params, prompt.tokens, None, one, max_new_tokens) for one in (policy, full())
+    )
+    bytes_, full_bytes = cache_bytes(cache), cache_bytes(everything)
+    rest = timing.num_tokens - 1
+    on_average = " (on average)" if isinstance(cache, PagedCache) else ""
+    table = Table(show_header=False)
+    table.add_row("method", method)
+    table.add_row("prompt tokens", f"{length:,}")
+    table.add_row("cache slots", f"{cache.num_slots:,} (full cache: {everything.num_slots:,})")
+    table.add_row("cache bytes", f"{bytes_:,} ({bytes_ / full_bytes:.1%} of the full cache's {full_bytes:,})")
+    table.add_row("compilation", f"{timing.compilation:.2f} s, not in the times below")
+    table.add_row("time to first token", f"{timing.first:.2f} s")
+    table.add_row(
+        "tokens per second", f"{rest / timing.rest:.1f} ({rest} after the first)" if rest else "one token only"
+    )
+    table.add_row("device", jax.devices()[0].device_kind)
+    table.caption = (
+        f"Slots are allocated per layer and KV head{on_average}, with {max_new_tokens:,} for new tokens; "
+        f"the full cache holds the prompt padded to {bucket_length(length):,} tokens."
+    )
+    return table

@@ -1,0 +1,60 @@
+"""The prompt of a command, and the model that reads it."""
+
+import sys
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error
+from restkv_jax.loading import Loaded, load_checkpoint
+
+
+class LoadedPrompt(NamedTuple):
+    """A model with its parameters and tokenizer, a prompt, and the prompt's tokens, int32 [1, T]."""
+
+    loaded: Loaded
+    text: str
+    tokens: Array
+
+
+def load_prompt(options: PromptOptions) -> LoadedPrompt:
+    """Reads the prompt, loads the model and encodes the one for the other.
+
+    Raises:
+      UsageError: a prompt or a model that cannot be read, or a prompt without tokens.
+    """
+    text = read_prompt(options)
+    with as_usage_error():
+        loaded = load_checkpoint(options.model, options.dtype, dense=options.dense)
+    ids = loaded.tokenizer(text)["input_ids"]
+    if not ids:
+        raise UsageError("the prompt is empty: the tokenizer turns it into no tokens")
+    return LoadedPrompt(loaded, text, jnp.asarray([ids], jnp.int32))
+
+
+def read_prompt(options: PromptOptions) -> str:
+    """The prompt from the argument, the file or standard input.
+
+    Raises:
+      UsageError: no prompt, two of them, an empty one, or one that is not text.
+    """
+    if options.prompt is not None and options.file is not None:
+        raise UsageError(f"PROMPT and --file {str(options.file)!r} are both given; leave one out")
+    source = "PROMPT" if options.file is None else f"--file {str(options.file)!r}"
+    try:
+        if options.prompt is not None:
+            prompt = options.prompt
+        elif options.file is not None:
+            prompt = options.file.read_text(encoding="utf-8")
+        elif sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("no PROMPT; give it as an argument, with --file PATH, or on standard input")
+        else:
+            source, prompt = "standard input", sys.stdin.read()
+        # bytes that are not text come as lone surrogates from arguments and standard input
+        prompt.encode("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{source} cannot be read as text ({error}); give text in UTF-8") from error
+    if not prompt.strip():
+        raise UsageError(f"{source} is empty; give a prompt with some text")
+    return prompt

@@ -1,0 +1,31 @@
+"""`restkv report`: the report of a sweep."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from restkv_jax.commands.options import as_usage_error, parse
+from restkv_jax.evaluate.report.page import TITLE, write_report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Writes report.html, report.md and pictures of a sweep into its directory, also of an unfinished one.
+
+    A picture kept.png that is in the directory, as `restkv plot` draws it, goes into the report.
+
+    Args:
+      directory: of the results, as `restkv evaluate` leaves it.
+      title: of the report.
+    """
+
+    directory: pathlib.Path = dataclasses.field(kw_only=False)
+    title: str = TITLE
+
+
+def run(args: Sequence[str]) -> None:
+    """Writes the report of a sweep, and says where."""
+    options = parse(ReportOptions, args, "restkv report")
+    with as_usage_error(f"DIRECTORY {str(options.directory)!r}: "):
+        path = write_report(options.directory, title=options.title)
+    print(f"wrote {path}")

@@ -1,0 +1,112 @@
+"""Policies by the name of their method, with options and budgets as files and command lines give them."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from restkv_jax.eviction.methods.registry import METHODS
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.refit import LeastSquares
+
+POLICY_OPTIONS = ("refit", "candidates", "page_size")
+"""Fields of a policy that `make_policy` takes for any method; `refit` as the ridge of its least squares."""
+
+
+def make_policy(method: str, options: Mapping[str, Any], length: int | None = None) -> EvictionPolicy:
+    """The policy of a method.
+
+    Args:
+      method: name in `METHODS`.
+      options: parameters of the method's preset and `POLICY_OPTIONS`, by name; `budget` as `budget_slots` reads it.
+      length: tokens of the prompt, of which a budget in percent is.
+
+    Raises:
+      ValueError: an unknown method or option, with near ones, or a value that the preset refuses.
+    """
+    check_options(method, options)
+    values = dict(options)
+    changes = {name: values.pop(name) for name in POLICY_OPTIONS if name in values}
+    computed = ""
+    if "budget" in values:
+        values["budget"] = slots = budget_slots(budget := values["budget"], length)
+        if is_percentage(budget):
+            computed = f"budget={budget} of a prompt of {length:,} tokens is {slots:,} slots: "
+    try:
+        if "refit" in changes:
+            changes["refit"] = LeastSquares(changes["refit"])
+        return METHODS[method](**values).replace(**changes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{computed if 'budget=' in str(error) else ''}{error}") from error
+
+
+def find_preset(method: str) -> Callable[..., EvictionPolicy]:
+    """The preset of a method.
+
+    Raises:
+      ValueError: an unknown name; suggests near ones.
+    """
+    if method in METHODS:
+        return METHODS[method]
+    raise ValueError(f"method={method!r} is unknown; {suggest(method, METHODS)}")
+
+
+def check_options(method: str, options: Mapping[str, Any], others: Iterable[str] = ()) -> None:
+    """Refuses options that a method does not have.
+
+    Args:
+      method: name in `METHODS`.
+      options: by name.
+      others: names that could have been meant instead.
+
+    Raises:
+      ValueError: an unknown method or option, with near ones, or a flag that is neither true nor false.
+    """
+    parameters = inspect.signature(find_preset(method)).parameters
+    for name, value in options.items():
+        if name not in parameters and name not in POLICY_OPTIONS:
+            raise ValueError(f"{name} is not an option of method={method}; {suggest(name, [*parameters, *others])}")
+        is_flag = name in parameters and isinstance(parameters[name].default, bool)
+        if is_flag and not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be true or false")
+
+
+def takes_budget(method: str) -> bool:
+    """Whether a method has a budget; the full cache has none."""
+    return "budget" in inspect.signature(find_preset(method)).parameters
+
+
+def budget_slots(budget: int | str, length: int | None = None) -> int:
+    """Slots per layer and KV head.
+
+    Args:
+      budget: a number of slots such as 128 or "128", or a percentage of the prompt's tokens such as "10%".
+      length: tokens of the prompt; a percentage is rounded to the nearest slot.
+
+    Raises:
+      ValueError: anything else, a percentage outside of (0, 100], or one without `length`.
+    """
+    text = str(budget)
+    if re.fullmatch(r"[1-9]\d*", text):
+        return int(text)
+    if re.fullmatch(r"\d+(\.\d+)?%", text) and 0 < float(text[:-1]) <= 100:
+        if length is None:
+            raise ValueError(f"budget={text} is a percentage of a prompt; give the prompt's length")
+        return round(float(text[:-1]) * length / 100)
+    raise ValueError(
+        f"budget={text!r} is not a budget; give a number of tokens such as 128, "
+        "or a percentage of the prompt above 0% and up to 100% such as 10%"
+    )
+
+
+def is_percentage(budget: int | str) -> bool:
+    """Whether a budget is a percentage of the prompt's tokens."""
+    return str(budget).endswith("%")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What was perhaps meant by a name, and what there is: the end of a message."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=2)
+    return (f"did you mean {' or '.join(near)}? " if near else "") + f"known: {', '.join(known)}"

@@ -1,0 +1,49 @@
+"""Checkpoints by the names that options give to them and to their dtype."""
+
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from restkv_jax.models.checkpoint import load_model
+from restkv_jax.models.decoder import Decoder
+
+DType = Literal["auto", "bfloat16", "float32", "float16"]
+"""Of weights and cache; "auto" is bfloat16, on a CPU float32."""
+
+
+class Loaded(NamedTuple):
+    """A model, its parameters and its tokenizer."""
+
+    model: Decoder
+    params: Any
+    tokenizer: Any
+
+
+def load_checkpoint(
+    name: str | None, dtype: DType = "auto", needs_tokenizer: bool = True, dense: bool = False
+) -> Loaded:
+    """`load_model`, with one kind of error.
+
+    Args:
+      name: directory or id; None is the model that comes with the package.
+      dtype: of weights and cache.
+      needs_tokenizer: refuses a model without a tokenizer.
+      dense: leaves out the sharing of keys that a model was adapted to.
+
+    Raises:
+      ValueError: a model that cannot be loaded, or one without a tokenizer.
+    """
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # slow on a CPU
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* has no tokenizer")  # an error below
+            loaded = Loaded(*load_model(name, jnp.dtype(dtype)))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).removeprefix(f"path_or_id={name!r} ")
+        raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+    if needs_tokenizer and loaded.tokenizer is None:
+        raise ValueError(f"model {name!r} has no tokenizer; add its tokenizer.json to the directory")
+    return loaded._replace(model=loaded.model.clone(sharing=None)) if dense else loaded

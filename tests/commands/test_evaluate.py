@@ -1,0 +1,70 @@
+"""The options of `restkv evaluate`, from the command line and from a file."""
+
+import pathlib
+import shlex
+import subprocess
+
+import pytest
+
+pytest.importorskip("wonderwords")
+pytest.importorskip("yaml")
+
+from restkv_jax.commands.evaluate import parse_evaluate
+from restkv_jax.commands.options import UsageError
+from restkv_jax.evaluate.grid import Grid, cache_configs, policies
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_a_grid_comes_from_a_file_and_the_command_line_goes_before(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("tasks: [haystack]\nmethods: [full, restkv(temporal=mean)]\nbudgets: [2%, 64]\nprompts: 7\n")
+    options, grid = parse_evaluate(
+        ["--output", "out", "--grid", str(file), "--prompts", "9", "--lengths", "512", "1024"]
+    )
+    assert grid == Grid(("haystack",), ("full", "restkv(temporal=mean)"), ("2%", "64"), (512, 1024), prompts=9)
+    assert [config.label for config in cache_configs(grid)] == [
+        "full",
+        "restkv(temporal=mean) 2%",
+        "restkv(temporal=mean) 64",
+    ]
+    made = policies(grid, 1024)
+    assert [policy.budget for policy in made.values()] == [None, 20, 64]
+    assert [policy.window for policy in made.values()][1:] == [10, 32]
+    assert options.batch_size == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: [single]\n", "task is not an option; did you mean --tasks"),
+        ("- single\n", "must be a mapping"),
+        ("prompts: many\n", 'unable to convert "many" into int'),
+        ("prompts: 2.5\n", "is not an integer"),
+        ("depths: [deep]\n", 'unable to convert "deep" into float'),
+        ("tasks: [", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_refused(tmp_path, text, message):
+    file = tmp_path / "grid.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"grid\.yaml") as error:
+        parse_evaluate(["--output", "out", "--grid", str(file)])
+    assert message in str(error.value)
+
+
+def test_the_commands_for_a_tpu_vm_are_those_that_there_are():
+    script = ROOT / "scripts" / "tpu_vm_evaluate.sh"
+    out = subprocess.run(
+        ["bash", script, "pod", "zone", "some/model"], capture_output=True, text=True, check=True
+    ).stdout
+    commands = [line.split('--command="')[1].rstrip('"') for line in out.splitlines() if "restkv evaluate" in line]
+    assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
+    assert len(commands) == 2
+    for command in commands:
+        program, subcommand, *arguments = shlex.split(command)
+        assert (program, subcommand) == ("env/bin/restkv", "evaluate")
+        arguments[arguments.index("--grid") + 1] = str(ROOT / "docs" / "report" / "grid.yaml")
+        options, grid = parse_evaluate(arguments)
+        assert grid.model == "some/model" and options.batch_size == 64
+    assert subprocess.run(["bash", script], capture_output=True).returncode == 2
