@@ -11,6 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from restkv_jax.models.build import init_params
+from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder
 
 TENSORS = {
@@ -56,10 +57,14 @@ class Tensor(NamedTuple):
     layer: int | None
 
 
-@functools.cache
 def parameter_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters by dotted name; those of the layers carry a leading axis `L`."""
-    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    return _parameter_shapes(model.config)
+
+
+@functools.cache
+def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    params = jax.eval_shape(lambda key: init_params(Decoder(config), key), jax.random.key(0))
     return {name: leaf.shape for name, leaf in flatten(params).items()}
 
 

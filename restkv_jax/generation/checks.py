@@ -81,7 +81,7 @@ def _check_params(model: Decoder, params: Any) -> None:
     if set(params) == {"params"}:
         raise ValueError("params has the one key 'params'; pass what it holds, params['params']")
     flat = flatten(params)
-    check_params(flat, parameter_shapes(model.clone(sharing=None)))
+    check_params(flat, parameter_shapes(model))
     for name, leaf in flat.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"params: {name!r} has dtype {leaf.dtype}, but must hold floating-point numbers")

@@ -162,7 +162,7 @@ BAD = {
     "little data": (dense("--data", "text.txt", "--sequence-length", "2000"), "fewer than sequence_length=2000"),
     "one token": (dense("--data", "text.txt", "--sequence-length", "1"), "sequence_length=1 must be at least 2"),
     "pattern": (dense("--data", "text.txt", "--sequence-length", "8", "--train", "q_proj"), "train='q_proj' matches"),
-    "no pattern": (dense("--data", "text.txt", "--train", "("), "train='(' is no regular expression"),
+    "no pattern": (dense("--data", "text.txt", "--train", "("), "train='(' is not a regular expression"),
     "accumulation": (dense("--data", "text.txt", "--accumulation", "3"), "accumulation=3 must divide batch_size=8"),
     "rate": (dense("--data", "text.txt", "--learning-rate", "0"), "learning_rate=0.0 must be positive"),
     "devices": (dense("--data", "text.txt", "--model-parallel", "3"), "model_parallel=3 must be a divisor"),

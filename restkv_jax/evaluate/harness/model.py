@@ -105,10 +105,11 @@ class RestKV(TemplateLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         """The token that ends a text."""
         ids = self.model.config.eos_token_ids
-        return ids[0] if self.tokenizer.eos_token_id is None and ids else self.tokenizer.eos_token_id
+        own = self.tokenizer.eos_token_id
+        return ids[0] if own is None and ids else own
 
     @property
     def prefix_token_id(self) -> int:
