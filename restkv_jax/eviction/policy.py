@@ -47,6 +47,7 @@ class EvictionPolicy:
         check_integer("window", self.window, 1, "the last token of a prompt is always kept")
         check_choice("group_reduce", self.group_reduce, ("mean", "max"))
         check_choice("while_generating", self.while_generating, (False, True))
+        check_integer("page_size", self.page_size, 1, "slots of a page")
         if not isinstance(self.refit, LeastSquares | None):
             raise TypeError(f"refit={self.refit!r} must be a restkv_jax.LeastSquares(ridge=0.01), or None")
         if self.budget is not None:
@@ -71,7 +72,6 @@ class EvictionPolicy:
 
     def _check_pages(self):
         allocation = type(self.allocation).__name__
-        check_integer("page_size", self.page_size, 1, "slots of a page")
         check_page_size(self.page_size)
         if self.budget is None:
             raise ValueError(f"allocation={allocation} needs a budget: without one nothing is shared out")

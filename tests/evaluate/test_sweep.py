@@ -19,7 +19,7 @@ pytest.importorskip("yaml")
 import jax.numpy as jnp
 
 import restkv_jax as rk
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 from restkv_jax.evaluate import generate_texts, make_prompts
 from restkv_jax.evaluate.grid import Grid
 from restkv_jax.evaluate.results import read_lines, read_results
@@ -139,7 +139,7 @@ def test_processes_share_the_batches_without_rest():
 
 
 def start(output, *args, devices=1):
-    command = [sys.executable, "-m", "restkv_jax.commands.main", "evaluate", "--output", str(output), *SMALL, *args]
+    command = [sys.executable, "-m", "restkv_jax.commands.cli", "evaluate", "--output", str(output), *SMALL, *args]
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",

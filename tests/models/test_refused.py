@@ -18,7 +18,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import restkv_jax as rk
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 from restkv_jax.models import tokenizer as tokenizers
 
 Q = "model.layers.1.self_attn.q_proj.weight"
