@@ -9,7 +9,7 @@ from jax import Array
 
 from restkv_jax.kernels.dispatch import Dispatched
 from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor, proximal, take_columns, take_pairs, visible
-from restkv_jax.kernels.softmax import Softmax, empty_softmax, join, logits_of, read_keys, wide_einsum
+from restkv_jax.kernels.softmax import Softmax, cap_gradient, empty_softmax, join, logits_of, read_keys, wide_einsum
 
 BLOCK = 512
 """Queries, and keys, whose probabilities exist at one time."""
@@ -64,10 +64,10 @@ attend_shared = Dispatched(_attend_shared)
 def _joint(spans: tuple[Span | None, ...], queries: Queries, parts: tuple[Pairs, ...]) -> Array:
     """One softmax over the union of several sets of pairs, each seen as its span says."""
     length = queries.vectors.shape[3]
-    padded = Queries(
-        _pad_to_blocks(queries.vectors, axis=3),
-        _pad_to_blocks(queries.positions, axis=1, empty=-1),
-        jnp.asarray(queries.sliding_window, jnp.int32),
+    padded = queries.replace(
+        vectors=_pad_to_blocks(queries.vectors, axis=3),
+        positions=_pad_to_blocks(queries.positions, axis=1, empty=-1),
+        sliding_window=jnp.asarray(queries.sliding_window, jnp.int32),
     )
     if length > 1:
         parts = tuple(
@@ -85,8 +85,8 @@ def _blockwise(spans, queries: Queries, parts: tuple[Pairs, ...]) -> Array:
 def _forward(spans, queries: Queries, parts: tuple[Pairs, ...]):
     # Masks depend on positions alone. A scan over layers that is differentiated would compute them ahead of its loop,
     # for all blocks, which is T x T: so let them wait for the layer's queries.
-    vectors, positions = jax.lax.optimization_barrier(queries[:2])
-    queries = queries._replace(vectors=vectors, positions=positions)
+    vectors, positions = jax.lax.optimization_barrier((queries.vectors, queries.positions))
+    queries = queries.replace(vectors=vectors, positions=positions)
     length = vectors.shape[3]
 
     def one_block(start):
@@ -109,11 +109,11 @@ def _read_pairs(span: Span | None, queries: Queries, pairs: Pairs, state: Softma
         block = take_pairs(pairs, start, size)
         seen = _seen(span, queries, block)
         return jax.lax.cond(
-            seen.any(), lambda: join(state, read_keys(queries.vectors, block.keys, block.values, seen)), lambda: state
+            seen.any(), lambda: join(state, read_keys(queries, block.keys, block.values, seen)), lambda: state
         ), None
 
     if size == length:
-        return join(state, read_keys(queries.vectors, pairs.keys, pairs.values, _seen(span, queries, pairs)))
+        return join(state, read_keys(queries, pairs.keys, pairs.values, _seen(span, queries, pairs)))
     return jax.lax.scan(read, state, jnp.arange(0, length, size))[0]
 
 
@@ -121,7 +121,7 @@ def _backward(spans, saved, gradient):
     """Gradients from the saved result and normaliser, a pair of blocks at a time.
 
     With `w = exp(q k - normaliser)` and `e` the gradient of the result `o`: `dv = w e`, and `e (v - o) w` is the
-    gradient of the logit `q k`.
+    gradient of the logit, `q k` or its soft cap.
     """
     queries, parts, context, normaliser = saved
     rest = jnp.sum(context.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
@@ -130,7 +130,8 @@ def _backward(spans, saved, gradient):
         of_part, of_keys, of_values = _part_gradient(span, queries, pairs, normaliser, rest, gradient)
         of_queries += of_part
         of_parts.append(Pairs(of_keys.astype(pairs.keys.dtype), of_values.astype(pairs.values.dtype), None))
-    return Queries(of_queries.astype(queries.vectors.dtype), None, None), tuple(of_parts)
+    of_vectors = of_queries.astype(queries.vectors.dtype)
+    return queries.replace(vectors=of_vectors, positions=None, sliding_window=None), tuple(of_parts)
 
 
 def _part_gradient(span, queries: Queries, pairs: Pairs, normaliser: Array, rest: Array, gradient: Array):
@@ -148,12 +149,13 @@ def _part_gradient(span, queries: Queries, pairs: Pairs, normaliser: Array, rest
             seen = _seen(span, block, columns)
 
             def gradients():
-                weights = jnp.where(seen, jnp.exp(logits_of(q, columns.keys) - part(normaliser)[..., None]), 0.0)
+                logits = logits_of(block, columns.keys)
+                weights = jnp.where(seen, jnp.exp(logits - part(normaliser)[..., None]), 0.0)
                 moved = wide_einsum("bkgtd,bknd->bkgtn", error, columns.values) - part(rest)[..., None]
-                of_logits = (weights * moved).astype(q.dtype)
+                of_products = (weights * moved * cap_gradient(block, logits)).astype(q.dtype)
                 return (
-                    wide_einsum("bkgtn,bknd->bkgtd", of_logits, columns.keys),
-                    wide_einsum("bkgtn,bkgtd->bknd", of_logits, q),
+                    wide_einsum("bkgtn,bknd->bkgtd", of_products, columns.keys),
+                    wide_einsum("bkgtn,bkgtd->bknd", of_products, q),
                     wide_einsum("bkgtn,bkgtd->bknd", weights.astype(error.dtype), error),
                 )
 
@@ -185,8 +187,10 @@ def _seen(span: Span | None, queries: Queries, pairs: Pairs) -> Array:
 
 
 def _take_queries(queries: Queries, start: Array, size: int) -> Queries:
-    vectors, positions = (take_columns(x, start, size, axis) for x, axis in zip(queries[:2], (3, 1), strict=True))
-    return queries._replace(vectors=vectors, positions=positions)
+    return queries.replace(
+        vectors=take_columns(queries.vectors, start, size, axis=3),
+        positions=take_columns(queries.positions, start, size, axis=1),
+    )
 
 
 def _block_size(length: int) -> int:

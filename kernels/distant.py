@@ -57,12 +57,15 @@ def _read_distant(
         of_heads(jnp.where(is_read, lengths[:, None], 0)),
         of_heads(queries.positions),
     )
-    read = functools.partial(_read_part, layer=layer, sliding_window=queries.sliding_window)
+    read = functools.partial(_read_part, layer=layer, like=queries)
     return jax.tree.map(undivide, each_part(read, *divided))
 
 
-def _read_part(state, vectors, stores: Pairs, blocks, lengths, positions, *, layer, sliding_window) -> Softmax:
-    """`read_distant` of one part's rows and KV heads: `blocks`, `lengths` and `positions` int32 [b, k]."""
+def _read_part(state, vectors, stores: Pairs, blocks, lengths, positions, *, layer, like: Queries) -> Softmax:
+    """`read_distant` of one part's rows and KV heads: `blocks`, `lengths` and `positions` int32 [b, k].
+
+    Window and soft cap are those of the queries `like`.
+    """
     num_kv_heads = blocks.shape[1]
     num_slots, dim = stores.keys.shape[2:]
     size = min(SLOTS_AT_ONCE, num_slots)
@@ -82,10 +85,10 @@ def _read_part(state, vectors, stores: Pairs, blocks, lengths, positions, *, lay
             jax.lax.dynamic_slice(stores.values, (layer, row, head, start, 0), (1, 1, 1, size, dim))[0],
             jax.lax.dynamic_slice(stores.positions, (row, block, start), (1, 1, size)),
         )
-        one = Queries(vectors[row, head][None, None], positions[row, head][None, None], sliding_window)
+        one = like.replace(vectors=vectors[row, head][None, None], positions=positions[row, head][None, None])
         seen = visible(one, piece.positions) & (slots >= first) & (slots < length)
         before = jax.tree.map(lambda x: x[row, head][None, None], state)
-        after = join(before, read_keys(one.vectors, piece.keys, piece.values, seen[:, :, None]))
+        after = join(before, read_keys(one, piece.keys, piece.values, seen[:, :, None]))
         return jax.tree.map(lambda whole, part: whole.at[row, head].set(part[0, 0]), state, after)
 
     return jax.lax.fori_loop(0, last[-1], read, state)

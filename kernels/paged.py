@@ -60,7 +60,11 @@ def _over_parts(function: Callable[[Queries, Pages], Array], queries: Queries, p
     """Applies a function of one part's queries, whose positions are int32 [b, k], and pages to all parts."""
     parts = Parts(*pages.keys.shape[:2])
     positions = jnp.broadcast_to(queries.positions, pages.lengths.shape)
-    divided = Queries(divide(queries.vectors, parts), divide(positions, parts), _of_all(queries.sliding_window, parts))
+    divided = queries.replace(
+        vectors=divide(queries.vectors, parts),
+        positions=divide(positions, parts),
+        sliding_window=_of_all(queries.sliding_window, parts),
+    )
     table, lengths = divide(pages.table, parts), divide(pages.lengths, parts)
     return undivide(each_part(function, divided, pages._replace(table=table, lengths=lengths)))
 
@@ -86,10 +90,10 @@ def _attend_part(queries: Queries, pages: Pages, is_windowed: bool) -> Array:
         before = jnp.where(owner > 0, last[owner - 1], 0)
         page = table[owner, jnp.clip(order - before, 0, num_places - 1)]
         seen = ((order - before)[:, None] * page_size + jnp.arange(page_size) < lengths[owner, None])[:, None]
+        one = queries.replace(vectors=vectors[owner], positions=positions[owner, None])
         if is_windowed:
-            one = Queries(vectors[owner], positions[owner, None], queries.sliding_window)
             seen &= visible(one, pages.positions[page][:, None])[:, 0]
-        blocks = read_keys(vectors[owner], pages.keys[page], pages.values[page], seen[:, None])
+        blocks = read_keys(one, pages.keys[page], pages.values[page], seen[:, None])
         return join_by_owner(state, blocks, owner)
 
     state = jax.lax.fori_loop(0, -(-last[-1] // at_once), read, empty_softmax(vectors))
@@ -105,7 +109,10 @@ def _attend_pages_tpu(queries: Queries, pages: Pages, *, is_windowed: bool) -> A
 
     def one_part(queries: Queries, pages: Pages) -> Array:
         vectors, table, lengths = _as_sequences(queries, pages, block)
-        context = kernel(vectors, pages.keys[None], pages.values[None], lengths, table, pages_per_compute_block=block)
+        context = kernel(
+            vectors, pages.keys[None], pages.values[None], lengths, table,
+            pages_per_compute_block=block, attn_logits_soft_cap=queries.soft_cap,
+        )  # fmt: skip
         return _as_heads(context, lengths, queries)
 
     return _over_parts(one_part, queries, pages)
@@ -121,7 +128,7 @@ def _attend_pages_gpu(queries: Queries, pages: Pages, *, is_windowed: bool, inte
         vectors, table, lengths = _as_sequences(queries, pages, block * splits)
         context = kernel(
             vectors, pages.keys[None], pages.values[None], table, lengths,
-            pages_per_compute_block=block, k_splits=splits, interpret=interpret,
+            pages_per_compute_block=block, k_splits=splits, interpret=interpret, attn_logits_soft_cap=queries.soft_cap,
         )  # fmt: skip
         return _as_heads(context, lengths, queries)
 

@@ -2,24 +2,27 @@
 
 from typing import NamedTuple
 
+import flax.struct
 import jax
 from jax import Array
 
 
-class Queries(NamedTuple):
-    """Queries of one layer, after RoPE and times the scale of the logits: kernels multiply by keys and nothing else.
+class Queries(flax.struct.PyTreeNode):
+    """Queries of one layer, after RoPE and times the scale of the logits.
 
     `vectors` [B, K, G, T, D], the `G` query heads of each KV head; `positions` int32 [B, T], -1 on padding;
-    `sliding_window` int32 scalar, in tokens: how far back they see.
+    `sliding_window` int32 scalar, in tokens: how far back they see; `soft_cap`, static: logits are
+    `soft_cap tanh(q k / soft_cap)` (Gemma 2, arXiv 2408.00118), `q k` where it is None.
     """
 
     vectors: Array
     positions: Array
     sliding_window: Array | int
+    soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
 
     def last(self, count: int) -> "Queries":
         """The last `count` of them."""
-        return self._replace(vectors=self.vectors[:, :, :, -count:], positions=self.positions[:, -count:])
+        return self.replace(vectors=self.vectors[:, :, :, -count:], positions=self.positions[:, -count:])
 
 
 class Pairs(NamedTuple):

@@ -56,7 +56,7 @@ def probabilities(queries: Queries, pairs: Pairs, peaks: Peaks | None = None) ->
 
 def _logits(queries: Queries, pairs: Pairs, seen: Array) -> Array:
     with jax.default_matmul_precision("highest"):
-        return jnp.where(seen, logits_of(queries.vectors, pairs.keys), HIDDEN)
+        return jnp.where(seen, logits_of(queries, pairs.keys), HIDDEN)
 
 
 def find_peaks(queries: Queries, pairs: Pairs) -> Peaks:
@@ -103,7 +103,7 @@ def find_outputs(queries: Queries, pairs: Pairs) -> Outputs:
         with jax.default_matmul_precision("highest"):
             values = tile.values.astype(jnp.float32)
             return tuple(
-                join(one, read_keys(queries.vectors, tile.keys, values, columns))
+                join(one, read_keys(queries, tile.keys, values, columns))
                 for one, columns in zip(state, (seen, others), strict=True)
             )
 
@@ -247,7 +247,7 @@ def _attention_centres(queries: Queries, pairs: Pairs, *, count: int) -> Array:
     key_positions = pairs.positions[:, :, None, None]
 
     def of_queries(one: tuple[Array, Array]) -> Array:
-        some = Queries(one[0][:, :, :, None], one[1][:, None], queries.sliding_window)
+        some = queries.replace(vectors=one[0][:, :, :, None], positions=one[1][:, None])
         attention = probabilities(some, pairs, find_peaks(some, pairs))
         seen = visible(some, pairs.positions)[:, :, None]
         top = seen & top_mask(jnp.where(seen, attention, -1.0), count)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax.kernels.pairs import Queries
+
 HIDDEN = -1e30
 """Logit of a key that is not seen: finite, so that differences of two are never NaN."""
 
@@ -39,21 +41,29 @@ def empty_softmax(vectors: Array) -> Softmax:
     return Softmax(peak, jnp.zeros_like(peak), jnp.zeros(vectors.shape, jnp.float32))
 
 
-def logits_of(vectors: Array, keys: Array) -> Array:
-    """Products of queries [..., G, T, D] and keys [..., N, D]: float32 [..., G, T, N]."""
-    return wide_einsum("...gtd,...nd->...gtn", vectors, keys)
+def logits_of(queries: Queries, keys: Array) -> Array:
+    """Logits of queries [..., G, T, D] and keys [..., N, D], capped as the queries say: float32 [..., G, T, N]."""
+    products = wide_einsum("...gtd,...nd->...gtn", queries.vectors, keys)
+    cap = queries.soft_cap
+    return products if cap is None else cap * jnp.tanh(products / cap)
 
 
-def read_keys(vectors: Array, keys: Array, values: Array, seen: Array) -> Softmax:
+def cap_gradient(queries: Queries, logits: Array) -> Array:
+    """The gradient of the products `q k` from that of the logits is this times it: `1 - tanh^2` of the soft cap."""
+    cap = queries.soft_cap
+    return jnp.ones((), logits.dtype) if cap is None else 1 - (logits / cap) ** 2
+
+
+def read_keys(queries: Queries, keys: Array, values: Array, seen: Array) -> Softmax:
     """The softmax of one block of keys.
 
     Args:
-      vectors: [..., G, T, D], queries.
+      queries: [..., G, T, D].
       keys: [..., N, D].
       values: [..., N, D].
       seen: bool, broadcast to [..., G, T, N].
     """
-    logits = jnp.where(seen, logits_of(vectors, keys), HIDDEN)
+    logits = jnp.where(seen, logits_of(queries, keys), HIDDEN)
     peak = logits.max(-1)
     weights = jnp.where(seen, jnp.exp(logits - peak[..., None]), 0.0)
     weighted = wide_einsum("...gtn,...nd->...gtd", weights.astype(values.dtype), values)

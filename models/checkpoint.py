@@ -29,6 +29,7 @@ from restkv_jax.models.tensors import (
     checkpoint_tensors,
     parameter_shapes,
     plain_names,
+    split_fused,
     to_checkpoint,
     unflatten,
 )
@@ -79,6 +80,7 @@ def load_model(path_or_id: str | os.PathLike | None = None, dtype: Any = jnp.bfl
     config, tensors = _tie(config, {plain: stored[name] for plain, name in names.items()})
     model = Decoder(_with_end_of(config, tokenizer))
     expected = checkpoint_tensors(model)
+    tensors = split_fused(config.model_type, tensors, expected)
     check_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, path, names)
     _check_stored_dtypes({name: tensors[name] for name in expected})
     sharing = Sharing.load(path, model) if path.is_dir() else None
@@ -255,7 +257,7 @@ def _read_parameter(
     for name, tensor in expected.items():
         if tensor.parameter == parameter:
             # A view of the parameter in the axes of the checkpoint.
-            place = to_checkpoint(parameter, stacked if tensor.layer is None else stacked[tensor.layer])
+            place = to_checkpoint(parameter, stacked[tensor.place])
             if not all(np.isfinite(rows).all() for rows in read_into(place, tensors[name])):
                 raise ValueError(f"tensor {name!r} holds NaN or infinity (read as {dtype}); the weights are unusable")
     return jax.device_put(stacked)

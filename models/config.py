@@ -7,8 +7,9 @@ import math
 import pathlib
 import reprlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from restkv_jax.models.families import FAMILIES, prepare, text_part
 from restkv_jax.models.files import one_line, read_json
 from restkv_jax.models.ignored_options import warn_of_ignored, warn_of_ignored_rope
 from restkv_jax.models.rope_parameters import (
@@ -20,15 +21,7 @@ from restkv_jax.models.rope_parameters import (
     thaw_rope,
 )
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-"""Supported model types, and their classes in transformers."""
-
-ACTIVATIONS = {"silu": "silu", "swish": "silu"}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
 
 COMMON = ("head_dim", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 ROPE_SPELLINGS = ("rope_theta", "rope_scaling", "original_max_position_embeddings", "partial_rotary_factor")
@@ -42,6 +35,10 @@ LARGEST = {
     "hidden_size": 2**24,
     "intermediate_size": 2**24,
     "vocab_size": 2**24,
+    "num_experts": 2**16,
+    "num_local_experts": 2**16,
+    "num_experts_per_tok": 2**16,
+    "moe_intermediate_size": 2**24,
     "max_position_embeddings": 2**31 - 1,
 }
 """Sizes that a configuration may ask for, each at least 1; far beyond those of any model."""
@@ -55,7 +52,16 @@ class ModelConfig:
     """What a decoder needs to know, in the field names of `transformers`.
 
     `sliding_windows` holds one width per layer in tokens, `UNLIMITED` where a layer attends to everything.
-    `rope_parameters` is a sorted tuple of pairs so that the configuration is hashable, hence static under `jax.jit`.
+    `rope_parameters` is a sorted tuple of pairs so that the configuration is hashable, hence static under `jax.jit`;
+    where layers differ, `layer_ropes` holds one of them per layer, None where a layer has no RoPE.
+
+    A layer's attention, and its MLP, add to the residual stream `residual_multiplier` times their output: of a normed
+    input if `norms_before`, itself normed if `norms_after`. A norm's weight is `1 + w` if `norm_adds_one`. Queries and
+    keys are normed over a `head`, or over the whole `projection`. Logits of attention are multiplied by
+    `attention_multiplier`, None for `1 / sqrt(head_dim)`, and capped at `attn_logit_softcapping`; those of the next
+    token are divided by `logits_scaling` and capped at `final_logit_softcapping`. RoPE turns the first
+    `partial_rotary_factor` of a head's dimensions. With `num_experts`, the MLP is a mixture of experts of
+    `intermediate_size` each.
 
     Raises:
       ValueError: sizes, ids or settings that no model can have.
@@ -77,11 +83,27 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    query_key_norm: bool = False
+    query_key_norm: Literal["head", "projection"] | None = None
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    activation: str = "silu"
+    norm_adds_one: bool = False
+    norms_before: bool = True
+    norms_after: bool = False
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    partial_rotary_factor: float = 1.0
+    layer_ropes: tuple[tuple[tuple[str, Any], ...] | None, ...] | None = None
+    llama_4_scaling_beta: float = 0.0
+    num_experts: int | None = None
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = True
 
     def __post_init__(self):
         _check_sizes(vars(self))
@@ -96,7 +118,21 @@ class ModelConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}={value} must be a finite number of at least 0")
-        check_rope(dict(self.rope_parameters), self.head_dim)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be a finite number greater than 0, or null for no cap")
+        if self.num_experts is not None and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must be from 1 to num_experts={self.num_experts}"
+            )
+        if self.rotary_dim < 2 or self.rotary_dim > self.head_dim or self.rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} must give an even "
+                "number of dimensions"
+            )
+        for rope in {self.rope_parameters, *self.ropes} - {None}:
+            check_rope(dict(rope), self.rotary_dim)
         _check_windows(self.sliding_windows)
         for token in self.eos_token_ids:
             _check_id("eos_token_id", token, self.vocab_size)
@@ -109,41 +145,64 @@ class ModelConfig:
         """Tokens that the model is configured for: `max_position_embeddings`, or what RoPE scaling extends it to."""
         return context_length(dict(self.rope_parameters), self.max_position_embeddings)
 
+    @property
+    def ropes(self) -> tuple[tuple[tuple[str, Any], ...] | None, ...]:
+        """The settings of RoPE of every layer, None where it has none."""
+        return self.layer_ropes or (self.rope_parameters,) * self.num_hidden_layers
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that RoPE turns."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers calls the layers with and without a sliding window."""
+        return ["full_attention" if width == UNLIMITED else "sliding_attention" for width in self.sliding_windows]
+
 
 def read_config(source: Any) -> ModelConfig:
     """Reads a `ModelConfig` from a transformers config, a dict, or the path of a `config.json` or its directory.
 
     Missing fields take transformers' defaults of the model type; both spellings of the RoPE settings, the older
     `rope_theta` and `rope_scaling` and the newer `rope_parameters`, are understood. Which fields count is a property
-    of the model type, as in transformers: others are ignored, with a warning if another type would heed them.
+    of the model type, as in transformers: others are ignored, with a warning if another type would heed them. Of a
+    model that also sees images, the language model is read.
 
     Raises:
       ValueError: an unsupported architecture, activation or RoPE scaling; a field that is not of its type or range.
       FileNotFoundError: no configuration at the path.
     """
-    fields = _as_dict(source)
+    fields = text_part(_as_dict(source))
     model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type={reprlib.repr(model_type)} is not a supported architecture; "
-            f"supported: {', '.join(ARCHITECTURES)}"
+            f"model_type={reprlib.repr(model_type)} is not a supported architecture; supported: {', '.join(FAMILIES)}"
         )
+    family = FAMILIES[model_type]
     # transformers' own classes would divide by these sizes and make lists of that many entries
     _check_sizes(fields)
+    fields = prepare(fields)
     check_raw_rope(fields)
     hf = _hugging_face_config(model_type, fields)
-    if hf.hidden_act not in ACTIVATIONS:
-        raise ValueError(
-            f"hidden_act={reprlib.repr(hf.hidden_act)} is not supported; supported: {', '.join(ACTIVATIONS)}"
-        )
-    rope = one_rope(hf.rope_parameters, getattr(hf, "layer_types", None) or ())
-    warn_of_ignored_rope(model_type, rope)
+    activation = getattr(hf, "hidden_activation", None) or getattr(hf, "hidden_act", None)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={reprlib.repr(activation)} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    rope = one_rope(hf.rope_parameters, family.rope_kinds or getattr(hf, "layer_types", None) or ())
+    own = family.read(hf, rope)
+    if "partial_rotary_factor" not in own:
+        warn_of_ignored_rope(model_type, rope)
     attention_bias = bool(getattr(hf, "attention_bias", False))
     return ModelConfig(
         model_type=model_type,
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
+        intermediate_size=getattr(hf, "moe_intermediate_size", None) or hf.intermediate_size,
         num_hidden_layers=hf.num_hidden_layers,
         num_attention_heads=hf.num_attention_heads,
         num_key_value_heads=hf.num_key_value_heads,
@@ -156,11 +215,12 @@ def read_config(source: Any) -> ModelConfig:
         qkv_bias=model_type == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=bool(getattr(hf, "mlp_bias", False)),
-        query_key_norm=model_type == "qwen3",
         initializer_range=hf.initializer_range,
         bos_token_id=hf.bos_token_id,
         eos_token_ids=as_ids(hf.eos_token_id),
         pad_token_id=hf.pad_token_id,
+        activation=ACTIVATIONS[activation],
+        **own,
     )
 
 
@@ -183,22 +243,25 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         "pad_token_id",
     ]
     fields = {name: getattr(config, name) for name in same} | {
-        "architectures": [ARCHITECTURES[config.model_type]],
-        "hidden_act": "silu",
+        "architectures": [FAMILIES[config.model_type].architecture],
+        "hidden_act": config.activation,
         "rope_parameters": thaw_rope(config.rope_parameters),
         "eos_token_id": list(config.eos_token_ids) or None,
     }
-    if config.model_type in ("llama", "qwen3"):
-        fields["attention_bias"] = config.qkv_bias
-    if config.model_type == "llama":
-        fields["mlp_bias"] = config.mlp_bias
+    return fields | _window_fields(config) | FAMILIES[config.model_type].write(config)
+
+
+def _window_fields(config: ModelConfig) -> dict[str, Any]:
+    """Which layers have a sliding window, in the spelling of the model type; nothing for Llama, which has none."""
     widths = set(config.sliding_windows) - {UNLIMITED}
-    if config.model_type == "mistral":
+    family = FAMILIES[config.model_type]
+    fields: dict[str, Any] = {}
+    if "use_sliding_window" in family.windows:
+        fields["use_sliding_window"] = bool(widths)
+    if "layer_types" in family.windows:
+        fields["layer_types"] = config.layer_types
+    if widths or family.windows == ("sliding_window",):
         fields["sliding_window"] = widths.pop() if widths else None
-    elif config.model_type in ("qwen2", "qwen3"):
-        kinds = ["full_attention" if w == UNLIMITED else "sliding_attention" for w in config.sliding_windows]
-        fields |= {"use_sliding_window": bool(widths), "layer_types": kinds}
-        fields |= {"sliding_window": widths.pop()} if widths else {}
     return fields
 
 
@@ -222,6 +285,7 @@ def _hugging_face_config(model_type: str, fields: dict[str, Any]) -> Any:
 
     config_class = type(AutoConfig.for_model(model_type))
     own = (_arguments(config_class) - _arguments(PreTrainedConfig)) | {*COMMON, *ROPE_SPELLINGS}
+    own |= set(FAMILIES[model_type].undeclared)
     warn_of_ignored(model_type, {name: value for name, value in fields.items() if name not in own}, fields)
     try:
         # transformers fills in nested dicts where they are

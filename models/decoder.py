@@ -1,5 +1,6 @@
 """One decoder for Llama and its relatives; what differs between them is configuration."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ from jax import Array
 
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.config import ModelConfig
+from restkv_jax.models.experts import Experts, mix_experts
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.memory import Memory, PairMemory, SharedMemory, follow
-from restkv_jax.models.rope import apply_rope, rope_frequencies, sequence_lengths
+from restkv_jax.models.rope import Rope, apply_rope, grow_with_position, layer_ropes, sequence_lengths
 from restkv_jax.models.rules import with_usual_promotion
 
 
@@ -21,7 +23,8 @@ class LayerView(NamedTuple):
     """What a layer shows of itself to those who keep its state or score its keys.
 
     `index` int32 scalar; `queries`, those of the last tokens; `output_projection` [K, G, D, M]; `aux`, what the
-    memory's `attend` returned besides the context for the last chunk.
+    memory's `attend` returned besides the context for the last chunk. The projection leads into the residual stream,
+    the model's multiplier included; a norm of the attention's output (Gemma, OLMo 2) is not linear, so it is left out.
     """
 
     index: Array | int
@@ -47,15 +50,33 @@ class Hooks(NamedTuple):
     num_queries: int = 1
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True)}
+
+
+def rms_norm(x: Array, weight: Array, eps: float, adds_one: bool = False) -> Array:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the axes of the weight, the last ones (Zhang & Sennrich 2019).
+
+    Computed in float32, but for the weight. With `adds_one` it is `1 + weight`, and that in float32 too (Gemma).
+    """
     wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
+    axes = tuple(range(-weight.ndim, 0))
+    scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=axes, keepdims=True) + eps)
+    if adds_one:
+        return (wide * scale * (1 + weight.astype(jnp.float32))).astype(x.dtype)
     return weight * (wide * scale).astype(x.dtype)
 
 
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """`cap tanh(x / cap)`, or `x` without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and gated MLP. Parameters carry their axes: `output_projection` is [H, D, M]."""
+    """Attention and gated MLP, normed as the configuration says.
+
+    Parameters carry their axes: `output_projection` is [H, D, M]. `input_norm` and `post_attention_norm`, which Llama
+    names so, stand before attention and MLP, `attention_output_norm` and `mlp_output_norm` behind them.
+    """
 
     config: ModelConfig
 
@@ -63,15 +84,27 @@ class DecoderLayer(nn.Module):
         c = self.config
         init, ones, zeros = nn.initializers.normal(c.initializer_range), nn.initializers.ones, nn.initializers.zeros
         hidden, heads, kv_heads, dim = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.input_norm = self.param("input_norm", ones, (hidden,))
+        neutral = zeros if c.norm_adds_one else ones
+
+        def norm(name: str, exists: bool, *shape: int) -> Array | None:
+            return self.param(name, neutral, shape) if exists else None
+
+        self.input_norm = norm("input_norm", c.norms_before, hidden)
+        self.attention_output_norm = norm("attention_output_norm", c.norms_after, hidden)
         self.query_projection = self.param("query_projection", init, (hidden, heads, dim))
         self.key_projection = self.param("key_projection", init, (hidden, kv_heads, dim))
         self.value_projection = self.param("value_projection", init, (hidden, kv_heads, dim))
         self.output_projection = self.param("output_projection", init, (heads, dim, hidden))
-        self.post_attention_norm = self.param("post_attention_norm", ones, (hidden,))
-        self.gate_projection = self.param("gate_projection", init, (hidden, c.intermediate_size))
-        self.up_projection = self.param("up_projection", init, (hidden, c.intermediate_size))
-        self.down_projection = self.param("down_projection", init, (c.intermediate_size, hidden))
+        self.post_attention_norm = norm("post_attention_norm", c.norms_before, hidden)
+        self.mlp_output_norm = norm("mlp_output_norm", c.norms_after, hidden)
+        if c.num_experts is not None:
+            self.router = self.param("router", init, (hidden, c.num_experts))
+        names = ("gate_projection", "up_projection", "down_projection")
+        shapes = (hidden, c.intermediate_size), (hidden, c.intermediate_size), (c.intermediate_size, hidden)
+        kind, stack = ("", ()) if c.num_experts is None else ("expert_", (c.num_experts,))
+        self.gate_projection, self.up_projection, self.down_projection = (
+            self.param(kind + name, init, (*stack, *shape)) for name, shape in zip(names, shapes, strict=True)
+        )
         self.query_bias = self.param("query_bias", zeros, (heads, dim)) if c.qkv_bias else 0
         self.key_bias = self.param("key_bias", zeros, (kv_heads, dim)) if c.qkv_bias else 0
         self.value_bias = self.param("value_bias", zeros, (kv_heads, dim)) if c.qkv_bias else 0
@@ -79,44 +112,59 @@ class DecoderLayer(nn.Module):
         self.gate_bias = self.param("gate_bias", zeros, (c.intermediate_size,)) if c.mlp_bias else 0
         self.up_bias = self.param("up_bias", zeros, (c.intermediate_size,)) if c.mlp_bias else 0
         self.down_bias = self.param("down_bias", zeros, (hidden,)) if c.mlp_bias else 0
-        self.query_norm = self.param("query_norm", ones, (dim,)) if c.query_key_norm else None
-        self.key_norm = self.param("key_norm", ones, (dim,)) if c.query_key_norm else None
+        normed_heads = (heads, kv_heads) if c.query_key_norm == "projection" else (1, 1)
+        self.query_norm = norm("query_norm", c.query_key_norm is not None, normed_heads[0] * dim)
+        self.key_norm = norm("key_norm", c.query_key_norm is not None, normed_heads[1] * dim)
 
-    def queries(self, hidden: Array, positions: Array, rope: tuple[Array, float]) -> Array:
-        """[B, T, M] to [B, K, G, T, D], turned by RoPE and times the scale of the logits, `1 / sqrt(D)`."""
+    def queries(self, hidden: Array, positions: Array, rope: Rope) -> Array:
+        """[B, T, M] to [B, K, G, T, D], turned by RoPE and times the scale of the logits."""
         projection, bias = (self._grouped(x, "d") for x in (self.query_projection, self.query_bias))
-        x = jnp.einsum("btm,mkgd->btkgd", self._normed(hidden), projection) + bias
+        x = jnp.einsum("btm,mkgd->btkgd", self._norm(hidden, self.input_norm), projection) + bias
         x = einops.rearrange(self._head_norm(x, self.query_norm), "b t k g d -> b k g t d")
-        frequencies, factor = rope
-        return apply_rope(x, positions, frequencies, factor * self.config.head_dim**-0.5)
+        return grow_with_position(self.config, apply_rope(x, positions, rope, self.config.logit_scale), positions)
 
-    def keys(self, hidden: Array, positions: Array, rope: tuple[Array, float]) -> Array:
+    def keys(self, hidden: Array, positions: Array, rope: Rope) -> Array:
         """[B, T, M] to [B, K, T, D], turned by RoPE."""
-        x = jnp.einsum("btm,mkd->btkd", self._normed(hidden), self.key_projection) + self.key_bias
-        return apply_rope(einops.rearrange(self._head_norm(x, self.key_norm), "b t k d -> b k t d"), positions, *rope)
+        x = jnp.einsum("btm,mkd->btkd", self._norm(hidden, self.input_norm), self.key_projection) + self.key_bias
+        return apply_rope(einops.rearrange(self._head_norm(x, self.key_norm), "b t k d -> b k t d"), positions, rope)
 
     def values(self, hidden: Array) -> Array:
         """[B, T, M] to [B, K, T, D]."""
-        values = jnp.einsum("btm,mkd->btkd", self._normed(hidden), self.value_projection) + self.value_bias
+        normed = self._norm(hidden, self.input_norm)
+        values = jnp.einsum("btm,mkd->btkd", normed, self.value_projection) + self.value_bias
         return einops.rearrange(values, "b t k d -> b k t d")
 
-    def grouped_output_projection(self) -> Array:
-        """[K, G, D, M]."""
-        return self._grouped(self.output_projection, "d m")
+    def shown_output_projection(self) -> Array:
+        """[K, G, D, M], times the multiplier of what goes into the residual stream."""
+        projection, multiplier = self._grouped(self.output_projection, "d m"), self.config.residual_multiplier
+        return projection if multiplier == 1 else projection * multiplier
 
     def finish(self, hidden: Array, context: Array) -> Array:
         """Adds the projected context [B, K, G, T, D], and the MLP, to the residual stream [B, T, M]."""
-        projected = jnp.einsum("bkgtd,kgdm->btm", context, self.grouped_output_projection())
-        hidden = hidden + projected + self.output_bias
-        x = rms_norm(hidden, self.post_attention_norm, self.config.rms_norm_eps)
-        gate = nn.silu(x @ self.gate_projection + self.gate_bias)
-        return hidden + (gate * (x @ self.up_projection + self.up_bias)) @ self.down_projection + self.down_bias
+        projected = jnp.einsum("bkgtd,kgdm->btm", context, self._grouped(self.output_projection, "d m"))
+        hidden = hidden + self._branch(projected + self.output_bias, self.attention_output_norm)
+        return hidden + self._branch(self._mlp(self._norm(hidden, self.post_attention_norm)), self.mlp_output_norm)
 
-    def _normed(self, hidden: Array) -> Array:
-        return rms_norm(hidden, self.input_norm, self.config.rms_norm_eps)
+    def _mlp(self, x: Array) -> Array:
+        c, activation = self.config, ACTIVATIONS[self.config.activation]
+        if c.num_experts is not None:
+            experts = Experts(self.router, self.gate_projection, self.up_projection, self.down_projection)
+            return mix_experts(x, experts, c.num_experts_per_tok, c.norm_topk_prob, activation)
+        gate = activation(x @ self.gate_projection + self.gate_bias)
+        return (gate * (x @ self.up_projection + self.up_bias)) @ self.down_projection + self.down_bias
+
+    def _branch(self, output: Array, norm: Array | None) -> Array:
+        """What the output of attention or MLP adds to the residual stream."""
+        normed, multiplier = self._norm(output, norm), self.config.residual_multiplier
+        return normed if multiplier == 1 else normed * multiplier
+
+    def _norm(self, x: Array, weight: Array | None) -> Array:
+        return x if weight is None else rms_norm(x, weight, self.config.rms_norm_eps, self.config.norm_adds_one)
 
     def _head_norm(self, x: Array, weight: Array | None) -> Array:
-        return x if weight is None else rms_norm(x, weight, self.config.rms_norm_eps)
+        """Norms heads [B, T, K, ..., D], each or all of a token together."""
+        over_all = weight is not None and self.config.query_key_norm == "projection"
+        return self._norm(x, weight.reshape(x.shape[2:]) if over_all else weight)
 
     def _grouped(self, x: Any, after: str) -> Any:
         """Divides the axis of the query heads by KV heads; a bias that is not there stays so."""
@@ -137,7 +185,8 @@ class Decoder(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         self.embedding = self.param("embedding", init, (c.vocab_size, c.hidden_size))
         self.layers = DecoderLayer(c)
-        self.final_norm = self.param("final_norm", nn.initializers.ones, (c.hidden_size,))
+        neutral = nn.initializers.zeros if c.norm_adds_one else nn.initializers.ones
+        self.final_norm = self.param("final_norm", neutral, (c.hidden_size,))
         if not c.tie_word_embeddings:
             self.unembedding = self.param("unembedding", init, (c.vocab_size, c.hidden_size))
 
@@ -168,13 +217,17 @@ class Decoder(nn.Module):
           the residual stream before the final norm, [B, T, M], and the next state.
         """
         c = self.config
-        rope = rope_frequencies(c, sequence_lengths(positions))
+        ropes = layer_ropes(c, sequence_lengths(positions))
         batch, length = tokens.shape
         heads = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
 
         def layer_step(layer, carry, scanned):
             hidden, leader_keys, state = carry
-            index, sliding_window = scanned
+            index, sliding_window, which_rope = scanned
+            rope = ropes.of(which_rope)
+
+            def as_queries(vectors, positions):
+                return Queries(vectors, positions, sliding_window, c.attn_logit_softcapping)
 
             def project(layer, pairs, take, put):
                 part, places = take(hidden), take(positions)
@@ -184,7 +237,7 @@ class Decoder(nn.Module):
                 hidden, last = carry
                 part, places = take(hidden), take(positions)
                 vectors = layer.queries(part, places, rope)
-                context, aux = memory.attend(Queries(vectors, places, sliding_window))
+                context, aux = memory.attend(as_queries(vectors, places))
                 if hooks.num_queries == length:
                     last = put(last, vectors, axis=3)
                 else:
@@ -200,8 +253,8 @@ class Decoder(nn.Module):
                 memory, leader_keys = self._own_memory(index, pairs, leader_keys)
             last = jnp.zeros((batch, *heads, hooks.num_queries, c.head_dim), hidden.dtype)
             (hidden, last), aux = _over_chunks(attend, layer, (hidden, last), length, chunk_size)
-            queries = Queries(last, positions[:, -hooks.num_queries :], sliding_window)
-            view = LayerView(index, queries, layer.grouped_output_projection(), aux)
+            queries = as_queries(last, positions[:, -hooks.num_queries :])
+            view = LayerView(index, queries, layer.shown_output_projection(), aux)
             return (hidden, leader_keys, hooks.observe(view, memory, state)), None
 
         scan = nn.scan(
@@ -211,10 +264,13 @@ class Decoder(nn.Module):
             length=c.num_hidden_layers,
         )
         hidden = self.embedding[tokens]
+        if c.embedding_multiplier != 1:
+            hidden = hidden * c.embedding_multiplier
         leader_keys = None
         if self.sharing is not None and hooks.make_memory is None:
             leader_keys = jnp.zeros((batch, heads[0], length, c.head_dim), hidden.dtype)
-        scanned = jnp.arange(c.num_hidden_layers), jnp.asarray(c.sliding_windows, jnp.int32)
+        by_layer = (jnp.asarray(x, jnp.int32) for x in (c.sliding_windows, ropes.layers))
+        scanned = jnp.arange(c.num_hidden_layers), *by_layer
         (hidden, _, state), _ = scan(self.layers, (hidden, leader_keys, state), scanned)
         return hidden, state
 
@@ -228,9 +284,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Logits of the next token from the residual stream, normed here: [..., M] to float32 [..., V]."""
-        hidden = rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
-        unembedding = self.embedding if self.config.tie_word_embeddings else self.unembedding
-        return jnp.einsum("...m,vm->...v", hidden, unembedding, preferred_element_type=jnp.float32)
+        c = self.config
+        hidden = rms_norm(hidden, self.final_norm, c.rms_norm_eps, c.norm_adds_one)
+        unembedding = self.embedding if c.tie_word_embeddings else self.unembedding
+        scores = jnp.einsum("...m,vm->...v", hidden, unembedding, preferred_element_type=jnp.float32)
+        return soft_cap(scores if c.logits_scaling == 1 else scores / c.logits_scaling, c.final_logit_softcapping)
 
 
 def _over_chunks(function, layer: DecoderLayer, carry: Any, length: int, chunk_size: int | None) -> tuple[Any, Any]:

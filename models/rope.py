@@ -1,6 +1,7 @@
 """Rotary position embeddings and the scalings that stretch them to longer contexts."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +10,55 @@ from jax import Array
 from restkv_jax.models.config import ModelConfig
 
 
-def rope_frequencies(config: ModelConfig, sequence_length: Array) -> tuple[Array, float]:
-    """Angular frequencies of the rotary pairs, and the factor by which cosine and sine are multiplied.
+class Rope(NamedTuple):
+    """Angular frequencies of the rotary pairs, float32 [B, R/2] in radians per token, and the attention factor.
+
+    The factor multiplies cosine and sine. `R` is the number of dimensions that turn, `config.rotary_dim`.
+    """
+
+    frequencies: Array
+    factor: Array | float
+
+
+class LayerRopes(NamedTuple):
+    """The different rotations of a model's layers, and which of them each layer has, an index per layer."""
+
+    ropes: tuple[Rope, ...]
+    layers: tuple[int, ...]
+
+    def of(self, which: Array) -> Rope:
+        """One of them, by an int32 scalar."""
+        if len(self.ropes) == 1:
+            return self.ropes[0]
+        frequencies = jnp.stack([rope.frequencies for rope in self.ropes])
+        return Rope(frequencies[which], jnp.asarray([rope.factor for rope in self.ropes], jnp.float32)[which])
+
+
+def layer_ropes(config: ModelConfig, sequence_length: Array) -> LayerRopes:
+    """The rotations of all layers; one that turns nothing for layers without RoPE.
 
     Args:
-      config: its `rope_parameters` choose the scaling: `default` (Su et al. 2021), `linear` (positions divided by
-        `factor`), `dynamic` (NTK-aware: the base grows with the sequence), `llama3` (low frequencies divided by
-        `factor`, a smooth passage between), `yarn` (Peng et al. 2023, eqs. 17-22) or `longrope` (Ding et al. 2024:
+      config: its `ropes` are the settings of each layer.
+      sequence_length: int32 [B], tokens of each row so far.
+    """
+    kinds = tuple(dict.fromkeys(config.ropes))
+    still = Rope(jnp.zeros((sequence_length.shape[0], config.rotary_dim // 2), jnp.float32), 1.0)
+    ropes = tuple(still if kind is None else rope_frequencies(config, dict(kind), sequence_length) for kind in kinds)
+    return LayerRopes(ropes, tuple(kinds.index(kind) for kind in config.ropes))
+
+
+def rope_frequencies(config: ModelConfig, settings: dict, sequence_length: Array) -> Rope:
+    """The rotation by one set of settings.
+
+    Args:
+      config: of the model.
+      settings: of all layers or of one; they choose the scaling: `default` (Su et al. 2021), `linear` (positions
+        divided by `factor`), `dynamic` (NTK-aware: the base grows with the sequence), `llama3` (low frequencies divided
+        by `factor`, a smooth passage between), `yarn` (Peng et al. 2023, eqs. 17-22) or `longrope` (Ding et al. 2024:
         a factor for each pair, one set of them up to the original length and one beyond).
       sequence_length: int32 [B], tokens of each row so far; only `dynamic` and `longrope` look at it.
-
-    Returns:
-      float32 [B, D/2] in radians per token, and the attention factor.
     """
-    settings = dict(config.rope_parameters)
-    dim = config.head_dim
+    dim = config.rotary_dim
     exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
     base = jnp.asarray(settings["rope_theta"], jnp.float32)
     kind = settings["rope_type"]
@@ -42,26 +77,44 @@ def rope_frequencies(config: ModelConfig, sequence_length: Array) -> tuple[Array
         frequencies, attention_factor = _yarn(frequencies, settings, config)
     elif kind == "longrope":
         frequencies, attention_factor = _longrope(frequencies, settings, config, sequence_length)
-    return jnp.broadcast_to(frequencies, (sequence_length.shape[0], dim // 2)), attention_factor
+    return Rope(jnp.broadcast_to(frequencies, (sequence_length.shape[0], dim // 2)), attention_factor)
 
 
-def apply_rope(x: Array, positions: Array, frequencies: Array, factor: float) -> Array:
-    """Turns queries or keys by their positions, the first half of the dimensions paired with the second.
+def apply_rope(x: Array, positions: Array, rope: Rope, scale: float = 1.0) -> Array:
+    """Turns queries or keys by their positions, the first half of the rotary dimensions paired with the second.
 
     Args:
       x: [B, ..., T, D], any axes of heads between.
       positions: int32 [B, T].
-      frequencies: float32 [B, D/2].
-      factor: multiplies cosine and sine.
+      rope: the rotation; dimensions beyond its rotary ones stay as they are.
+      scale: multiplies the result.
 
     Returns:
       [B, ..., T, D] in the dtype of `x`; the rotation is computed in float32.
     """
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies[:, None, :]
+    angles = positions[:, :, None].astype(jnp.float32) * rope.frequencies[:, None, :]
     angles = jnp.expand_dims(angles, tuple(range(1, x.ndim - 2)))
+    factor, half = rope.factor * scale, angles.shape[-1]
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin, rest * scale]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def grow_with_position(config: ModelConfig, queries: Array, positions: Array) -> Array:
+    """Queries times `1 + beta ln(1 + floor(p / original length))`, for longer texts than seen in pretraining (Llama 4).
+
+    Args:
+      config: `beta` is its `llama_4_scaling_beta`; of most models it is 0, and the queries stay as they are.
+      queries: [B, K, G, T, D].
+      positions: int32 [B, T].
+    """
+    if config.llama_4_scaling_beta == 0:
+        return queries
+    original = _original_length(dict(config.rope_parameters), config)
+    times = jnp.floor(jnp.maximum(positions, 0).astype(jnp.float32) / original)
+    growth = 1 + config.llama_4_scaling_beta * jnp.log1p(times)
+    return queries * growth[:, None, None, :, None].astype(queries.dtype)
 
 
 def _original_length(settings: dict, config: ModelConfig) -> int:
@@ -77,7 +130,7 @@ def _llama3(frequencies: Array, settings: dict, config: ModelConfig) -> Array:
 
 def _yarn(frequencies: Array, settings: dict, config: ModelConfig) -> tuple[Array, float]:
     original = _original_length(settings, config)
-    factor, dim, theta = settings["factor"], config.head_dim, settings["rope_theta"]
+    factor, dim, theta = settings["factor"], config.rotary_dim, settings["rope_theta"]
 
     def dimension_of(turns: float) -> float:
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -13,7 +13,7 @@ from restkv_jax.models.config import to_hugging_face
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.files import write_json
 from restkv_jax.models.key_groups import FILE
-from restkv_jax.models.tensors import Tensor, checkpoint_tensors, flatten, parameter_shapes, to_checkpoint
+from restkv_jax.models.tensors import Tensor, checkpoint_tensors, flatten, fused_names, parameter_shapes, to_checkpoint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -55,7 +55,7 @@ def save_model(
     try:
         fields = to_hugging_face(model.config) | {"dtype": str(params["embedding"].dtype)}
         write_json(unfinished / "config.json", fields)
-        _write_weights(unfinished, checkpoint_tensors(model), params, max_shard_bytes)
+        _write_weights(unfinished, model.config.model_type, checkpoint_tensors(model), params, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         if model.sharing is not None:
@@ -82,23 +82,31 @@ def check_params(params: dict[str, Any], expected: dict[str, tuple[int, ...]]) -
 
 
 def _write_weights(
-    directory: pathlib.Path, tensors: dict[str, Tensor], params: dict[str, Any], max_shard_bytes: int
+    directory: pathlib.Path, model_type: str, tensors: dict[str, Tensor], params: dict[str, Any], max_shard_bytes: int
 ) -> None:
-    def size(name: str) -> int:
+    def part_size(name: str) -> int:
         return int(np.prod(tensors[name].shape)) * params[tensors[name].parameter].dtype.itemsize
 
+    def size(name: str) -> int:
+        return sum(part_size(part) for part in stored[name])
+
+    stored = fused_names(model_type, tensors)
     shards, room = [], 0
-    for name in tensors:
+    for name in stored:
         if size(name) > room or not shards:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(name)
         room -= size(name)
 
-    def array(name: str) -> np.ndarray:
+    def part(name: str) -> np.ndarray:
         whole = params[tensors[name].parameter]
-        one = whole if tensors[name].layer is None else whole[tensors[name].layer]
-        return np.ascontiguousarray(to_checkpoint(tensors[name].parameter, np.asarray(one)))
+        one = np.asarray(whole[tensors[name].place])
+        return np.ascontiguousarray(to_checkpoint(tensors[name].parameter, one))
+
+    def array(name: str) -> np.ndarray:
+        parts = [part(one) for one in stored[name]]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     of = len(shards)
     files = [WEIGHTS] if of == 1 else [f"model-{i:05d}-of-{of:05d}.safetensors" for i in range(1, of + 1)]
@@ -106,7 +114,7 @@ def _write_weights(
         save_file({name: array(name) for name in names}, directory / file, metadata={"format": "pt"})
     if of > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(directory / INDEX, {"metadata": {"total_size": sum(map(size, tensors))}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(map(size, stored))}, "weight_map": weight_map})
 
 
 def _replace_directory(new: pathlib.Path, directory: pathlib.Path) -> None:

@@ -21,6 +21,15 @@ class StoredTensor(NamedTuple):
     dtype: str
     read: Callable[[slice], np.ndarray]
 
+    def rows(self, start: int, size: int) -> "StoredTensor":
+        """`size` rows from `start` on, as a tensor."""
+
+        def read(rows: slice) -> np.ndarray:
+            first, stop, _ = rows.indices(size)
+            return self.read(slice(start + first, start + stop))
+
+        return StoredTensor((size, *self.shape[1:]), self.dtype, read)
+
 
 class StoredCheckpoint(NamedTuple):
     """A checkpoint of which no weights have been read, its tensors under their Hugging Face names."""

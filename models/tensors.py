@@ -1,6 +1,7 @@
 """Where each parameter of the decoder stands in a Hugging Face checkpoint."""
 
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from flax import traverse_util
 from restkv_jax.models.build import init_params
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.stored import StoredTensor
 
 TENSORS = {
     "embedding": ("model.embed_tokens.weight", "v m -> v m"),
@@ -29,18 +31,50 @@ TENSORS = {
     "layers.output_bias": ("model.layers.{}.self_attn.o_proj.bias", "m -> m"),
     "layers.query_norm": ("model.layers.{}.self_attn.q_norm.weight", "d -> d"),
     "layers.key_norm": ("model.layers.{}.self_attn.k_norm.weight", "d -> d"),
+    "layers.attention_output_norm": ("model.layers.{}.post_attention_layernorm.weight", "m -> m"),
+    "layers.mlp_output_norm": ("model.layers.{}.post_feedforward_layernorm.weight", "m -> m"),
     "layers.post_attention_norm": ("model.layers.{}.post_attention_layernorm.weight", "m -> m"),
     "layers.gate_projection": ("model.layers.{}.mlp.gate_proj.weight", "f m -> m f"),
     "layers.up_projection": ("model.layers.{}.mlp.up_proj.weight", "f m -> m f"),
     "layers.down_projection": ("model.layers.{}.mlp.down_proj.weight", "m f -> f m"),
+    "layers.router": ("model.layers.{}.mlp.gate.weight", "e m -> m e"),
+    "layers.expert_gate_projection": ("model.layers.{}.mlp.experts.{}.gate_proj.weight", "f m -> m f"),
+    "layers.expert_up_projection": ("model.layers.{}.mlp.experts.{}.up_proj.weight", "f m -> m f"),
+    "layers.expert_down_projection": ("model.layers.{}.mlp.experts.{}.down_proj.weight", "m f -> f m"),
     "layers.gate_bias": ("model.layers.{}.mlp.gate_proj.bias", "f -> f"),
     "layers.up_bias": ("model.layers.{}.mlp.up_proj.bias", "f -> f"),
     "layers.down_bias": ("model.layers.{}.mlp.down_proj.bias", "m -> m"),
 }
-"""Parameter: its Hugging Face name, with a place for the layer's number, and the change of axes when loading."""
+"""Parameter: its Hugging Face name, with places for the numbers of layer and expert, and the change of axes."""
 
-HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-"""Tensors without information of their own: rotary frequencies."""
+NORMS_AROUND = {"layers.post_attention_norm": "model.layers.{}.pre_feedforward_layernorm.weight"}
+"""Where norms stand before and after, Llama's name is that of the one after attention."""
+
+MIXTRAL = {
+    "layers.router": "model.layers.{}.block_sparse_moe.gate.weight",
+    "layers.expert_gate_projection": "model.layers.{}.block_sparse_moe.experts.{}.w1.weight",
+    "layers.expert_up_projection": "model.layers.{}.block_sparse_moe.experts.{}.w3.weight",
+    "layers.expert_down_projection": "model.layers.{}.block_sparse_moe.experts.{}.w2.weight",
+}
+
+RENAMED = {"gemma2": NORMS_AROUND, "gemma3_text": NORMS_AROUND, "mixtral": MIXTRAL}
+"""Model type: parameters that have other names there."""
+
+FUSED = {
+    "phi3": {
+        "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    }
+}
+"""Model type: tensors of a layer that hold several others, rows below rows."""
+
+HARMLESS = re.compile(
+    r"model\.((layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|(vision_tower|multi_modal_projector)\..*)"
+)
+"""Tensors that a language model does not need: rotary frequencies, and what reads images beside it."""
+
+LAYER = re.compile(r"(model\.layers\.\d+\.)(.*)")
+"""What stands before the names of a layer's tensors, and the rest."""
 
 WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile and FSDP put into names, anywhere."""
@@ -50,11 +84,14 @@ PREFIX = re.compile(r"(?:(?:module|language_model|model)\.)*")
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint: its `shape` there, the parameter it belongs to, its layer or None."""
+    """One tensor of a checkpoint: its `shape` there, the parameter it belongs to, its place in that.
+
+    The place is the numbers of layer and expert, as far as the parameter has such axes.
+    """
 
     shape: tuple[int, ...]
     parameter: str
-    layer: int | None
+    place: tuple[int, ...]
 
 
 def parameter_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
@@ -82,13 +119,48 @@ def checkpoint_tensors(model: Decoder) -> dict[str, Tensor]:
     """Every tensor that a Hugging Face checkpoint of the model holds, by name."""
     tensors = {}
     for parameter, shape in parameter_shapes(model).items():
-        name = TENSORS[parameter][0]
-        stacked = "{}" in name
-        one = jax.ShapeDtypeStruct(shape[1:] if stacked else shape, np.float32)
+        name = RENAMED.get(model.config.model_type, {}).get(parameter, TENSORS[parameter][0])
+        stacked = name.count("{}")
+        one = jax.ShapeDtypeStruct(shape[stacked:], np.float32)
         found = jax.eval_shape(lambda x, parameter=parameter: to_checkpoint(parameter, x), one).shape
-        for layer in range(shape[0]) if stacked else [None]:
-            tensors[name.format(layer)] = Tensor(found, parameter, layer)
+        for place in np.ndindex(shape[:stacked]):
+            tensors[name.format(*place)] = Tensor(found, parameter, place)
     return tensors
+
+
+def fused_names(model_type: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The tensors of a file, and which of those that `checkpoint_tensors` names each holds; mostly itself."""
+    whole_of = {part: (fused, parts) for fused, parts in FUSED.get(model_type, {}).items() for part in parts}
+    found = {}
+    for name in names:
+        layer, suffix = LAYER.fullmatch(name).groups() if LAYER.fullmatch(name) else ("", name)
+        fused, parts = whole_of.get(suffix, (suffix, (suffix,)))
+        found[layer + fused] = tuple(layer + part for part in parts)
+    return found
+
+
+def split_fused(
+    model_type: str, tensors: Mapping[str, StoredTensor], expected: Mapping[str, Tensor]
+) -> dict[str, StoredTensor]:
+    """Puts views of their rows in the place of tensors that hold several others.
+
+    Raises:
+      ValueError: a tensor with another number of rows than its parts have together.
+    """
+    split = dict(tensors)
+    for name, parts in fused_names(model_type, expected).items():
+        if parts == (name,) or name not in tensors:
+            continue
+        fused = split.pop(name)
+        rows = [expected[part].shape[0] for part in parts]
+        if fused.shape[0] != sum(rows):
+            raise ValueError(
+                f"tensor {name!r} has the wrong shape: found {fused.shape}, expected {sum(rows)} rows from "
+                "config.json; weights and config.json belong to different models"
+            )
+        starts = itertools.accumulate(rows, initial=0)
+        split |= {part: fused.rows(start, size) for part, start, size in zip(parts, starts, rows, strict=False)}
+    return split
 
 
 def to_checkpoint(parameter: str, array: Any) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from restkv_jax.models.decoder import Decoder, logits, read
 
@@ -78,6 +78,114 @@ ROPES = {
 }
 """`rope_parameters` of every scaling."""
 
+GEMMA2 = BASE | {
+    "model_type": "gemma2",
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 7,
+    "attn_logit_softcapping": 2.5,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
+GEMMA3 = BASE | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 7,
+    "sliding_window_pattern": 3,
+    "rope_theta": 5000.0,
+    "rope_local_base_freq": 100.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    "tie_word_embeddings": True,
+}
+PHI3 = BASE | {"model_type": "phi3", "sliding_window": None}
+OLMO2 = BASE | {"model_type": "olmo2"}
+GRANITE = BASE | {
+    "model_type": "granite",
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 0.5,
+}
+SMOLLM3 = BASE | {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "rope_theta": 50.0}
+MINISTRAL = BASE | {
+    "model_type": "ministral",
+    "head_dim": 12,
+    "num_hidden_layers": 3,
+    "sliding_window": 6,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+}
+MINISTRAL3 = BASE | {
+    "model_type": "ministral3",
+    "head_dim": 12,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 2000.0, "llama_4_scaling_beta": 0.3} | YARN,
+}
+MIXTRAL = BASE | {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2}
+QWEN3_MOE = BASE | {
+    "model_type": "qwen3_moe",
+    "head_dim": 12,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+}
+
+FAMILIES = {
+    "gemma 2": GEMMA2,
+    "gemma 2, no caps": GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "gemma 3": GEMMA3,
+    "gemma 3, layer types": GEMMA3
+    | {"layer_types": ["full_attention", *["sliding_attention"] * 3], "attention_bias": True},
+    "phi 3": PHI3,
+    "phi 3, window": PHI3 | {"sliding_window": 6},
+    "phi 4, part of the head": PHI3 | {"head_dim": 16, "partial_rotary_factor": 0.75},
+    "olmo 2": OLMO2,
+    "olmo 2, one key per query": OLMO2 | {"num_key_value_heads": 4, "attention_bias": True},
+    "granite": GRANITE,
+    "granite, biases, tied": GRANITE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "smollm3": SMOLLM3,
+    "smollm3, interval and window": SMOLLM3
+    | {"no_rope_layers": None, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+    "ministral": MINISTRAL,
+    "ministral 3": MINISTRAL3,
+    "mixtral": MIXTRAL,
+    "mixtral, window": MIXTRAL | {"sliding_window": 7},
+    "qwen3 moe": QWEN3_MOE,
+    "qwen3 moe, normed": QWEN3_MOE | {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 9},
+    "falcon 3": LLAMA | {"head_dim": 16, "rope_theta": 1000042},
+}
+"""One configuration per family that is a Llama but for some fields, and per option that is its own."""
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+GEMMA3_WITH_IMAGES = {
+    "model_type": "gemma3",
+    "text_config": GEMMA3,
+    "vision_config": VISION | {"model_type": "siglip_vision_model"},
+    "mm_tokens_per_image": 4,
+}
+MISTRAL3 = {
+    "model_type": "mistral3",
+    "text_config": MISTRAL,
+    "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8},
+    "tie_word_embeddings": False,
+}
+
+WITH_IMAGES = {
+    "gemma 3": GEMMA3_WITH_IMAGES,
+    "mistral 3": MISTRAL3,
+    "mistral 3, tied by default": {name: MISTRAL3[name] for name in ("model_type", "text_config", "vision_config")},
+    "mistral 3 of ministral 3": MISTRAL3 | {"text_config": MINISTRAL3},
+}
+"""Models that also see images, whose language model is read."""
+
 
 def newer_spelling(config: dict, rope: dict) -> dict:
     """The configuration with its RoPE settings in `rope_parameters`."""
@@ -92,13 +200,15 @@ def older_spelling(config: dict, rope: dict, type_key: str = "rope_type") -> dic
 
 def random_model(config: dict, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model with random weights, biases and norms, large enough for every part to matter."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager").eval()
+    auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(**config), attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1 + 0.4 * noise)
+                # that of Gemma is added to one
+                parameter.copy_((0 if config["model_type"].startswith("gemma") else 1) + 0.4 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             else:

@@ -77,7 +77,7 @@ def update_importance(importance: Array, queries: Queries, pairs: Pairs, gram: A
     """
     errors = removal_errors(queries, pairs, gram)
     errors = einops.reduce(errors, "b k g w n -> w b k n", policy.group_reduce)
-    seen = jnp.moveaxis(visible(queries._replace(sliding_window=jnp.iinfo(jnp.int32).max), pairs.positions), 2, 0)
+    seen = jnp.moveaxis(visible(queries.replace(sliding_window=jnp.iinfo(jnp.int32).max), pairs.positions), 2, 0)
     alpha = policy.query_scorer.alpha
 
     def step(importance, query):

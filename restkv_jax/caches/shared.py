@@ -221,7 +221,7 @@ class DecodingMemory(NamedTuple):
         cache, layer = self.cache, self.layer
         positions = cache.proximal_positions(queries.positions[:, 0])[:, None]
         seen = visible(queries, positions)[:, :, None]
-        state = read_keys(queries.vectors, cache.keys[layer], cache.values[layer], seen)
+        state = read_keys(queries, cache.keys[layer], cache.values[layer], seen)
         proximal, is_read = state.normaliser(), cache.reads_distant(layer)
         if cache.distant_values.shape[3]:
             stores = cache.distant_keys, cache.distant_values, cache.distant_positions

@@ -68,6 +68,6 @@ def window_outputs(queries: Queries, pairs: Pairs) -> Array:
 
     It would take the rounding of fast float32 products for a missing output.
     """
-    queries = queries._replace(vectors=queries.vectors.astype(jnp.float32))
+    queries = queries.replace(vectors=queries.vectors.astype(jnp.float32))
     with jax.default_matmul_precision("highest"):
         return attend(queries, pairs._replace(values=pairs.values.astype(jnp.float32)))

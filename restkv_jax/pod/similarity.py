@@ -83,7 +83,8 @@ def _sum_similarity(model, params, tokens, mask, last_queries, chunk_size, sink,
         row, head, layer = index
 
         def attend(layer: Array) -> Array:
-            one = Queries(queries[layer, row, head][None, None], query_positions[row][None], windows[layer])
+            vectors, cap = queries[layer, row, head][None, None], model.config.attn_logit_softcapping
+            one = Queries(vectors, query_positions[row][None], windows[layer], cap)
             key = keys[layer, row, head][None, None]
             return _group_attention(one, Pairs(key, key, positions[row][None, None]), sink, recent)
 
@@ -130,7 +131,7 @@ def _group_attention(queries: Queries, pairs: Pairs, sink: Array, recent: Array)
     """
 
     def add(total: Array, head: Array) -> tuple[Array, None]:
-        one = queries._replace(vectors=head[None, None, None])
+        one = queries.replace(vectors=head[None, None, None])
         return total + probabilities(one, pairs)[0, 0, 0], None
 
     heads = queries.vectors[0, 0]

@@ -56,7 +56,7 @@ def test_a_softmax_in_blocks_is_one_softmax():
 
     def read(start, stop):
         part = [x[:, :, start:stop] for x in PAIRS[:2]]
-        return softmax.read_keys(QUERIES.vectors, *part, seen[..., start:stop])
+        return softmax.read_keys(QUERIES, *part, seen[..., start:stop])
 
     state = softmax.empty_softmax(QUERIES.vectors)
     for start, stop in ((0, 11), (11, 12), (12, T)):
@@ -77,11 +77,11 @@ def test_blocks_of_different_owners_join_theirs():
             part = slice(start, min(start + 20, T))
             pad = 20 - (part.stop - part.start)
             padded = [jnp.pad(x[owner, part], ((0, pad), (0, 0))) for x in (keys, values)]
-            blocks.append(softmax.read_keys(flat[owner], *padded, jnp.arange(20) < 20 - pad))
+            blocks.append(softmax.read_keys(QUERIES.replace(vectors=flat[owner]), *padded, jnp.arange(20) < 20 - pad))
             owners.append(owner)
     state = softmax.empty_softmax(flat)
     for half in (slice(0, 7), slice(7, 12)):
         parts = jax.tree.map(lambda *xs: jnp.stack(xs), *blocks[half])
         state = softmax.join_by_owner(state, parts, jnp.array(owners[half]))
-    whole = softmax.read_keys(flat, keys, values, jnp.ones(T, bool))
+    whole = softmax.read_keys(QUERIES.replace(vectors=flat), keys, values, jnp.ones(T, bool))
     np.testing.assert_allclose(state.context(), whole.context(), rtol=1e-4, atol=1e-5)

@@ -24,14 +24,14 @@ class AccumulatedAttention:
     additive: ClassVar[bool] = True
 
     def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
-        vectors, positions, _ = view.queries
+        vectors, positions = view.queries.vectors, view.queries.positions
         *heads, length, _ = vectors.shape
         missing = -length % CHUNK
         vectors = jnp.pad(vectors, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
         positions = jnp.pad(positions, ((0, 0), (0, missing)), constant_values=-1)
 
         def add_chunk(total, start):
-            chunk = view.queries._replace(
+            chunk = view.queries.replace(
                 vectors=jax.lax.dynamic_slice_in_dim(vectors, start, CHUNK, axis=3),
                 positions=jax.lax.dynamic_slice_in_dim(positions, start, CHUNK, axis=1),
             )
