@@ -163,8 +163,9 @@ class DecoderLayer(nn.Module):
 
     def _head_norm(self, x: Array, weight: Array | None) -> Array:
         """Norms heads [B, T, K, ..., D], each or all of a token together."""
-        over_all = weight is not None and self.config.query_key_norm == "projection"
-        return self._norm(x, weight.reshape(x.shape[2:]) if over_all else weight)
+        if weight is not None and self.config.query_key_norm == "projection":
+            weight = weight.reshape(x.shape[2:])
+        return self._norm(x, weight)
 
     def _grouped(self, x: Any, after: str) -> Any:
         """Divides the axis of the query heads by KV heads; a bias that is not there stays so."""

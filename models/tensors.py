@@ -133,7 +133,8 @@ def fused_names(model_type: str, names: Iterable[str]) -> dict[str, tuple[str, .
     whole_of = {part: (fused, parts) for fused, parts in FUSED.get(model_type, {}).items() for part in parts}
     found = {}
     for name in names:
-        layer, suffix = LAYER.fullmatch(name).groups() if LAYER.fullmatch(name) else ("", name)
+        matched = LAYER.fullmatch(name)
+        layer, suffix = ("", name) if matched is None else matched.groups()
         fused, parts = whole_of.get(suffix, (suffix, (suffix,)))
         found[layer + fused] = tuple(layer + part for part in parts)
     return found

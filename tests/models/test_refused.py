@@ -389,6 +389,7 @@ def test_sentencepiece_model_alone(directory):
     assert tokenizer.encode("the lazy fox", add_special_tokens=False) == theirs.encode("the lazy fox")
 
 
+@pytest.mark.slow
 def test_files_are_utf8_whatever_the_locale(directory):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "é{{ messages[0]['content'] }}"

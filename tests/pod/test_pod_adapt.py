@@ -158,7 +158,7 @@ BAD = {
     "damaged array": (dense("--data", "bytes.npy"), "data 'bytes.npy' cannot be read as an array"),
     "floats": (dense("--data", "floats.npy"), "data 'floats.npy' holds float64 of shape (3,)"),
     "another vocabulary": (dense("--data", "large.npy", "--sequence-length", "8"), "holds id 259, out of the model's"),
-    "long sequences": (dense("--data", "text.txt", "--sequence-length", "2049"), "the model's maximum of 2048 positions"),
+    "long sequences": (dense("--data", "text.txt", "--sequence-length", "2049"), "maximum of 2048 positions"),
     "little data": (dense("--data", "text.txt", "--sequence-length", "2000"), "fewer than sequence_length=2000"),
     "one token": (dense("--data", "text.txt", "--sequence-length", "1"), "sequence_length=1 must be at least 2"),
     "pattern": (dense("--data", "text.txt", "--sequence-length", "8", "--train", "q_proj"), "train='q_proj' matches"),

@@ -114,7 +114,8 @@ class RestKV(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token before a text without context."""
-        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        known = self.tokenizer.bos_token_id, self.eot_token_id, self.tokenizer.pad_token_id
+        return next((token for token in known if token is not None), 0)
 
     @property
     def tokenizer_name(self) -> str:
