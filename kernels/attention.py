@@ -1,7 +1,7 @@
 """Attention of some queries over pairs that carry their own positions."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,8 @@ def _joint(spans: tuple[Span | None, ...], queries: Queries, parts: tuple[Pairs,
             Pairs(*(_pad_to_blocks(x, axis=2, empty=empty) for x, empty in zip(part, (0, 0, -1), strict=True)))
             for part in parts
         )
-    return _blockwise(spans, padded, parts)[:, :, :, :length]
+    context: Any = _blockwise(spans, padded, parts)
+    return context[:, :, :, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -124,14 +125,15 @@ def _backward(spans, saved, gradient):
     gradient of the logit, `q k` or its soft cap.
     """
     queries, parts, context, normaliser = saved
+    none: Any = None  # positions have no gradient
     rest = jnp.sum(context.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
     of_queries, of_parts = jnp.zeros(queries.vectors.shape, jnp.float32), []
     for span, pairs in zip(spans, parts, strict=True):
         of_part, of_keys, of_values = _part_gradient(span, queries, pairs, normaliser, rest, gradient)
         of_queries += of_part
-        of_parts.append(Pairs(of_keys.astype(pairs.keys.dtype), of_values.astype(pairs.values.dtype), None))
+        of_parts.append(Pairs(of_keys.astype(pairs.keys.dtype), of_values.astype(pairs.values.dtype), none))
     of_vectors = of_queries.astype(queries.vectors.dtype)
-    return queries.replace(vectors=of_vectors, positions=None, sliding_window=None), tuple(of_parts)
+    return queries.replace(vectors=of_vectors, positions=none, sliding_window=none), tuple(of_parts)
 
 
 def _part_gradient(span, queries: Queries, pairs: Pairs, normaliser: Array, rest: Array, gradient: Array):

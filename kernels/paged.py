@@ -53,7 +53,7 @@ def _attend_pages(queries: Queries, pages: Pages, *, is_windowed: bool) -> Array
       [B, K, G, 1, D] in the dtype of the queries; zeros where a query sees nothing. Softmax in float32.
     """
 
-    return _over_parts(lambda *part: _attend_part(*part, is_windowed), queries, pages)
+    return _over_parts(lambda queries, pages: _attend_part(queries, pages, is_windowed), queries, pages)
 
 
 def _over_parts(function: Callable[[Queries, Pages], Array], queries: Queries, pages: Pages) -> Array:

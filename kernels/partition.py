@@ -29,7 +29,7 @@ def parts_of_mesh(batch: int, num_kv_heads: int) -> Parts:
 
 def on_mesh(x: Array, rows: int, heads: int) -> Array:
     """Lays an array out over the context's mesh: the axis `rows` along `data`, the axis `heads` along `model`."""
-    axes = [None] * x.ndim
+    axes: list[str | None] = [None] * x.ndim
     parts = parts_of_mesh(x.shape[rows], x.shape[heads])
     for axis, name, n in ((rows, "data", parts.rows), (heads, "model", parts.heads)):
         axes[axis] = name if n > 1 else None

@@ -200,8 +200,8 @@ def _by_query(queries: Queries, pairs: Pairs, gram: Array, tile_errors: Callable
 
         def row_errors(row: Array) -> Array:
             take = functools.partial(jax.lax.dynamic_index_in_dim, index=row, axis=3, keepdims=False)
-            arrays = attention, outputs.output, outputs.output_rest, is_top
-            return removal_error(*map(take, arrays), tile.values, gram)
+            output, output_rest = take(outputs.output), take(outputs.output_rest)
+            return removal_error(take(attention), output, output_rest, take(is_top), tile.values, gram)
 
         return tile_errors(tile, row_errors)
 
@@ -232,11 +232,11 @@ def _averaged_attention_removal_error(queries: Queries, pairs: Pairs, gram: Arra
         )
 
     nothing = jnp.zeros((*queries.vectors.shape[:3], queries.vectors.shape[4]), jnp.float32)
-    outputs = _fold_tiles(read, (nothing, nothing), queries, prefix)
+    output, output_rest = _fold_tiles(read, (nothing, nothing), queries, prefix)
 
     def tile_errors(tile: Pairs, start: Array) -> Array:
         attention, top = (take_columns(x, start, tile.keys.shape[2], axis=3) for x in (averaged, is_top))
-        return removal_error(attention, *outputs, top, tile.values, gram)
+        return removal_error(attention, output, output_rest, top, tile.values, gram)
 
     return _map_tiles(tile_errors, queries, prefix)
 

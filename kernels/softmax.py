@@ -77,7 +77,8 @@ def read_keys(queries: Queries, keys: Array, values: Array, seen: Array) -> Soft
 def join(first: Softmax, second: Softmax) -> Softmax:
     """The softmax over the keys of both."""
     peak = jnp.maximum(first.peak, second.peak)
-    return Softmax(peak, *(sum(terms) for terms in zip(_at(first, peak), _at(second, peak), strict=True)))
+    (total, weighted), (more_total, more_weighted) = _at(first, peak), _at(second, peak)
+    return Softmax(peak, total + more_total, weighted + more_weighted)
 
 
 def join_by_owner(state: Softmax, parts: Softmax, owner: Array) -> Softmax:

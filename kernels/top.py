@@ -21,8 +21,9 @@ def top_mask(values: Array, count: int, num_axes: int = 1) -> Array:
     Returns:
       bool [..., *axes].
     """
+    if count >= math.prod(values.shape[-num_axes:]):
+        return jnp.ones(values.shape, bool)
     axes = tuple(range(values.ndim - num_axes, values.ndim))
-    count = min(count, math.prod(values.shape[-num_axes:]))
     ordered = _as_integers(values)
 
     def raise_threshold(bit, threshold):

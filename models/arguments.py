@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def check_integer(name: str, value: Any, least: int, reason: str, most: int = 2**31 - 1) -> None:
@@ -75,7 +76,7 @@ def as_array(name: str, value: Any) -> Any:
 
 def is_known(array: Any) -> bool:
     """Whether values can be looked at: not under a transform."""
-    return not isinstance(array, jax.core.Tracer)
+    return not isinstance(array, Tracer)
 
 
 def check_mask(mask: Any, shape: tuple[int, ...]) -> None:

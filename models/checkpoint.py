@@ -43,9 +43,7 @@ STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 
 
-def load_model(
-    path_or_id: str | os.PathLike | None = None, dtype: Any = jnp.bfloat16
-) -> tuple[Decoder, Any, Any | None]:
+def load_model(path_or_id: str | os.PathLike | None = None, dtype: Any = jnp.bfloat16) -> tuple[Decoder, Any, Any]:
     """Loads a checkpoint: its model, parameters and tokenizer.
 
     Tensors are read a few rows at a time into one parameter at a time, so the host never holds the weights twice.

@@ -19,7 +19,7 @@ from restkv_jax.models.rules import with_usual_promotion
 
 
 class LayerView(NamedTuple):
-    """What a layer shows of itself to those who keep its state or judge its keys.
+    """What a layer shows of itself to those who keep its state or score its keys.
 
     `index` int32 scalar; `queries`, those of the last tokens; `output_projection` [K, G, D, M]; `aux`, what the
     memory's `attend` returned besides the context for the last chunk. The projection leads into the residual stream,

@@ -79,7 +79,7 @@ def config_fields(
         "tie_word_embeddings": "output.weight" not in shapes,
         "rope_parameters": {"rope_theta": own.get("rope.freq_base", 1e4)} | _rope(own, rope_divisors, head_dim),
         "bos_token_id": ids["bos"],
-        "eos_token_id": sorted({ids["eos"], ids["eot"]} - {None}) or None,
+        "eos_token_id": sorted({i for i in (ids["eos"], ids["eot"]) if i is not None}) or None,
         "pad_token_id": ids["padding"],
     }
 

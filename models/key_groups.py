@@ -26,10 +26,10 @@ class LayerGroups:
     static under `jax.jit`.
 
     Attributes:
-      leader: [L][K] nested tuples of integers; arrays and lists are taken too.
+      leader: [L][K] integers; nested tuples, whatever was given.
     """
 
-    leader: tuple[tuple[int, ...], ...]
+    leader: Any
 
     def __post_init__(self):
         leader = _as_integers(self.leader)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from restkv_jax.models.decoder import Decoder
@@ -71,7 +72,7 @@ def beside(params: Any) -> Iterator[Any]:
     with usual_promotion():
         shardings = [jax.typeof(x).sharding if isinstance(x, jax.Array) else None for x in jax.tree.leaves(params)]
         explicit = any(s is not None and AxisType.Explicit in s.mesh.axis_types for s in shardings)
-        if explicit and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
+        if explicit and any(isinstance(x, Tracer) for x in jax.tree.leaves(params)):
             raise ValueError(
                 "params lie on a mesh with explicit axes, which the compiler does not divide programs over; make it "
                 "with axis_types=(jax.sharding.AxisType.Auto,) * 2, or call this outside of jax.jit"
@@ -90,7 +91,7 @@ def beside(params: Any) -> Iterator[Any]:
 def _mesh_of(params: Any) -> Mesh | None:
     """The mesh with the axes `data` and `model` that parameters lie on; None for one device, or under a transform."""
     for leaf in jax.tree.leaves(params):
-        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and {"data", "model"} <= set(sharding.mesh.axis_names):
             return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
     return None

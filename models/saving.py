@@ -118,7 +118,7 @@ def _write_weights(
 
 
 def _replace_directory(new: pathlib.Path, directory: pathlib.Path) -> None:
-    """Renames `new` to `directory`, keeping those files of a directory there that are no part of a model."""
+    """Renames `new` to `directory`, keeping those files of a directory there that do not belong to a model."""
     if not directory.exists():
         new.rename(directory)
         return

@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from restkv_jax.models.build import init_params
+from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.stored import StoredTensor
 
@@ -93,10 +94,14 @@ class Tensor(NamedTuple):
     place: tuple[int, ...]
 
 
-@functools.cache
 def parameter_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters by dotted name; those of the layers carry a leading axis `L`."""
-    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    return _parameter_shapes(model.config)
+
+
+@functools.cache
+def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    params = jax.eval_shape(lambda key: init_params(Decoder(config), key), jax.random.key(0))
     return {name: leaf.shape for name, leaf in flatten(params).items()}
 
 
@@ -128,7 +133,8 @@ def fused_names(model_type: str, names: Iterable[str]) -> dict[str, tuple[str, .
     whole_of = {part: (fused, parts) for fused, parts in FUSED.get(model_type, {}).items() for part in parts}
     found = {}
     for name in names:
-        layer, suffix = LAYER.fullmatch(name).groups() if LAYER.fullmatch(name) else ("", name)
+        matched = LAYER.fullmatch(name)
+        layer, suffix = ("", name) if matched is None else matched.groups()
         fused, parts = whole_of.get(suffix, (suffix, (suffix,)))
         found[layer + fused] = tuple(layer + part for part in parts)
     return found

@@ -1,3 +1,3 @@
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 
 raise SystemExit(main())

@@ -21,7 +21,6 @@ import restkv_jax as rk
 from restkv_jax.commands.options import parse
 from restkv_jax.evaluate import make_prompts, measure_accuracy
 from restkv_jax.evaluate.batching import pad_left
-from restkv_jax.models import hidden_states
 from restkv_jax.pod.adaptation.loss import next_token_loss
 from restkv_jax.pod.plot import plot_groups
 
@@ -126,10 +125,7 @@ def held_out_loss(model: Any, rows: dict[str, np.ndarray], variant: Variant) -> 
 
     @jax.jit
     def loss(params, tokens, weights):
-        if variant.sharing is None:
-            hidden = hidden_states(model, params, tokens)
-        else:
-            hidden = rk.pod.hidden_states(model, params, tokens, variant.sharing)
+        hidden, _ = rk.read(model.clone(sharing=variant.sharing), params, tokens)
         return next_token_loss(model, params, hidden, tokens, weights)
 
     parts = range(0, len(rows["tokens"]), STAGE.batch)

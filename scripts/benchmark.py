@@ -18,7 +18,8 @@ from rich.progress import track
 import restkv_jax as rk
 from restkv_jax.caches.paged import fill_pages, pool_shape
 from restkv_jax.commands.options import parse
-from restkv_jax.eviction.allocation import ALLOCATIONS, ModelWide
+from restkv_jax.eviction.allocation import ALLOCATIONS, ModelWide, make_allocation
+from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.pod.adaptation.program import make_program
 
@@ -41,7 +42,7 @@ class Options:
     """print only the tables whose title holds this"""
 
 
-def llama(layers: int = 16, vocabulary: int = 128256) -> rk.models.Decoder:
+def llama(layers: int = 16, vocabulary: int = 128256) -> Decoder:
     """Llama 3.2 1B in shape, or some layers of it."""
     return rk.build_model(
         dict(
@@ -64,6 +65,13 @@ def prefill_program(model: Any, policy: rk.EvictionPolicy, length: int, dtype: A
     return jax.jit(lambda params, tokens: rk.prefill(model, params, tokens, policy=policy)).lower(params, tokens)
 
 
+def memory_of(compiled: jax.stages.Compiled) -> tuple[float, float]:
+    """Temporaries and outputs of a program, in MiB."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes / MIB, memory.output_size_in_bytes / MIB
+
+
 def prefill_memory(options: Options) -> list[str]:
     """Peak memory beyond the weights: temporaries and the cache that comes out."""
     model = llama()
@@ -71,8 +79,7 @@ def prefill_memory(options: Options) -> list[str]:
     for length in track(options.lengths, "prefill memory"):
         sums = {}
         for name, policy in policies(options).items():
-            memory = prefill_program(model, policy, length, jnp.float32).compile().memory_analysis()
-            temporary, output = memory.temp_size_in_bytes / MIB, memory.output_size_in_bytes / MIB
+            temporary, output = memory_of(prefill_program(model, policy, length, jnp.float32).compile())
             sums[name] = temporary + output
             share = f"{sums[name] / sums['full']:.0%}"
             rows.append(
@@ -140,7 +147,7 @@ def allocation_bytes(options: Options) -> list[str]:
     rows = ["| allocation | slots | cache | of uniform |", "|---" * 4 + "|"]
     uniform = None
     for allocation in ALLOCATIONS:
-        policy = rk.restkv(options.mean_budget, allocation=allocation)
+        policy = rk.restkv(options.mean_budget).replace(allocation=make_allocation(allocation))
         prefill = lambda p, t, policy=policy: rk.prefill(model, p, t, policy=policy)[1]  # noqa: E731
         cache = jax.eval_shape(prefill, params, tokens)
         held = rk.cache_bytes(cache)
@@ -159,8 +166,7 @@ def model_wide_memory(options: Options) -> list[str]:
     }
     rows = ["| cache | temporaries | cache that stays | sum |", "|---" * 4 + "|"]
     for name, policy in track(compared.items(), "model-wide selection"):
-        memory = prefill_program(model, policy, length, jnp.float32).compile().memory_analysis()
-        temporary, output = memory.temp_size_in_bytes / MIB, memory.output_size_in_bytes / MIB
+        temporary, output = memory_of(prefill_program(model, policy, length, jnp.float32).compile())
         rows.append(f"| {name} | {temporary:,.0f} MiB | {output:,.0f} MiB | {temporary + output:,.0f} MiB |")
     return rows
 
@@ -176,7 +182,8 @@ def ragged_cache(dense: rk.KVCache, new_tokens: int) -> rk.PagedCache:
     pairs = jnp.zeros((*keep.shape, dense.keys.shape[-1]))
     shape = pool_shape(int(lengths.sum()), widest, heads, new_tokens, 16)
     positions = jnp.broadcast_to(jnp.arange(widest), keep.shape)
-    pages = fill_pages(shape, pairs, pairs, positions, keep, new_tokens)
+    pages: dict[str, Any] = fill_pages(shape, pairs, pairs, positions, keep, new_tokens)
+    pages |= {name: pages[name][None, None] for name in ("keys", "values", "positions")}
     return rk.PagedCache(
         **pages, prompt_lengths=dense.prompt_lengths + 0, next_positions=jnp.maximum(dense.next_positions, widest)
     )
@@ -190,7 +197,7 @@ def ragged_times(options: Options) -> list[str]:
     rows = ["| mean budget | longest head | dense | paged | paged / dense |", "|---" * 5 + "|"]
     for budget in track((options.budget, options.mean_budget, 4 * options.mean_budget), "time per token on pages"):
         policy = rk.restkv(budget)
-        caches = {"dense": filled_cache(model, policy, 65536, options.steps + 2)}
+        caches: dict[str, Any] = {"dense": filled_cache(model, policy, 65536, options.steps + 2)}
         caches["paged"] = ragged_cache(caches["dense"], options.steps + 2)
         longest = int(caches["paged"].lengths.max())
 
@@ -251,7 +258,7 @@ def shared_times(options: Options) -> list[str]:
         "|---" * 7 + "|",
     ]
     for length in track(options.lengths, "time per token with shared keys"):
-        caches = {"full": filled_cache(model, rk.full(), length, options.steps + 2)}
+        caches: dict[str, Any] = {"full": filled_cache(model, rk.full(), length, options.steps + 2)}
         for name, threshold in sides.items():
             sharing = rk.pod.Sharing(groups, recent=1008, skip_threshold=threshold)
             caches[name] = shared_cache(model, sharing, length, options.steps + 2)
@@ -291,9 +298,9 @@ def training_memory(options: Options) -> list[str]:
         training = rk.pod.Adaptation(steps=1, batch_size=1, sequence_length=options.lengths[0], compute_dtype=dtype)
         peaks = []
         for sharing in (None, rk.pod.Sharing(groups, recent=1008)):
-            program = make_program(model, sharing, training, make_mesh())
+            program = make_program(model.clone(sharing=sharing), training, make_mesh())
             compiled = program.step.lower(program.state, program.frozen, program.batch).compile()
-            peaks.append(compiled.memory_analysis().temp_size_in_bytes / MIB)
+            peaks.append(memory_of(compiled)[0])
         own, shared = peaks
         rows.append(f"| {options.lengths[0]:,} | {dtype} | {own:.0f} MiB | {shared:.0f} MiB | {shared / own:.2f} |")
     return rows

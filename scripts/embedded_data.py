@@ -5,7 +5,7 @@ import functools
 import itertools
 import string
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -204,7 +204,7 @@ def _needle(v: Vocabulary, i: int, key: list[int], number: list[int], group: lis
     at, adjective = len(before), len(opening)
     noun, place = adjective + len(key) - 1, group.index(i)
     end = at + len(number)
-    looks = [look for t in range(at, end + 1) for look in (("first", t, [adjective]), ("second", t, [noun]))]
+    looks: list[Any] = [look for t in range(at, end + 1) for look in (("first", t, [adjective]), ("second", t, [noun]))]
     looks.append(("last", end, [at]))
     looks.append(("previous", at, [("end", j) for j in group[:place]] or [BEGINNING]))
     marks = {("item", i, t): at + t for t in range(len(number))} | {("end", i): end}

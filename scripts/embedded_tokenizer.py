@@ -3,6 +3,7 @@
 import itertools
 import json
 import string
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -64,7 +65,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + NUM_MERGES, initial_alphabet=alphabet, show_progress=False)
     words = [prefix + word for word in vocabulary.nouns() + vocabulary.adjectives() for prefix in ("", " ")]
     trained.train_from_iterator(words, trainer)
-    merges = [tuple(pair) for pair in _merges(trained)]
+    merges: Any = [tuple(pair) for pair in _merges(trained)]
     to_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
     whole = (to_characters(piece)[0][0] for piece in [*answer_tokens(), *word_tokens()])
     pieces = dict.fromkeys([PAD, BOS, EOS, *alphabet, *whole, *("".join(pair) for pair in merges)])

@@ -16,13 +16,16 @@ import rich.progress
 from jax import Array
 
 import restkv_jax as rk
+from restkv_jax.caches.base import Cache
 from restkv_jax.commands.options import parse
 from restkv_jax.evaluate import is_exact, make_prompts
 from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.eviction.layer import evict
-from restkv_jax.eviction.observation import Observation
 from restkv_jax.eviction.refit import window_outputs
-from restkv_jax.models import STATELESS, Layer, Memory, StateFunctions, positions_of
+from restkv_jax.eviction.select import score
+from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.models.decoder import Hooks, LayerView
+from restkv_jax.models.memory import PairMemory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ def batches(options: Options, tokenizer: Any, prompts: Sequence[Any], name: str)
         yield part, *pad_left([tokenizer(prompt.text)["input_ids"] for prompt in part], options.length)
 
 
-def kept_sets(cache: rk.PagedCache) -> list[list[set[int]]]:
+def kept_sets(cache: Cache) -> list[list[set[int]]]:
     """Kept positions of every row, layer by layer and head by head."""
     kept = np.asarray(rk.kept_positions(cache))
     return [[set(head[head >= 0].tolist()) for layer in kept for head in layer[row]] for row in range(kept.shape[1])]
@@ -100,25 +103,22 @@ def output_errors(model: Any, params: Any, tokens: Array, mask: Array, policies:
     """Relative error of each layer's attention output for the window's tokens: float32 [L, B, policies]."""
     num_queries = max(policy.window for policy in policies)
 
-    def revise(layer: Layer, memory: Memory, errors: Array) -> Array:
-        def error(policy):
-            shown = layer.last(policy.window)
-            observation = Observation(
-                shown.queries, memory.keys, memory.values, shown.output_projection, memory.positions
-            )
-            kept = evict(policy, observation, policy.budget)
-            exact = window_outputs(*observation.attention_arguments)
-            arrays = kept.keys, kept.values, shown.positions, kept.positions, observation.sliding_window
-            missing = exact - window_outputs(shown.queries, *arrays)
-            project = functools.partial(jnp.einsum, "bhwd,hdm->bwm", precision="highest")
+    def observe(view: LayerView, memory: PairMemory, errors: Array) -> Array:
+        pairs, num_layers = memory.pairs, model.config.num_hidden_layers
+
+        def error(policy: rk.EvictionPolicy) -> Array:
+            shown = view.last(policy.window)
+            kept = evict(policy, shown, pairs, policy.slots_given, num_layers, score(policy, shown, pairs))
+            exact = window_outputs(shown.queries, pairs)
+            missing = exact - window_outputs(shown.queries, Pairs(kept.keys, kept.values, kept.positions))
+            project = functools.partial(jnp.einsum, "bkgwd,kgdm->bwm", precision="highest")
             sizes = (jnp.linalg.norm(project(x, shown.output_projection), axis=(1, 2)) for x in (missing, exact))
             return jnp.divide(*sizes)
 
-        return errors.at[layer.index].set(jnp.stack([error(policy) for policy in policies], axis=-1))
+        return errors.at[view.index].set(jnp.stack([error(policy) for policy in policies], axis=-1))
 
-    functions = StateFunctions(STATELESS.remember, revise, num_queries)
     empty = jnp.zeros((model.config.num_hidden_layers, len(tokens), len(policies)))
-    return model.apply({"params": params}, tokens, positions_of(mask), functions, empty)[1]
+    return rk.read(model, params, tokens, mask, Hooks(observe=observe, num_queries=num_queries), empty)[1]
 
 
 def refit_rows(options: Options, model: Any, params: Any, tokenizer: Any, task: str) -> list[str]:

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 import restkv_jax as rk
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 

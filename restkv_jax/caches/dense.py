@@ -114,7 +114,7 @@ class DenseKeeper(Keeper):
 
     @property
     def evicting(self) -> EvictionPolicy:
-        """The policy, without its judgement where prompts fit."""
+        """The policy, without its scoring where prompts fit."""
         is_needed = self.policy.slots(self.length) < self.length
         return self.policy if is_needed else EvictionPolicy(window=self.policy.window)
 

@@ -118,14 +118,14 @@ def _score_layer(state: RunningBlocks, view: LayerView, memory: SharedMemory, po
 def distant_scores(view: LayerView, memory: SharedMemory, prompt_lengths: Array, policy: EvictionPolicy) -> Array:
     """A policy's scores of distant tokens in one layer.
 
-    Every token is judged by the key that decoding will read it by: its own where it is proximal to the prompt's last
+    Every token is scored by the key that decoding will read it by: its own where it is proximal to the prompt's last
     token, else the leader's. The policy's window counts as best where it reaches beyond the recent tokens.
 
     Args:
-      view: with the queries that judge.
+      view: with the queries that score.
       memory: the layer's pairs and the leaders' keys.
       prompt_lengths: int32 [B].
-      policy: its scorer and pooling judge.
+      policy: its scorer and pooling score.
 
     Returns:
       float32 [B, K, T], -inf on what is not distant.

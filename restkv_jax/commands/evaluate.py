@@ -196,7 +196,7 @@ def score_tables(results: Results) -> list[Table]:
 
 def _keep_programs(directory: str) -> None:
     """Lets JAX keep compiled programs on disk, unless the environment already says where."""
-    if directory != "none" and jax.config.jax_compilation_cache_dir is None:
+    if directory != "none" and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
 
 

@@ -45,8 +45,8 @@ class PromptOptions:
     Args:
       prompt: the prompt; read from --file or from standard input if left out.
       file: text file that holds the prompt.
-      model: directory of a checkpoint in Hugging Face's layout, a GGUF file, or id of a model on the hub; the model that
-        comes with the package if left out.
+      model: directory of a checkpoint in Hugging Face's layout, a GGUF file, or id of a model on the hub; the model
+        that comes with the package if left out.
       dtype: of weights and cache; "auto" is bfloat16, on a CPU float32.
       dense: leave out the sharing of keys that the model was adapted to.
     """

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from restkv_jax.caches.base import kept_positions
 from restkv_jax.eviction.policy import EvictionPolicy
@@ -23,8 +24,8 @@ from restkv_jax.models.rules import with_usual_promotion
 def reconstruction_errors(
     model: Decoder,
     params: Any,
-    tokens: Array,
-    mask: Array | None = None,
+    tokens: ArrayLike,
+    mask: ArrayLike | None = None,
     policies: tuple[EvictionPolicy, ...] = (),
     num_following: int = 64,
     chunk_size: int = CHUNK_SIZE,
@@ -55,7 +56,7 @@ def reconstruction_errors(
     Raises:
       ValueError: no policies; a policy that changes what it keeps, by a refit or while generating; `num_following` that
         leaves no prompt in some row; other arguments that make no sense, each named.
-      TypeError: tokens that are no integers, policies that are no `EvictionPolicy`.
+      TypeError: tokens that are not integers, policies that are not an `EvictionPolicy`.
     """
     policies = tuple(policies)
     tokens, mask = check_tokens(model, tokens, mask)

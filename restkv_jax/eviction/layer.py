@@ -8,6 +8,7 @@ import einops
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import window_outputs
@@ -37,11 +38,11 @@ class Eviction(NamedTuple):
 @with_usual_promotion
 def evict_layer(
     policy: EvictionPolicy,
-    queries: Array,
-    keys: Array,
-    values: Array,
-    output_projection: Array,
-    mask: Array | None = None,
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    output_projection: ArrayLike,
+    mask: ArrayLike | None = None,
     layer: int = 0,
     num_layers: int = 1,
 ) -> Eviction:
@@ -50,7 +51,7 @@ def evict_layer(
     Args:
       policy: what to keep.
       queries: [B, H, w, D], after RoPE, those of the last `w` tokens: at least the policy's window (of more, the
-        last count), the whole prompt's for scorers that judge by all queries.
+        last count), the whole prompt's for scorers that score by all queries.
       keys: [B, K, T, D], after RoPE.
       values: [B, K, T, D].
       output_projection: [H, D, M], the block of the output projection that each head's output multiplies.
@@ -67,34 +68,35 @@ def evict_layer(
       AssertionError: shapes that do not agree.
       ValueError: fewer queries than the policy's window, a mask of another shape or with padding on the right.
     """
-    arrays = dict(queries=queries, keys=keys, values=values, output_projection=output_projection)
-    queries, keys, values, output_projection = arrays = [_as_array(name, x) for name, x in arrays.items()]
-    batch, num_kv_heads, length, dim = keys.shape
-    num_heads = queries.shape[1]
-    mask = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask, bool)
-    expected = [(batch, num_heads, None, dim), keys.shape, keys.shape, (num_heads, dim, None)]
-    for name, array, shape in zip(("queries", "keys", "values", "output_projection"), arrays, expected, strict=True):
+    given = dict(queries=queries, keys=keys, values=values, output_projection=output_projection)
+    arrays = {name: _as_array(name, x) for name, x in given.items()}
+    pairs = Pairs(arrays["keys"], arrays["values"], jnp.zeros(0, jnp.int32))
+    batch, num_kv_heads, length, dim = pairs.keys.shape
+    num_heads = arrays["queries"].shape[1]
+    expected = (batch, num_heads, None, dim), pairs.keys.shape, pairs.keys.shape, (num_heads, dim, None)
+    for (name, array), shape in zip(arrays.items(), expected, strict=True):
         chex.assert_shape(array, shape, custom_message=f"{name} must have shape {shape} to agree with the others")
     chex.assert_is_divisible(num_heads, num_kv_heads)
-    check_mask(mask, (batch, length))
-    positions = positions_of(mask)
-    queries = _judging_queries(policy, queries, length)
-    vectors = einops.rearrange(queries * dim**-0.5, "b (k g) w d -> b k g w d", k=num_kv_heads)
-    projection = einops.rearrange(output_projection, "(k g) d m -> k g d m", k=num_kv_heads)
+    is_token = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask, bool)
+    check_mask(is_token, (batch, length))
+    positions = positions_of(is_token)
+    scoring = _scoring_queries(policy, arrays["queries"], length)
+    vectors = einops.rearrange(scoring * dim**-0.5, "b (k g) w d -> b k g w d", k=num_kv_heads)
+    projection = einops.rearrange(arrays["output_projection"], "(k g) d m -> k g d m", k=num_kv_heads)
     shown = Queries(vectors, positions[:, length - vectors.shape[3] :], UNLIMITED)
     slots = length if policy.budget is None or not policy.allocation.uniform else policy.budget
-    view, pairs = LayerView(layer, shown, projection), Pairs(keys, values, positions[:, None])
+    view, pairs = LayerView(layer, shown, projection), pairs._replace(positions=positions[:, None])
     return evict(policy, view, pairs, slots, num_layers, score(policy, view, pairs))
 
 
-def _as_array(name: str, array: Array) -> Array:
-    array = jnp.asarray(array)
+def _as_array(name: str, given: ArrayLike) -> Array:
+    array = jnp.asarray(given)
     rank = 3 if name == "output_projection" else 4
     chex.assert_rank(array, rank, custom_message=f"{name} has shape {array.shape}, but must have {rank} axes")
     return array
 
 
-def _judging_queries(policy: EvictionPolicy, queries: Array, length: int) -> Array:
+def _scoring_queries(policy: EvictionPolicy, queries: Array, length: int) -> Array:
     window = policy.window_of(length)
     if queries.shape[2] < window:
         raise ValueError(

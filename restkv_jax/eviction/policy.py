@@ -17,8 +17,8 @@ class EvictionPolicy:
 
     Attributes:
       budget: slots kept per layer and KV head, the window included; None keeps everything.
-      window: the last tokens of the prompt; their queries judge the others and they are always kept.
-      scorer: how keys before the window are judged; None only with `budget=None`.
+      window: the last tokens of the prompt; their queries score the others and they are always kept.
+      scorer: how keys before the window are scored; None only with `budget=None`.
       pooling: smoothing of the scores over neighbouring keys.
       group_reduce: how the query heads of a KV head agree on one score, "mean" or "max".
       while_generating: holds the cache at `budget` slots while tokens are generated, each new pair taking the slot of
@@ -47,6 +47,7 @@ class EvictionPolicy:
         check_integer("window", self.window, 1, "the last token of a prompt is always kept")
         check_choice("group_reduce", self.group_reduce, ("mean", "max"))
         check_choice("while_generating", self.while_generating, (False, True))
+        check_integer("page_size", self.page_size, 1, "slots of a page")
         if not isinstance(self.refit, LeastSquares | None):
             raise TypeError(f"refit={self.refit!r} must be a restkv_jax.LeastSquares(ridge=0.01), or None")
         if self.budget is not None:
@@ -63,7 +64,7 @@ class EvictionPolicy:
                 raise ValueError("while_generating=True needs a budget: without one nothing is evicted")
             if not hasattr(self.scorer, "gram"):
                 raise ValueError(
-                    f"while_generating=True is for restkv; {type(self.scorer).__name__} does not judge query by query"
+                    f"while_generating=True is for restkv; {type(self.scorer).__name__} does not score query by query"
                 )
 
         if not self.allocation.uniform:
@@ -71,7 +72,6 @@ class EvictionPolicy:
 
     def _check_pages(self):
         allocation = type(self.allocation).__name__
-        check_integer("page_size", self.page_size, 1, "slots of a page")
         check_page_size(self.page_size)
         if self.budget is None:
             raise ValueError(f"allocation={allocation} needs a budget: without one nothing is shared out")
@@ -106,7 +106,7 @@ class EvictionPolicy:
 
     @property
     def query_scorer(self) -> QueryScorer:
-        """The scorer, where it judges query by query."""
+        """The scorer, where it scores query by query."""
         return cast(QueryScorer, self.scorer)
 
     def is_ragged(self, length: int) -> bool:
@@ -123,9 +123,9 @@ class EvictionPolicy:
         return min(self.window, length)
 
     def num_queries(self, length: int) -> int:
-        """How many of the last queries of a prompt of `length` tokens judge its keys."""
-        judges_by_all = self.scorer is not None and self.scorer.all_queries
-        return length if judges_by_all else self.window_of(length)
+        """How many of the last queries of a prompt of `length` tokens score its keys."""
+        uses_all = self.scorer is not None and self.scorer.all_queries
+        return length if uses_all else self.window_of(length)
 
     def replace(self, **changes) -> "EvictionPolicy":
         """Returns the policy with some fields changed."""

@@ -44,8 +44,8 @@ class LeastSquares:
         """
         by_group = "b k g w n -> b k (g w) n"
         attention = einops.rearrange(probabilities(queries, kept), by_group)
-        wanted = einops.rearrange(outputs, by_group)
-        correction = jax.vmap(jax.vmap(self._solve))(attention, wanted, kept.values)
+        expected = einops.rearrange(outputs, by_group)
+        correction = jax.vmap(jax.vmap(self._solve))(attention, expected, kept.values)
         # Summed in float32 and rounded once: a rounded correction would be rounded again in the sum.
         return (kept.values.astype(jnp.float32) + correction).astype(kept.values.dtype)
 

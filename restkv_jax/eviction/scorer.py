@@ -1,4 +1,4 @@
-"""The part of a policy that judges keys."""
+"""The part of a policy that scores keys."""
 
 from typing import ClassVar, Protocol
 
@@ -9,7 +9,7 @@ from restkv_jax.models.decoder import LayerView
 
 
 class Scorer(Protocol):
-    """Judges the keys before the window: the larger the score, the sooner a key is kept.
+    """Scores the keys before the window: the larger the score, the sooner a key is kept.
 
     A frozen dataclass, hashable and so static under jit. `all_queries` asks for the queries of the whole prompt instead
     of the window's. A scorer whose scores are not negative, so that an allocation may divide them by their sum, says so
@@ -25,7 +25,7 @@ class Scorer(Protocol):
         Args:
           view: its `queries` are those of the window, or all `T`; `output_projection` [K, G, D, M].
           pairs: [B, K, T, D] of the whole prompt.
-          window: `w`, the last tokens, which are not judged.
+          window: `w`, the last tokens, which are not scored.
 
         Returns:
           float32 [B, K, G, T - w], or [B, K, 1, T - w] where the query heads of a KV head agree.
@@ -34,7 +34,7 @@ class Scorer(Protocol):
 
 
 class QueryScorer(Scorer, Protocol):
-    """A scorer that can go on judging while tokens are generated, by the error that each query sees in each slot.
+    """A scorer that can go on scoring while tokens are generated, by the error that each query sees in each slot.
 
     `alpha` is the weight of the newest query in the moving average of the errors.
     """

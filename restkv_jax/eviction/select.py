@@ -13,7 +13,7 @@ UNREACHABLE = float(jnp.finfo(jnp.float32).min)
 
 
 def score(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:
-    """The scorer's own scores, float32 [B, K, G or 1, T - w], the same for every budget; None if nothing is judged."""
+    """The scorer's own scores, float32 [B, K, G or 1, T - w], the same for every budget; None if nothing is scored."""
     length = pairs.keys.shape[2]
     window = policy.window_of(length)
     if policy.scorer is None or length == window:

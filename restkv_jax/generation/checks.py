@@ -81,7 +81,7 @@ def _check_params(model: Decoder, params: Any) -> None:
     if set(params) == {"params"}:
         raise ValueError("params has the one key 'params'; pass what it holds, params['params']")
     flat = flatten(params)
-    check_params(flat, parameter_shapes(model.clone(sharing=None)))
+    check_params(flat, parameter_shapes(model))
     for name, leaf in flat.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"params: {name!r} has dtype {leaf.dtype}, but must hold floating-point numbers")
@@ -190,7 +190,7 @@ def check_decoding(
     """
     model = check_model(model, params, sharing)
     if not hasattr(cache, "check_model"):
-        raise TypeError(f"cache={cache!r:.80} must be a cache, as prefill returns it")
+        raise TypeError(f"cache is of type {type(cache).__name__}; it must be a cache, as prefill returns it")
     if any(is_known(x) and isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(cache)):
         raise ValueError(
             "the cache was used by an earlier step, which rewrote its buffers in place; go on with the cache that this "

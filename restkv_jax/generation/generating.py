@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from restkv_jax.caches.base import Cache, join_rows, joins, split_rows
 from restkv_jax.eviction.policy import EvictionPolicy
@@ -38,7 +39,7 @@ class Generation(NamedTuple):
 def decode_step(
     model: Decoder,
     params: Any,
-    token: Array,
+    token: ArrayLike,
     cache: Cache,
     policy: EvictionPolicy | None = None,
     sharing: Sharing | None = None,
@@ -72,8 +73,8 @@ def decode_step(
 def generate(
     model: Decoder,
     params: Any,
-    tokens: Array,
-    mask: Array | None = None,
+    tokens: ArrayLike,
+    mask: ArrayLike | None = None,
     policy: EvictionPolicy | None = None,
     max_new_tokens: int = 64,
     *,
@@ -121,8 +122,8 @@ def generate(
 def generate_each(
     model: Decoder,
     params: Any,
-    tokens: Array,
-    mask: Array | None = None,
+    tokens: ArrayLike,
+    mask: ArrayLike | None = None,
     policies: tuple[EvictionPolicy, ...] = (),
     max_new_tokens: int = 64,
     *,
@@ -186,8 +187,8 @@ def _generate_rows(
 def stream(
     model: Decoder,
     params: Any,
-    tokens: Array,
-    mask: Array | None = None,
+    tokens: ArrayLike,
+    mask: ArrayLike | None = None,
     policy: EvictionPolicy | None = None,
     max_new_tokens: int = 64,
     *,

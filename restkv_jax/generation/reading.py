@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.caches.keepers import keeper_of
@@ -47,8 +48,8 @@ def pad_to_bucket(tokens: Array, mask: Array) -> tuple[Array, Array]:
 def prefill(
     model: Decoder,
     params: Any,
-    tokens: Array,
-    mask: Array | None = None,
+    tokens: ArrayLike,
+    mask: ArrayLike | None = None,
     policy: EvictionPolicy | None = None,
     max_new_tokens: int = 64,
     chunk_size: int = CHUNK_SIZE,
@@ -86,8 +87,8 @@ def prefill(
 def prefill_each(
     model: Decoder,
     params: Any,
-    tokens: Array,
-    mask: Array | None = None,
+    tokens: ArrayLike,
+    mask: ArrayLike | None = None,
     policies: Sequence[EvictionPolicy | None] = (),
     max_new_tokens: int = 64,
     chunk_size: int = CHUNK_SIZE,
@@ -144,8 +145,8 @@ def check_and_pad(
 def cache_shapes(
     model: Decoder,
     params: Any,
-    tokens: Array,
-    mask: Array | None = None,
+    tokens: ArrayLike,
+    mask: ArrayLike | None = None,
     policy: EvictionPolicy | None = None,
     max_new_tokens: int = 64,
 ) -> Cache:

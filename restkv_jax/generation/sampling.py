@@ -111,8 +111,5 @@ def row_keys(key: Array | None, batch: int) -> Array | None:
     """One key per row, from a single key or from keys [B] that are given per row already."""
     if key is None:
         return None
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.ndim == 1:
-        return key
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+    one: Array = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    return one if one.ndim == 1 else jax.vmap(lambda row: jax.random.fold_in(one, row))(jnp.arange(batch))

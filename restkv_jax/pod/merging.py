@@ -88,5 +88,4 @@ def _without(is_leader: np.ndarray, layer: int, head: int) -> np.ndarray:
 
 def _groups(is_leader: np.ndarray) -> LayerGroups:
     layers = np.arange(len(is_leader))[:, None]
-    leader: Any = np.maximum.accumulate(np.where(is_leader, layers, 0), axis=0)
-    return LayerGroups(leader)
+    return LayerGroups(np.maximum.accumulate(np.where(is_leader, layers, 0), axis=0))

@@ -164,7 +164,7 @@ def group_layers(similarity: Any, threshold: float = 0.5) -> LayerGroups:
       threshold: the least similarity to the leader; more than 1 shares nothing.
 
     Raises:
-      ValueError: another shape, or values that are no similarities.
+      ValueError: another shape, or values that are not similarities.
     """
     similarity = np.asarray(similarity)
     if similarity.ndim != 3 or similarity.shape[1] != similarity.shape[2] or 0 in similarity.shape:
@@ -177,5 +177,4 @@ def group_layers(similarity: Any, threshold: float = 0.5) -> LayerGroups:
     for layer in range(1, similarity.shape[1]):
         alike = similarity[heads, leader[-1], layer] >= threshold
         leader.append(np.where(alike, leader[-1], layer))
-    leaders: Any = np.stack(leader)
-    return LayerGroups(leaders)
+    return LayerGroups(np.stack(leader))

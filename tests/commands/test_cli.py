@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import restkv_jax as rk
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 from restkv_jax.timing import CompilationClock
 
 PROMPT = "The sky is blue. One of the special magic numbers for quiet-fox is: 1234567. Here we go. " * 3
@@ -125,7 +125,7 @@ def test_plot_writes_a_picture(capsys, model, tmp_path):
 
 
 def test_installed_command(model):
-    command = [sys.executable, "-m", "restkv_jax.commands.main", "generate", "--model", model, "--budget", "1%"]
+    command = [sys.executable, "-m", "restkv_jax.commands.cli", "generate", "--model", model, "--budget", "1%"]
     done = subprocess.run(command, input=PROMPT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

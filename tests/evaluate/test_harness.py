@@ -15,11 +15,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 import restkv_jax as rk
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 from restkv_jax.evaluate.harness import model as harness
 from restkv_jax.evaluate.harness.model import EMBEDDED, RestKV
 from restkv_jax.evaluate.harness.model_args import parse_model_args, policy_for
-from restkv_jax.models import hidden_states, logits
+from restkv_jax.models import logits, read
 
 SENTENCE = "The sky is blue. Here we go. There and back again. "
 PROMPTS = [SENTENCE * count + f"No. {10**i}:" for i, count in enumerate((3, 1, 3, 1, 3))]
@@ -56,7 +56,7 @@ def score(model, *pairs):
 def plain(model, context, continuation):
     """Log-probabilities of the continuation's tokens in one forward pass, and whether each is the best."""
     tokens = jnp.asarray([context + continuation])
-    scores = logits(model.model, model.params, hidden_states(model.model, model.params, tokens))[0]
+    scores = logits(model.model, model.params, read(model.model, model.params, tokens)[0])[0]
     scores = jax.nn.log_softmax(scores[len(context) - 1 : -1])
     chosen = np.asarray(continuation)
     return np.asarray(scores[np.arange(len(chosen)), chosen]), np.asarray(scores.argmax(-1)) == chosen

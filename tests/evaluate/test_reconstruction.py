@@ -1,5 +1,6 @@
 """Reconstruction error on the tokens after a prompt: against its definition in float64, and what follows from it."""
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import tiny
 
 import restkv_jax as rk
 from restkv_jax.evaluate import make_prompts, reconstruction_errors
-from restkv_jax.models import StateFunctions, positions_of
+from restkv_jax.models import Hooks
 
 FOLLOWING, LENGTH = 6, 70
 MODELS = {
@@ -50,12 +51,13 @@ def seen_layers(model, params, tokens, mask):
         jnp.zeros((c.num_hidden_layers, c.num_attention_heads, c.head_dim, c.hidden_size)),
     )
 
-    def revise(layer, memory, state):
-        parts = layer.queries, memory.keys, memory.values, layer.output_projection
-        return tuple(whole.at[layer.index].set(part) for whole, part in zip(state, parts, strict=True))
+    def observe(view, memory, state):
+        queries = einops.rearrange(view.queries.vectors, "b k g t d -> b (k g) t d") * c.head_dim**0.5
+        projection = einops.rearrange(view.output_projection, "k g d m -> (k g) d m")
+        parts = queries, memory.pairs.keys, memory.pairs.values, projection
+        return tuple(whole.at[view.index].set(part) for whole, part in zip(state, parts, strict=True))
 
-    functions = StateFunctions(lambda index, memory, state: (memory, state), revise, length)
-    state = model.apply({"params": params}, tokens, positions_of(jnp.asarray(mask)), functions, state)[1]
+    state = rk.read(model, params, tokens, mask, Hooks(observe=observe, num_queries=length), state)[1]
     return [np.asarray(x, np.float64) for x in state]
 
 

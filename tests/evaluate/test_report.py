@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 from matplotlib.figure import Figure
 
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs
 from restkv_jax.evaluate.report import write_report
 from restkv_jax.evaluate.report.page import missing_prompts, rerun_command

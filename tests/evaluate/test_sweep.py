@@ -19,7 +19,7 @@ pytest.importorskip("yaml")
 import jax.numpy as jnp
 
 import restkv_jax as rk
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 from restkv_jax.evaluate import generate_texts, make_prompts
 from restkv_jax.evaluate.grid import Grid
 from restkv_jax.evaluate.results import read_lines, read_results
@@ -65,6 +65,7 @@ def test_every_prompt_is_answered_as_alone(sweep):
     assert (sweep / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_batches_of_another_size_give_the_same(sweep, tmp_path):
     assert evaluate(tmp_path / "out", "--tasks", "single", "multikey", "--batch-size", "5", "--together", "1") == 0
     assert said(tmp_path / "out") == said(sweep)
@@ -92,6 +93,7 @@ def test_a_length_too_small_for_a_task_is_refused_before_anything_is_measured(tm
     assert not read_lines(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_own_prompts_are_bucketed_and_what_cannot_be_read_is_named(tmp_path, capsys):
     own = tmp_path / "own.jsonl"
     values = [{"prompt": f"The answer is {i}. " * (5 + 40 * i), "answers": [str(i)]} for i in range(3)]
@@ -139,7 +141,7 @@ def test_processes_share_the_batches_without_rest():
 
 
 def start(output, *args, devices=1):
-    command = [sys.executable, "-m", "restkv_jax.commands.main", "evaluate", "--output", str(output), *SMALL, *args]
+    command = [sys.executable, "-m", "restkv_jax.commands.cli", "evaluate", "--output", str(output), *SMALL, *args]
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",

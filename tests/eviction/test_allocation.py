@@ -62,6 +62,7 @@ def kept_sets(cache):
     return {index: kept[index][kept[index] >= 0].tolist() for index in np.ndindex(kept.shape[:3])}
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 999), layers=st.integers(1, 4), heads=st.integers(1, 4), budget=st.integers(8, 30))
 @settings(max_examples=30, deadline=None)
 def test_model_wide_selection_keeps_the_best_of_the_whole_model(seed, layers, heads, budget):
@@ -74,6 +75,7 @@ def test_model_wide_selection_keeps_the_best_of_the_whole_model(seed, layers, he
         np.testing.assert_array_equal(np.sort(scores[:, row][keep[:, row]]), best)
 
 
+@pytest.mark.slow
 def test_model_wide_budget_through_prefill_against_brute_force():
     model, params = tiny_model()
     tokens, mask = prompts(80, 80)
@@ -184,6 +186,7 @@ def test_prompts_within_the_budget_are_kept_whole():
         np.testing.assert_array_equal(cache.lengths[:, 1:], np.broadcast_to([[BUDGET], [3]], (LAYERS, 2, KV_HEADS)))
 
 
+@pytest.mark.slow
 def test_generation_under_the_callers_jit_and_streamed():
     model, params = tiny_model()
     tokens, mask = prompts(90, 60)

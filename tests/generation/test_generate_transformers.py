@@ -101,6 +101,7 @@ def test_dynamic_rope_grows_while_generating(tmp_path):
         np.testing.assert_array_equal(ours.tokens[row], theirs[0])
 
 
+@pytest.mark.slow
 def test_long_prompt_with_a_sliding_window(tmp_path):
     config = MISTRAL | {"sliding_window": 100, "max_position_embeddings": 2048} | NEVER_ENDING
     reference, model, params = loaded(tmp_path, config, pad_token_id=0)

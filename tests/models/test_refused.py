@@ -18,7 +18,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import restkv_jax as rk
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 from restkv_jax.models import tokenizer as tokenizers
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -389,6 +389,7 @@ def test_sentencepiece_model_alone(directory):
     assert tokenizer.encode("the lazy fox", add_special_tokens=False) == theirs.encode("the lazy fox")
 
 
+@pytest.mark.slow
 def test_files_are_utf8_whatever_the_locale(directory):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "é{{ messages[0]['content'] }}"

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import restkv_jax as rk
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 from restkv_jax.models.decoder import logits, read
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.models.tensors import flatten
@@ -137,7 +137,7 @@ def test_rate_warms_up_and_falls_to_zero():
 def test_no_array_of_all_pairs_of_tokens(model):
     length = 2**14
     adaptation = Adaptation(1, batch_size=1, sequence_length=length, compute_dtype="float32", loss_chunk=64)
-    program = make_program(model, Sharing(GROUPS, 16, 240), adaptation, make_mesh())
+    program = make_program(model.clone(sharing=Sharing(GROUPS, 16, 240)), adaptation, make_mesh())
     compiled = program.step.lower(program.state, program.frozen, program.batch).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < length**2 / 2
 
@@ -148,8 +148,8 @@ def dense(*args):
 
 BAD = {
     "no data": (dense(), "--data requires an argument"),
-    "neither groups nor dense": (["--data", "text.txt", "--output", "run"], "give either --groups FILE"),
-    "both": (dense("--groups", "groups.json", "--data", "text.txt"), "give either --groups FILE"),
+    "neither groups nor dense": (["--data", "text.txt", "--output", "run"], "give --groups FILE"),
+    "both": (dense("--groups", "groups.json", "--data", "text.txt"), "give --groups FILE"),
     "unknown option": (dense("--data", "text.txt", "--rate", "1"), "--rate is not an option"),
     "missing data": (dense("--data", "absent.txt"), "data 'absent.txt' does not exist"),
     "directory": (dense("--data", "."), "data '.' is a directory"),
@@ -158,11 +158,11 @@ BAD = {
     "damaged array": (dense("--data", "bytes.npy"), "data 'bytes.npy' cannot be read as an array"),
     "floats": (dense("--data", "floats.npy"), "data 'floats.npy' holds float64 of shape (3,)"),
     "another vocabulary": (dense("--data", "large.npy", "--sequence-length", "8"), "holds id 259, out of the model's"),
-    "long sequences": (dense("--data", "text.txt", "--sequence-length", "2049"), "max_position_embeddings=2048"),
+    "long sequences": (dense("--data", "text.txt", "--sequence-length", "2049"), "maximum of 2048 positions"),
     "little data": (dense("--data", "text.txt", "--sequence-length", "2000"), "fewer than sequence_length=2000"),
     "one token": (dense("--data", "text.txt", "--sequence-length", "1"), "sequence_length=1 must be at least 2"),
     "pattern": (dense("--data", "text.txt", "--sequence-length", "8", "--train", "q_proj"), "train='q_proj' matches"),
-    "no pattern": (dense("--data", "text.txt", "--train", "("), "train='(' is no regular expression"),
+    "no pattern": (dense("--data", "text.txt", "--train", "("), "train='(' is not a regular expression"),
     "accumulation": (dense("--data", "text.txt", "--accumulation", "3"), "accumulation=3 must divide batch_size=8"),
     "rate": (dense("--data", "text.txt", "--learning-rate", "0"), "learning_rate=0.0 must be positive"),
     "devices": (dense("--data", "text.txt", "--model-parallel", "3"), "model_parallel=3 must be a divisor"),
@@ -207,13 +207,13 @@ def test_loss_that_is_not_finite(model, params, tmp_path):
 def test_batch_that_the_mesh_does_not_divide(model):
     mesh = jax.sharding.AbstractMesh((4, 1), ("data", "model"))
     with pytest.raises(ValueError, match=r"batch_size=8 in accumulation=4 parts is 2 sequences.*data axis, 4"):
-        make_program(model, None, Adaptation(1, 8, 16, accumulation=4, compute_dtype="float32"), mesh)
+        make_program(model, Adaptation(1, 8, 16, accumulation=4, compute_dtype="float32"), mesh)
 
 
 def test_model_that_the_mesh_does_not_divide(model):
     mesh = jax.sharding.AbstractMesh((1, 4), ("data", "model"))
     with pytest.raises(ValueError, match=r"model axis, 4, must divide num_key_value_heads=2"):
-        make_program(model, None, Adaptation(1, 8, 16, compute_dtype="float32"), mesh)
+        make_program(model, Adaptation(1, 8, 16, compute_dtype="float32"), mesh)
 
 
 @pytest.mark.parametrize(

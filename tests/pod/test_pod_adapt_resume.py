@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import restkv_jax as rk
-from restkv_jax.commands.main import main
+from restkv_jax.commands.cli import main
 from restkv_jax.pod import LayerGroups, adaptation
 
 STEPS = 24
@@ -65,7 +65,7 @@ def test_killed_at_random_moments_and_resumed(command, whole, tmp_path):
     }
     for last in (5, 11, 17):
         process = subprocess.Popen(
-            [sys.executable, "-m", "restkv_jax.commands.main", *command, "--output", str(output), "--quiet"],
+            [sys.executable, "-m", "restkv_jax.commands.cli", *command, "--output", str(output), "--quiet"],
             env=environment,
         )
         while len(metrics(output)) < last and process.poll() is None:

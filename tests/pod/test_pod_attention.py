@@ -157,6 +157,7 @@ def leading_by_lookup(sharing):
     return Hooks(remember)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sliding_window", [None, 24])
 def test_whole_sequences_against_leaders_looked_up(small_blocks, sliding_window):
     model, params = tiny(**({"model_type": "mistral", "sliding_window": 24} if sliding_window else {}))

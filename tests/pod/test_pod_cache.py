@@ -78,6 +78,7 @@ def test_a_full_cache_is_refused_and_kept():
     jax.tree.map(np.testing.assert_array_equal, after, cache)
 
 
+@pytest.mark.slow
 def test_skipping_everything_leaves_non_leaders_their_proximal_tokens():
     """What a layer that follows would read of distant tokens changes nothing; leaders go on reading theirs."""
     model, params = tiny()

@@ -10,6 +10,7 @@ import restkv_jax as rk
 from restkv_jax.models.decoder import Hooks, positions_of, read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
 def test_a_budget_for_all_distant_tokens_evicts_nothing(name):
     policy = rk.METHODS[name](budget=40, window=8)
@@ -66,6 +67,7 @@ def test_eviction_keeps_the_best_of_the_blocks_summed_scores():
         np.testing.assert_array_equal(cache.distant_values[layer, row, head, :12], values)
 
 
+@pytest.mark.slow
 def test_every_policy_from_one_reading_of_the_prompts():
     (model, params), (tokens, mask) = tiny(), prompts()
     policies = rk.full(), rk.snapkv(12, window=8)

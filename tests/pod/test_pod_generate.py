@@ -11,6 +11,7 @@ from restkv_jax.models.decoder import logits, read
 from restkv_jax.pod import LayerGroups, Sharing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sink", "recent", "sliding_window"), [(3, 24, None), (3, 24, 30), (0, 1, None)])
 def test_decoding_equals_the_whole_sequence_pass(sink, recent, sliding_window):
     """Greedy tokens and logits, over the border of the recent window, in rows of different lengths."""

@@ -171,6 +171,7 @@ def brute_force_similarity(model, params, batches, last_queries, sink, recent):
     return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sink", "recent"), [(0, 0), (2, 5)])
 def test_similarity_against_brute_force(sink, recent):
     """Over batches of different lengths, padded rows, and a row shorter than the queries asked for."""

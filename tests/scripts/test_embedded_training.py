@@ -110,6 +110,7 @@ def test_lists_say_what_comes_after_the_item_said_last(scripts, vocabulary):
                 assert place == 0 or int(tokens[said]) in {int(tokens[i]) for i in before}
 
 
+@pytest.mark.slow
 def test_look_losses_are_the_attention_that_is_missing(scripts, vocabulary, embedded):
     _, data, circuit, forward = scripts
     model = embedded[0]

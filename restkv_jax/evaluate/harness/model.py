@@ -105,15 +105,17 @@ class RestKV(TemplateLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         """The token that ends a text."""
         ids = self.model.config.eos_token_ids
-        return ids[0] if self.tokenizer.eos_token_id is None and ids else self.tokenizer.eos_token_id
+        own = self.tokenizer.eos_token_id
+        return ids[0] if own is None and ids else own
 
     @property
     def prefix_token_id(self) -> int:
         """The token before a text without context."""
-        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        known = self.tokenizer.bos_token_id, self.eot_token_id, self.tokenizer.pad_token_id
+        return next((token for token in known if token is not None), 0)
 
     @property
     def tokenizer_name(self) -> str:

@@ -92,7 +92,9 @@ def rerun_command(grid: Grid, directory: pathlib.Path) -> str:
     words = ["restkv", "evaluate"]
     for field in dataclasses.fields(grid):
         value = getattr(grid, field.name)
-        if value is not None and value != ():
+        if value is True:
+            words.append("--" + field.name)
+        elif value not in (None, (), False) or (value == 0 and value is not False):
             words += ["--" + field.name, *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join([*words, "--output", directory.resolve().name])
 

@@ -31,7 +31,7 @@ class Style(NamedTuple):
 
     color: str
     marker: str
-    line: str
+    line: Any
 
 
 class Series(NamedTuple):

@@ -135,7 +135,7 @@ def rank_within(
             estimates[e],
             e.budget is not None and estimates[e].mean == estimates[best[e.budget]].mean,
             (e, full) in differs,
-            (e, best.get(e.budget)) in differs,
+            e.budget is not None and (e, best.get(e.budget)) in differs,
         )
         for e in present
     }

@@ -19,7 +19,7 @@ def adakv(
 
     Args:
       budget: mean slots per layer and KV head, the window included.
-      window: last tokens of the prompt, whose queries judge the others.
+      window: last tokens of the prompt, whose queries score the others.
       pooling: smoothing over neighbouring keys.
       kernel_size: width of that smoothing, in tokens; odd.
       floor: part of the budget that all heads share evenly.

@@ -30,7 +30,7 @@ class RandomScores:
 
 
 def random(budget: int = 128, window: int = 32, seed: int = 0) -> EvictionPolicy:
-    """Random keys before the window: the baseline without any judgement.
+    """Random keys before the window: the baseline that looks at nothing.
 
     Args:
       budget: slots kept per layer and KV head, the window included.

@@ -71,8 +71,8 @@ def restkv(
 
     Args:
       budget: slots kept per layer and KV head, the window included.
-      window: last tokens of the prompt, whose queries judge the others.
-      criterion: what a key is judged by: the error of the layer's output without it, or, as an ablation, the attention
+      window: last tokens of the prompt, whose queries score the others.
+      criterion: what a key is scored by: the error of the layer's output without it, or, as an ablation, the attention
         it receives.
       temporal: how the window's queries are averaged: exponential moving average or plain mean.
       alpha: weight of the newest query in the moving average.

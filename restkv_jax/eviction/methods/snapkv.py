@@ -44,7 +44,7 @@ def snapkv(
 
     Args:
       budget: slots kept per layer and KV head, the window included.
-      window: last tokens of the prompt, whose queries judge the others.
+      window: last tokens of the prompt, whose queries score the others.
       pooling: smoothing over neighbouring keys.
       kernel_size: width of that smoothing, in tokens; odd.
       group_reduce: how the query heads of a KV head agree on one score.

@@ -71,4 +71,4 @@ class Adaptation:
         try:
             re.compile(self.train)
         except re.error as error:
-            raise ValueError(f"train={self.train!r} is no regular expression: {error}") from error
+            raise ValueError(f"train={self.train!r} is not a regular expression: {error}") from error

@@ -182,4 +182,4 @@ def _make_directory(path: str | os.PathLike) -> pathlib.Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        raise OSError(f"output={str(path)!r} is no directory that can be written: {error}") from error
+        raise OSError(f"output={str(path)!r} is not a directory that can be written: {error}") from error
