@@ -177,14 +177,26 @@ def test_greedy_tokens(name, loaded):
 
 
 def policies(budget):
-    """Every method with that budget, and what else a cache can do."""
+    """Every method with that budget, and one whose values are refitted, by name."""
     windows = {name: {} if name == "streaming_llm" else {"window": 8} for name in rk.METHODS if name != "full"}
-    methods = [rk.METHODS[name](budget=budget, **window) for name, window in windows.items()]
-    return *methods, rk.snapkv(budget, window=8).replace(refit=rk.LeastSquares())
+    of_methods = {name: rk.METHODS[name](budget=budget, **window) for name, window in windows.items()}
+    return of_methods | {"refit": of_methods["snapkv"].replace(refit=rk.LeastSquares())}
 
 
-@pytest.mark.parametrize("name", FIRST_IS_FAST)
-def test_every_method(name, loaded):
+def policies_of(budget, held, names):
+    """Those of some methods and one that evicts while generating, which holds `held` slots."""
+    of_methods = [policy for name, policy in policies(budget).items() if name in names]
+    return *of_methods, rk.restkv(held, window=8, while_generating=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        pytest.param("gemma 2", ["restkv", "adakv"], id="gemma 2, some"),
+        *(pytest.param(name, [*rk.METHODS, "refit"], marks=pytest.mark.slow, id=name) for name in PECULIAR),
+    ],
+)
+def test_every_method(name, methods, loaded):
     """All that is kept gives the tokens of the full cache, and a small budget gives tokens."""
     _, model, params = loaded(name)
     tokens, mask = left_padded(3, LENGTHS)
@@ -192,13 +204,19 @@ def test_every_method(name, loaded):
     options = {"max_new_tokens": NEW, "eos_token_ids": ()}
     budget = tokens.shape[1] + 3  # AdaKV rounds its heads' shares down
     assert budget < rk.bucket_length(tokens.shape[1]), "or nothing would be selected"
-    holding = (*policies(budget), rk.restkv(budget + NEW, window=8, while_generating=True))
-    for out in rk.generate_each(model, params, tokens, mask, policies=holding, **options):
+    holding, small = policies_of(budget, budget + NEW, methods), policies_of(16, 16, methods)
+    outs = rk.generate_each(model, params, tokens, mask, policies=holding + small, **options)
+    for out in outs[: len(holding)]:
         np.testing.assert_array_equal(out.tokens, full)
-    small = (*policies(16), rk.restkv(16, window=8, while_generating=True))
-    for out in rk.generate_each(model, params, tokens, mask, policies=small, **options):
+    for out in outs[len(holding) :]:
         assert (out.lengths == NEW).all()
         assert np.asarray(rk.kept_positions(out.cache) < 0).any()
+
+
+def sharing_of(model, block):
+    """Blocks of that many layers."""
+    leaders = [[layer - layer % block] * 2 for layer in range(model.config.num_hidden_layers)]
+    return Sharing(LayerGroups(leaders), sink=2, recent=9)
 
 
 @pytest.mark.parametrize("name", FIRST_IS_FAST)
@@ -206,17 +224,18 @@ def test_shared_keys(name, loaded):
     """Decoding on the cache of a model that shares keys gives the tokens of the pass over whole sequences."""
     _, model, params = loaded(name)
     tokens, mask = left_padded(3, LENGTHS)
-    layers = model.config.num_hidden_layers
-    leaders = [[max(0, layer - layer % 2)] * 2 for layer in range(layers)]
-    sharing = Sharing(LayerGroups(leaders), sink=2, recent=9)
+    sharing = sharing_of(model, 2)
     ours = generate(model, params, tokens, mask, sharing=sharing)
-    shared = model.clone(sharing=sharing)
-    whole, whole_mask = continued(tokens, mask, ours.tokens)
-    expected = our_logits(shared, params, whole, whole_mask)[:, -NEW - 1 : -1]
-    np.testing.assert_array_equal(ours.tokens, expected.argmax(-1))
-    alone = Sharing(LayerGroups.dense(layers, 2), sink=2, recent=9)
-    np.testing.assert_array_equal(
-        generate(model, params, tokens, mask, sharing=alone).tokens, generate(model, params, tokens, mask).tokens
-    )
-    evicting = generate(model, params, tokens, mask, sharing=sharing, policy=rk.snapkv(20, window=8))
-    assert (evicting.lengths == NEW).all()
+    expected = our_logits(model.clone(sharing=sharing), params, *continued(tokens, mask, ours.tokens))
+    np.testing.assert_array_equal(ours.tokens, expected[:, -NEW - 1 : -1].argmax(-1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PECULIAR)
+def test_shared_keys_of_one_layer_each_and_with_eviction(name, loaded):
+    _, model, params = loaded(name)
+    tokens, mask = left_padded(3, LENGTHS)
+    alone = generate(model, params, tokens, mask, sharing=sharing_of(model, 1))
+    np.testing.assert_array_equal(alone.tokens, generate(model, params, tokens, mask).tokens)
+    evicted = generate(model, params, tokens, mask, sharing=sharing_of(model, 2), policy=rk.snapkv(20, window=8))
+    assert (evicted.lengths == NEW).all()
