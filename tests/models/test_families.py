@@ -192,7 +192,7 @@ def policies_of(budget, held, names):
 @pytest.mark.parametrize(
     ("name", "methods"),
     [
-        pytest.param("gemma 2", ["restkv", "adakv"], id="gemma 2, some"),
+        pytest.param("gemma 2", ["adakv"], id="gemma 2, some"),
         *(pytest.param(name, [*rk.METHODS, "refit"], marks=pytest.mark.slow, id=name) for name in PECULIAR),
     ],
 )
