@@ -44,8 +44,12 @@ def empty_softmax(vectors: Array) -> Softmax:
 def logits_of(queries: Queries, keys: Array) -> Array:
     """Logits of queries [..., G, T, D] and keys [..., N, D], capped as the queries say: float32 [..., G, T, N]."""
     products = wide_einsum("...gtd,...nd->...gtn", queries.vectors, keys)
-    cap = queries.soft_cap
-    return products if cap is None else cap * jnp.tanh(products / cap)
+    return cap_logits(products, queries.soft_cap)
+
+
+def cap_logits(logits: Array, cap: float | None) -> Array:
+    """`cap tanh(logits / cap)`, or the logits without a cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def cap_gradient(queries: Queries, logits: Array) -> Array:

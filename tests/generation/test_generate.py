@@ -15,7 +15,8 @@ from restkv_jax.generation.decoding import feed
 from restkv_jax.generation.reading import read_prompt
 from restkv_jax.generation.sampling import sample
 from restkv_jax.kernels.pairs import Pairs, Queries
-from restkv_jax.models.decoder import logits, read, rms_norm
+from restkv_jax.models.decoder import logits, read
+from restkv_jax.models.layer import rms_norm
 
 CONFIG = dict(
     model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3,

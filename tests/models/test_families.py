@@ -31,7 +31,7 @@ from restkv_jax.pod import LayerGroups, Sharing
 
 LENGTHS = (41, 33, 1, 12)
 NEW = 12
-PECULIAR = ["gemma 2", "gemma 3", "phi 4, part of the head", "olmo 2", "granite", "smollm3"]
+PECULIAR = ["gemma 2", "gemma 3", "phi 4, part of the head", "olmo 2", "granite", "smollm3", "ministral 3", "qwen3 moe"]
 """One of each family that computes something that Llama does not."""
 FIRST_IS_FAST = [PECULIAR[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PECULIAR[1:])]
 

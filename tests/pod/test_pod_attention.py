@@ -11,7 +11,8 @@ import restkv_jax as rk
 from restkv_jax.kernels.attention import attend, attend_shared
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.config import UNLIMITED
-from restkv_jax.models.decoder import Hooks, positions_of, read, rms_norm
+from restkv_jax.models.decoder import Hooks, positions_of, read
+from restkv_jax.models.layer import rms_norm
 from restkv_jax.pod import LayerGroups, Sharing
 
 CONFIG = dict(

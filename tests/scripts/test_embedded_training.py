@@ -17,7 +17,8 @@ pytest.importorskip("optax")
 pytest.importorskip("orbax.checkpoint")
 
 import restkv_jax as rk
-from restkv_jax.models.decoder import read, rms_norm
+from restkv_jax.models.decoder import read
+from restkv_jax.models.layer import rms_norm
 
 SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 MODULES = "train_embedded", "embedded_data", "embedded_circuit", "embedded_forward"
