@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import restkv_jax as rk
 from restkv_jax.models.config import read_config, to_hugging_face
+from restkv_jax.models.decoder import Hooks, read
 from restkv_jax.pod import LayerGroups, Sharing
 
 LENGTHS = (41, 33, 1, 12)
@@ -144,6 +145,15 @@ def test_fused_tensor_of_another_size_is_refused_by_name(tmp_path):
         ValueError, match=r"gate_up_proj.weight' has the wrong shape: found \(88, 32\), expected 80 rows"
     ):
         rk.load_model(tmp_path)
+
+
+def test_granites_multiplier_is_in_the_projection_that_eviction_sees(loaded):
+    _, model, params = loaded("granite")
+    stored = params["layers"]["output_projection"]
+    tokens, mask = left_padded(3, (9,))
+    hooks = Hooks(observe=lambda view, memory, seen: seen.at[view.index].set(view.output_projection.reshape(4, 8, 32)))
+    _, seen = read(model, params, tokens, mask, hooks, jnp.zeros_like(stored))
+    np.testing.assert_allclose(seen, GRANITE["residual_multiplier"] * stored, rtol=1e-6)
 
 
 def generate(model, params, tokens, mask, **options):

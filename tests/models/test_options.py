@@ -206,8 +206,8 @@ def test_every_number_that_is_accepted_gives_a_rotation(name):
             except ValueError as error:
                 assert setting in str(error)
                 continue
-            frequencies, factor = rope_frequencies(config, jnp.asarray([5, 2**20]))
-            turned = apply_rope(jnp.ones((2, 1, 2, 8)), jnp.asarray([[0, 5], [0, 2**20]]), frequencies, factor)
+            rope = rope_frequencies(config, dict(config.rope_parameters), jnp.asarray([5, 2**20]))
+            turned = apply_rope(jnp.ones((2, 1, 2, 8)), jnp.asarray([[0, 5], [0, 2**20]]), rope)
             assert np.isfinite(turned).all(), (setting, bound)
 
 
