@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import itertools
 import time
@@ -17,7 +18,7 @@ from transformers import TextStreamer
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.paged import PagedCache
 from restkv_jax.commands.options import FLAT, LONG_PROMPT, PromptOptions, UsageError, as_usage_error, parse
-from restkv_jax.commands.prompts import LoadedPrompt, load_prompt
+from restkv_jax.commands.prompts import LoadedPrompt, encode_text, encode_turn, load_prompt
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import find_preset, make_policy
@@ -39,6 +40,8 @@ class GenerateOptions(PromptOptions):
       top_k: draw among the k best tokens.
       top_p: draw among the best tokens that hold this probability mass.
       seed: of the random draws.
+      system: what the model is told before the prompt, in a chat template.
+      raw: read the prompt as it is, not as a turn in the chat template that the model's tokenizer may have.
       quiet: print nothing but the answer.
     """
 
@@ -48,6 +51,8 @@ class GenerateOptions(PromptOptions):
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    system: str | None = None
+    raw: bool = False
     quiet: bool = False
 
 
@@ -66,7 +71,10 @@ def run(args: Sequence[str]) -> None:
     with as_usage_error():
         make_policy(options.method, method_options, LONG_PROMPT)
     sampling = _sampling(options)
-    prompt = load_prompt(options)
+    if options.raw and options.system is not None:
+        raise UsageError("--system and --raw are both given; a system prompt needs the chat template")
+    encode = encode_text if options.raw else functools.partial(encode_turn, system=options.system)
+    prompt = load_prompt(options, encode)
     with as_usage_error():
         policy = make_policy(options.method, method_options, prompt.tokens.shape[1])
     timing = _print_answer(prompt, policy, options.max_new_tokens, sampling)

@@ -1,9 +1,11 @@
 """The prompt of a command, and the model that reads it."""
 
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import jinja2
 from jax import Array
 
 from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error
@@ -18,8 +20,38 @@ class LoadedPrompt(NamedTuple):
     tokens: Array
 
 
-def load_prompt(options: PromptOptions) -> LoadedPrompt:
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text as it is."""
+    return tokenizer(text)["input_ids"]
+
+
+def encode_turn(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
+    """The tokens of a user's turn in the tokenizer's chat template, up to where the answer begins.
+
+    Without a template, those of the text as it is.
+
+    Raises:
+      UsageError: a system prompt without a template, or a template that refuses it.
+    """
+    if not tokenizer.chat_template:
+        if system is not None:
+            raise UsageError("--system needs a chat template, which the model's tokenizer does not have; leave it out")
+        return encode_text(tokenizer, text)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": text})
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except (jinja2.TemplateError, ValueError) as error:
+        raise UsageError(f"the chat template of the model's tokenizer fails: {error}; --raw leaves it out") from error
+    return encoded["input_ids"]
+
+
+def load_prompt(options: PromptOptions, encode: Callable[[Any, str], list[int]] = encode_text) -> LoadedPrompt:
     """Reads the prompt, loads the model and encodes the one for the other.
+
+    Args:
+      options: of the command.
+      encode: tokens of the prompt, from the tokenizer and the text.
 
     Raises:
       UsageError: a prompt or a model that cannot be read, or a prompt without tokens.
@@ -27,7 +59,7 @@ def load_prompt(options: PromptOptions) -> LoadedPrompt:
     text = read_prompt(options)
     with as_usage_error():
         loaded = load_checkpoint(options.model, options.dtype, dense=options.dense)
-    ids = loaded.tokenizer(text)["input_ids"]
+    ids = encode(loaded.tokenizer, text)
     if not ids:
         raise UsageError("the prompt is empty: the tokenizer turns it into no tokens")
     return LoadedPrompt(loaded, text, jnp.asarray([ids], jnp.int32))

@@ -104,6 +104,9 @@ def run(model: Decoder, params: Any, now: Decoding, chooser: Chooser, count: int
     tokens = jnp.full((batch, count), chooser.pad_token_id, jnp.int32)
     notes = jax.tree.map(lambda x: jnp.zeros((batch, count, *x.shape[1:]), x.dtype), now.note)
 
+    if count == 0:  # nothing can be written into no tokens
+        return Decoded(tokens, notes, now)
+
     def is_unfinished(carry: tuple[Array, Decoded]) -> Array:
         done, decoded = carry
         return (done < count) & decoded.now.active.any()
@@ -117,13 +120,13 @@ def run(model: Decoder, params: Any, now: Decoding, chooser: Chooser, count: int
     return jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), Decoded(tokens, notes, now)))[1]
 
 
+@functools.partial(jax.jit, static_argnames=("model", "count"), donate_argnames="cache")
 def run_from(model: Decoder, params: Any, logits: Array, cache: Cache, chooser: Chooser, count: int) -> Decoded:
     """Decodes `count` tokens from a prefill's logits and cache."""
     now = begin(logits, cache, chooser)
-    first, note = now.token, now.note
     tokens, notes, last = run(model, params, now, chooser, count - 1)
 
     def behind_first(first: Array, others: Array) -> Array:
         return jnp.concatenate([first[:, None], others], axis=1)
 
-    return Decoded(behind_first(first, tokens), jax.tree.map(behind_first, note, notes), last)
+    return Decoded(behind_first(now.token, tokens), jax.tree.map(behind_first, now.note, notes), last)

@@ -139,7 +139,7 @@ def test_stop_strings_cut_and_end_generation(evicted, monkeypatch):
     stream_blocks = harness.stream_blocks
     monkeypatch.setattr(harness, "stream_blocks", counted)
     assert generate(evicted, PROMPTS[:1], until=["never", stop], max_gen_toks=200) == [whole.split(stop)[0]]
-    assert len(blocks) == 1
+    assert len(blocks) == 2, "the first token, and one block"
     assert generate(evicted, PROMPTS[:1], until=stop, max_gen_toks=200) == [whole.split(stop)[0]]
 
 

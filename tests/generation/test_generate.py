@@ -387,3 +387,18 @@ def test_generating_with_every_policy_at_once_gives_what_each_gives():
         np.testing.assert_array_equal(rk.kept_positions(together.cache), rk.kept_positions(alone.cache))
     with pytest.raises(ValueError, match="policies is empty"):
         rk.generate_each(model, params, tokens)
+
+
+@pytest.mark.parametrize("name", ["full", "laprox", "generating"])
+def test_a_single_token(name):
+    """`max_new_tokens=1` is the prefill's token: no step is decoded."""
+    (model, params), (tokens, mask) = tiny(), prompts()
+    logits, _ = rk.prefill(model, params, tokens, mask, POLICIES[name], 1)
+    out = rk.generate(model, params, tokens, mask, POLICIES[name], 1)
+    np.testing.assert_array_equal(out.tokens[:, 0], logits.argmax(-1))
+    assert out.tokens.shape == (3, 1) and (out.lengths == 1).all()
+    (each,) = rk.generate_each(model, params, tokens, mask, (POLICIES[name],), 1)
+    np.testing.assert_array_equal(each.tokens, out.tokens)
+    np.testing.assert_array_equal(
+        np.stack(list(rk.stream(model, params, tokens, mask, POLICIES[name], 1))), out.tokens.T
+    )
