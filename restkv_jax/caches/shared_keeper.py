@@ -11,7 +11,7 @@ from restkv_jax.caches.base import Keeper
 from restkv_jax.caches.dense import put_layer
 from restkv_jax.caches.shared import SharedCache, empty_shared_cache
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.select import best_mask, prefix_scores, score
+from restkv_jax.eviction.select import UNREACHABLE, best_mask, prefix_scores, score
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.kernels.partition import divide, each_part
@@ -101,7 +101,7 @@ def _score_layer(state: RunningBlocks, view: LayerView, memory: SharedMemory, po
     cache = _store_proximal(state.cache, view.index, memory.pairs)
     leader = jnp.asarray(groups.leader)[view.index]  # [K]
     scores = distant_scores(view, memory, cache.prompt_lengths, policy)
-    scores = jnp.where((leader == view.index)[:, None], scores, state.scores + scores)
+    scores = jnp.where((leader == view.index)[:, None], scores, _add_reachable(state.scores, scores))
     of_block = jnp.arange(len(state.values))[:, None, None, None, None] == (view.index - leader)[:, None, None]
     values = jnp.where(of_block, memory.pairs.values, state.values)
 
@@ -113,6 +113,12 @@ def _score_layer(state: RunningBlocks, view: LayerView, memory: SharedMemory, po
     layers = leader + jnp.arange(len(values))[:, None]
     layers = jnp.where(is_last & (layers <= view.index), layers, groups.num_layers)
     return RunningBlocks(cache=_store_values(cache, layers, values, indices), scores=scores, values=values)
+
+
+def _add_reachable(first: Array, second: Array) -> Array:
+    """Sums of scores; a key that a layer's sliding window hides from later tokens adds nothing there."""
+    both = jnp.where(second <= UNREACHABLE, first, first + second)
+    return jnp.where(first <= UNREACHABLE, second, both)
 
 
 def distant_scores(view: LayerView, memory: SharedMemory, prompt_lengths: Array, policy: EvictionPolicy) -> Array:

@@ -97,13 +97,14 @@ def _as_array(name: str, given: ArrayLike) -> Array:
 
 
 def _scoring_queries(policy: EvictionPolicy, queries: Array, length: int) -> Array:
-    window = policy.window_of(length)
-    if queries.shape[2] < window:
+    needed = policy.num_queries(length)
+    if queries.shape[2] < needed:
+        reason = "scorer, which looks at all queries," if needed > policy.window else f"window={policy.window}"
         raise ValueError(
-            f"queries has shape {queries.shape}: {queries.shape[2]} queries, but policy.window={policy.window} of a "
-            f"prompt of {length} tokens needs {window}"
+            f"queries has shape {queries.shape}: {queries.shape[2]} queries, but policy.{reason} needs {needed} of a "
+            f"prompt of {length} tokens"
         )
-    return queries[:, :, -policy.num_queries(length) :]
+    return queries[:, :, -needed:]
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "slots", "num_layers"))

@@ -11,6 +11,9 @@ from restkv_jax.models.decoder import LayerView
 UNREACHABLE = float(jnp.finfo(jnp.float32).min)
 """Score of keys that no later token can see: kept only where there is room for all."""
 
+LARGEST = 1e30
+"""Scores that overflowed count as this; sums of them do not."""
+
 
 def score(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:
     """The scorer's own scores, float32 [B, K, G or 1, T - w], the same for every budget; None if nothing is scored."""
@@ -46,6 +49,7 @@ def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores:
     budget = length if policy.budget is None else policy.budget
     pooled = policy.pooling(scores, view, pairs, min(max(budget - window, 1), length))
     reduced = pooled.mean(axis=2) if policy.group_reduce == "mean" else pooled.max(axis=2)
+    reduced = jnp.nan_to_num(reduced, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
     return jnp.where(is_token, jnp.where(_is_within_reach(view, pairs, window), reduced, UNREACHABLE), -jnp.inf)
 
 

@@ -103,7 +103,6 @@ def run(model: Decoder, params: Any, now: Decoding, chooser: Chooser, count: int
     batch = now.token.shape[0]
     tokens = jnp.full((batch, count), chooser.pad_token_id, jnp.int32)
     notes = jax.tree.map(lambda x: jnp.zeros((batch, count, *x.shape[1:]), x.dtype), now.note)
-
     if count == 0:  # nothing can be written into no tokens
         return Decoded(tokens, notes, now)
 

@@ -14,7 +14,7 @@ from restkv_jax.caches.base import Cache, join_rows, joins, split_rows
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import check_decoding, check_eos, check_sampling
 from restkv_jax.generation.decoding import advance, begin, feed, run_from
-from restkv_jax.generation.reading import CHUNK_SIZE, Prompt, check_and_pad, prefill_each, read_prompt
+from restkv_jax.generation.reading import CHUNK_SIZE, check_and_pad, prefill_each, read_prompt
 from restkv_jax.generation.sampling import Sampling, row_keys
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
@@ -113,7 +113,7 @@ def generate(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     prompt = check_and_pad(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
-    sampling = _sampling(model, prompt, key, temperature, top_k, top_p, eos_token_ids)
+    sampling = _sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
     with beside(params) as params:
         return _generate(prompt.model, params, prompt.tokens, prompt.mask, sampling, *prompt.options)
 
@@ -153,7 +153,7 @@ def generate_each(
     """
     logits, caches = prefill_each(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing)
     model = model if sharing is None else model.clone(sharing=sharing)
-    sampling = _make_sampling(model, logits.shape[0], None, None, None, None, eos_token_ids)
+    sampling = _sampling(model, logits.shape[0], None, None, None, None, eos_token_ids)
     outs: dict[int, Generation] = {}
     with beside(params) as params:
         for members in _that_join(caches):
@@ -206,7 +206,7 @@ def stream(
     last of them.
     """
     prompt = check_and_pad(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
-    sampling = _sampling(model, prompt, key, temperature, top_k, top_p, eos_token_ids)
+    sampling = _sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
 
     def steps() -> Iterator[np.ndarray]:
         with beside(params) as placed:
@@ -243,11 +243,7 @@ def _generate_from(model, params, logits, cache, sampling, max_new_tokens) -> Ge
     return Generation(decoded.tokens, decoded.now.lengths, decoded.now.cache)
 
 
-def _sampling(model: Decoder, prompt: Prompt, key, temperature, top_k, top_p, eos_token_ids) -> Sampling:
-    return _make_sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
-
-
-def _make_sampling(model: Decoder, batch: int, key, temperature, top_k, top_p, eos_token_ids) -> Sampling:
+def _sampling(model: Decoder, batch: int, key, temperature, top_k, top_p, eos_token_ids) -> Sampling:
     check_sampling(key, temperature, top_k, top_p)
     keys = row_keys(key, batch)
     if keys is not None and keys.shape != (batch,):

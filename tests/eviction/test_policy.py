@@ -353,7 +353,7 @@ def test_no_array_of_projected_values_or_of_all_pairs_of_tokens(name):
     (lambda: rk.streaming_llm(budget=4, sinks=4), "budget=4 must exceed sinks=4"),
     (lambda: rk.streaming_llm(sinks=-1), "sinks=-1"),
     (lambda: rk.snapkv().replace(scorer=None), "budget=128 needs a scorer"),
-    (lambda: rk.snapkv().replace(while_generating=True), "WindowAttention does not judge query by query"),
+    (lambda: rk.snapkv().replace(while_generating=True), "WindowAttention does not score query by query"),
     (lambda: rk.full().replace(while_generating=True), "while_generating=True needs a budget"),
 ])  # fmt: skip
 def test_options_that_make_no_sense_are_named(make, words):
@@ -414,3 +414,23 @@ def test_replace_changes_one_field():
     policy = rk.restkv(budget=128)
     assert policy.replace(budget=256) == rk.restkv(budget=256)
     assert hash(policy) == hash(rk.restkv(budget=128))
+
+
+def test_a_scorer_of_all_queries_is_refused_fewer():
+    queries, keys, values, projection = arrays_of(12)
+    with pytest.raises(ValueError, match=f"policy.scorer, which looks at all queries, needs {LENGTH} of a prompt"):
+        rk.evict_layer(policy_of("h2o"), queries[:, :, -WINDOW:], keys, values, projection)
+
+
+@pytest.mark.parametrize("name", ["restkv", "laprox", "snapkv", "knorm"])
+@pytest.mark.parametrize("fault", ["large values", "NaN in a key"])
+def test_scores_that_are_not_finite_leave_more_than_the_window(name, fault):
+    queries, keys, values, projection = map(np.array, arrays_of(12))
+    if fault == "large values":
+        values[..., : LENGTH // 2, :] = 1e20
+    else:
+        keys[:, 0, 3] = np.nan
+    policy = policy_of(name).replace(allocation=rk.Uniform())
+    kept = rk.evict_layer(policy, queries[:, :, -WINDOW:], keys, values, projection)
+    np.testing.assert_array_equal(kept.lengths, BUDGET)
+    assert np.isfinite(kept.scores).all()

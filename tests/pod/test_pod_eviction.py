@@ -7,6 +7,8 @@ import pytest
 from tiny_pod import GROUPS, NEW, SHARING, decode, prompts, tiny
 
 import restkv_jax as rk
+from restkv_jax.caches.shared_keeper import _add_reachable
+from restkv_jax.eviction.select import UNREACHABLE
 from restkv_jax.models.decoder import Hooks, positions_of, read
 
 
@@ -75,3 +77,10 @@ def test_every_policy_from_one_reading_of_the_prompts():
     np.testing.assert_array_equal(full.tokens, decode(SHARING)[0])
     np.testing.assert_array_equal(evicted.tokens[1:], full.tokens[1:], "rows without distant tokens lose nothing")
     assert evicted.cache.num_slots == 27 + 12 + NEW
+
+
+def test_a_layer_whose_window_hides_a_key_adds_nothing_to_its_score():
+    hidden, padding = UNREACHABLE, -np.inf
+    first = jnp.array([1.0, hidden, 2.0, hidden, padding])
+    second = jnp.array([3.0, 4.0, hidden, hidden, padding])
+    np.testing.assert_array_equal(_add_reachable(first, second), [4.0, 4.0, 2.0, hidden, padding])
