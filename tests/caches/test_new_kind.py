@@ -126,6 +126,7 @@ def test_gives_what_a_window_of_the_last_tokens_gives(ring):
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_policies_at_once(ring):
     outs = rk.generate_each(*ring, (LastTokens(), rk.full(), rk.snapkv(40)), NEW)
     np.testing.assert_array_equal(outs[0].tokens, rk.generate(*ring, LastTokens(), NEW).tokens)

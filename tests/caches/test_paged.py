@@ -51,6 +51,7 @@ def brute_force(queries, pages):
     return out
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**16), sliding_window=st.sampled_from([None, 5, 50]), slots=st.sampled_from([8, 24, 1024]))
 @settings(max_examples=25, deadline=None)
 def test_equals_brute_force(seed, sliding_window, slots):

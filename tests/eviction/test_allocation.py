@@ -126,6 +126,7 @@ def as_dense(cache):
     return KVCache(keys=jnp.asarray(keys), values=jnp.asarray(values), positions=jnp.asarray(positions), **same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sliding_window", [None, 40])
 @pytest.mark.parametrize("name", ["laprox", "adakv"])
 def test_decoding_on_pages_equals_decoding_on_the_same_pairs_in_a_dense_cache(name, sliding_window):

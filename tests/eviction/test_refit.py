@@ -67,6 +67,7 @@ def test_equals_ridge_regression_in_float64(ridge, head):
     np.testing.assert_array_equal(refitted.positions, plain.positions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @given(seed=st.integers(0, 2**16), sharpness=st.sampled_from([0.3, 1.0, 5.0]), ridge=st.sampled_from([1e-3, 0.1, 10.0]))
 @settings(max_examples=8, deadline=None)

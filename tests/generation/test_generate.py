@@ -132,6 +132,7 @@ def test_eviction_matters_and_keeps_what_evict_layer_says():
     np.testing.assert_array_equal(cache.keys[0, 0, :, :BUDGET], layer_keys[np.arange(2)[:, None], positions])
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_with_padding_and_lengths_that_no_block_divides():
     model, params = tiny(num_hidden_layers=1)
     tokens = np.arange(1021)[None] % 61

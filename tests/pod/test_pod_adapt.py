@@ -89,6 +89,7 @@ def test_toy_text_is_learned(model, params):
     assert (logits(model, after, hidden)[0, :-1].argmax(-1) == data[0, 1:]).all()
 
 
+@pytest.mark.slow
 def test_accumulation_is_a_larger_batch(model, params):
     weights = np.random.default_rng(1).uniform(size=(4, 24)) * (np.arange(24) > np.array([[3], [9], [15], [20]]))
     data = {"tokens": tokens(96).reshape(4, 24), "weights": weights}

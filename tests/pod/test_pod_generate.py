@@ -47,6 +47,7 @@ def test_sinks_and_recent_tokens_beyond_the_prompt_make_everything_proximal(rece
     assert rk.cache_bytes(cache) <= rk.cache_bytes(full_cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [None, rk.snapkv(12, window=8)], ids=["all", "snapkv"])
 def test_rows_of_a_batch_give_what_they_give_alone(policy):
     model, params = tiny()
