@@ -15,7 +15,8 @@ def test_data_and_tensor_parallel_is_the_same_training(tmp_path):
     script = pathlib.Path(__file__).with_name("adapt_on_meshes.py")
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, share in json.loads(done.stdout).items():
         assert share == (1 if name.endswith("norm") else 0.5), name

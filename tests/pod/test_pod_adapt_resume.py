@@ -14,7 +14,8 @@ import tiny
 
 import restkv_jax as rk
 from restkv_jax.commands.cli import main
-from restkv_jax.pod import LayerGroups, adaptation
+from restkv_jax.pod import LayerGroups
+from restkv_jax.pod.adaptation import runs
 
 STEPS = 24
 
@@ -94,7 +95,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint(capsys, monkeypatch, command, whole, small_disk):
-    def save(manager, state, position, configuration, save=adaptation.save):
+    def save(manager, state, position, configuration, save=runs.save):
         if position.step == 8:
             manager.wait_until_finished()
             with pytest.raises(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
@@ -103,7 +104,7 @@ def test_full_disk_leaves_the_last_checkpoint(capsys, monkeypatch, command, whol
         save(manager, state, position, configuration)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adaptation, "save", save)
+        patch.setattr(runs, "save", save)
         assert main([*command, "--output", str(small_disk / "run"), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("restkv: error: ") and error.count("\n") == 1 and "No space left on device" in error
