@@ -62,14 +62,13 @@ def _logits(queries: Queries, pairs: Pairs, seen: Array) -> Array:
 def find_peaks(queries: Queries, pairs: Pairs) -> Peaks:
     """The `Peaks` of the queries over all pairs, tile by tile."""
 
-    def read(peaks: Peaks, tile: Pairs, is_new: Array, _) -> Peaks:
-        logits = _logits(queries, tile, visible(queries, tile.positions)[:, :, None] & is_new)
-        peak = jnp.maximum(peaks.peak, logits.max(-1))
-        weights = jnp.where(is_new, jnp.exp(logits - peak[..., None]), 0.0)
-        return Peaks(peak, peaks.total * jnp.exp(peaks.peak - peak) + weights.sum(-1))
+    def read(state: Softmax, tile: Pairs, is_new: Array, _) -> Softmax:
+        seen = visible(queries, tile.positions)[:, :, None] & is_new
+        with jax.default_matmul_precision("highest"):
+            return join(state, read_keys(queries, tile.keys, tile.values[..., :0], seen))
 
-    nothing = jnp.full(queries.vectors.shape[:-1], HIDDEN, jnp.float32)
-    return _fold_tiles(read, Peaks(nothing, jnp.zeros_like(nothing)), queries, pairs)
+    peak, total, _ = _fold_tiles(read, empty_softmax(queries.vectors[..., :0]), queries, pairs)
+    return Peaks(peak, jnp.where(total > 0, total, 1.0))
 
 
 class Outputs(NamedTuple):
