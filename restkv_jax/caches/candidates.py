@@ -93,7 +93,8 @@ class PagedKeeper(Keeper):
         """Shares the budget among layers and KV heads and packs what they keep into pages."""
         c, policy, config = candidates, self.policy, self.model.config
         layers, batch, num_kv_heads, places, _ = c.keys.shape
-        prefix_lengths = jnp.maximum(c.prompt_lengths - self.window, 0)
+        prefix_lengths = jnp.maximum(c.prompt_lengths - self.window, 0)[None, :, None]
+        prefix_lengths = jnp.broadcast_to(prefix_lengths, c.keys.shape[:3])
         keep = keep_shares(policy, c.scores, prefix_lengths, jnp.arange(layers), layers)
         values = c.values if policy.refit is None else self._refitted(c, keep)
 

@@ -47,7 +47,7 @@ class Allocation:
 
         Args:
           scores: float32 [L, B, K, N] of the candidates, weighed; -inf where there is none.
-          prefix_lengths: int32 [B], keys before the window.
+          prefix_lengths: int32 [L, B, K], keys before the window; different ones where a cache was evicted before.
           budget: mean slots per layer and KV head, the window included.
           window: the last tokens, kept besides.
           layers: int32 [L], which layers the scores are of.
@@ -70,40 +70,45 @@ class Uniform(Allocation):
     uniform: ClassVar[bool] = True
 
     def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
-        shares = jnp.minimum(budget - window, prefix_lengths)
-        return jnp.broadcast_to(shares[None, :, None], scores.shape[:3]).astype(jnp.int32)
+        return jnp.minimum(budget - window, prefix_lengths).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pyramid(Allocation):
     """Budgets that fall linearly from the first layer to the last (PyramidKV, arXiv 2406.02069).
 
-    With `C - w` the mean, the least is `(C - w) / 20` and the most `2 (C - w)` less the least, both clipped by the
-    keys there are; layer `l` keeps `most - l * floor((most - least) / (L - 1))`. A prompt of fewer than `2 (C - w)`
-    tokens keeps `C - w` in every layer, as in the authors' code.
+    With `C - w` the mean and `P` the keys of a row's longest head, the most is `2 (C - w) - (C - w) // 20`, at most
+    `P`, and the least `2 (C - w)` less the most; layer `l` keeps `most - floor(l (most - least) / (L - 1))`, and no
+    more than it has. The authors floor the step, `l floor((most - least) / (L - 1))`: the same in the first two layers,
+    but up to `(L - 1) / 2` more in the mean, where here it is above `C - w` by less than one half. With
+    `even_if_short`, as in PyramidKV's code but not in ReST-KV's, rows of fewer than `2 (C - w)` tokens keep `C - w` in
+    every layer.
     """
+
+    even_if_short: bool = False
 
     def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
         mean = budget - window
-        least = jnp.minimum(mean // PYRAMID_BETA, prefix_lengths)
-        most = jnp.minimum(2 * mean - mean // PYRAMID_BETA, prefix_lengths)
-        falling = most - layers[:, None] * ((most - least) // max(num_layers - 1, 1))
-        too_short = (prefix_lengths + window < 2 * mean) | (prefix_lengths <= mean) | (num_layers == 1)
-        shares = jnp.where(too_short, jnp.minimum(mean, prefix_lengths), falling)
-        return jnp.broadcast_to(shares[..., None], scores.shape[:3]).astype(jnp.int32)
+        longest = prefix_lengths.max((0, 2), keepdims=True)
+        most = jnp.minimum(2 * mean - mean // PYRAMID_BETA, longest)
+        fall = layers[:, None, None] * (2 * most - 2 * mean) // max(num_layers - 1, 1)
+        is_even = num_layers == 1 or (self.even_if_short & (longest + window < 2 * mean))
+        return jnp.minimum(jnp.where(is_even, mean, most - fall), prefix_lengths).astype(jnp.int32)
 
     def most(self, budget, window, num_layers, num_kv_heads):
-        mean = budget - window
-        rounding = num_layers * max(num_layers - 2, 0) // 2
-        return num_kv_heads * (num_layers * mean + rounding)
+        rounding = max(num_layers - 2, 0) // 2
+        return num_kv_heads * (num_layers * (budget - window) + rounding)
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveHeads(Allocation):
     """Budgets that differ by head within a layer: one top-k over the layer's heads (AdaKV, arXiv 2407.11550).
 
-    A head that has `n` of the layer's best `K (C - w)` keys keeps `round((1 - floor) n + int(floor (C - w)))`. With
-    `normalize`, as in the authors' code, a head's scores count by the share of their sum that its best `C - w` hold.
+    A head that has `n` of the layer's best `K (C - w)` keys keeps `round((1 - floor) n + int(floor (C - w)))`. In the
+    authors' code that is all, and some pairs of the budget are lost to rounding: so it is for one of several layers
+    alone. Where all layers are given, the best of the other keys take these places, so that a layer keeps `K (C - w)`.
+    With `normalize`, as in the authors' code but not in kvpress's, a head's scores count by the share of their sum that
+    its best `C - w` hold.
     """
 
     floor: float = 0.2
@@ -126,14 +131,12 @@ class AdaptiveHeads(Allocation):
         return _over_sum(scores * best, scores, present, axis=-1)
 
     def counts(self, scores, prefix_lengths, budget, window, layers, num_layers):
-        mean, num_kv_heads = budget - window, scores.shape[2]
-        among_best = counts_among_best(scores, num_kv_heads * mean, num_axes=2)
+        mean, quota = budget - window, scores.shape[2] * (budget - window)
+        among_best = counts_among_best(scores, quota, num_axes=2)
         mixed = jnp.round((1 - self.floor) * among_best + int(self.floor * mean)).astype(jnp.int32)
-        return jnp.minimum(mixed, prefix_lengths[None, :, None])
-
-    def most(self, budget, window, num_layers, num_kv_heads):
-        rounding = num_kv_heads if self.floor else 0
-        return num_layers * (num_kv_heads * (budget - window) + rounding)
+        is_whole = (prefix_lengths <= mean).all((0, 2), keepdims=True)
+        counts = jnp.where(is_whole, prefix_lengths, jnp.minimum(mixed, prefix_lengths))
+        return _filled(scores, counts, quota) if scores.shape[0] == num_layers else counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +157,22 @@ class ModelWide(Allocation):
         num_kv_heads = scores.shape[2]
         quota = scores.shape[0] * num_kv_heads * (budget - window)
         return jnp.moveaxis(counts_among_best(jnp.moveaxis(scores, 1, 0), quota, num_axes=3), 0, 1)
+
+
+def _filled(scores: Array, counts: Array, quota: int) -> Array:
+    """Counts [..., K] whose sum over the heads is `quota`, as far as there are keys, and as near as can be to others.
+
+    The best keys beyond the counts given are added; where these are too many, the ones of the last ranks go.
+    """
+    rank = ranks(scores)
+    sure = (rank < counts[..., None]) & (scores > -jnp.inf)
+    return counts_among_best(jnp.where(sure, jnp.finfo(jnp.float32).max / (1 + rank), scores), quota, num_axes=2)
+
+
+def ranks(scores: Array) -> Array:
+    """The place of every score in its head's order, from the best, 0, on: [..., N] to int32 [..., N]."""
+    best_first = jnp.argsort(-scores, axis=-1, stable=True)
+    return jnp.argsort(best_first, axis=-1)
 
 
 def _over_sum(numerator: Array, scores: Array, present: Array, axis) -> Array:

@@ -118,8 +118,8 @@ def evict(
     indices = places_to_keep(scores, pairs.positions, window, slots)
     if not policy.allocation.uniform:
         compared = weighed_scores(policy, scores, pairs.positions, indices)[None]
-        prefix_lengths = (pairs.positions[:, 0, : scores.shape[-1]] >= 0).sum(-1)
-        keep = keep_shares(policy, compared, prefix_lengths, jnp.asarray(view.index)[None], num_layers)[0]
+        prefix_lengths = jnp.broadcast_to((pairs.positions[..., : scores.shape[-1]] >= 0).sum(-1), scores.shape[:2])
+        keep = keep_shares(policy, compared, prefix_lengths[None], jnp.asarray(view.index)[None], num_layers)[0]
         indices = jnp.sort(jnp.where(keep, indices, length), axis=-1)
     kept = gather_pairs(pairs, indices)
     if policy.refit is not None:

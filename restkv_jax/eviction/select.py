@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax.eviction.allocation import ranks
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.kernels.top import places, top_mask
@@ -108,7 +109,7 @@ def keep_shares(policy: EvictionPolicy, scores: Array, prefix_lengths: Array, la
     Args:
       policy: its allocation, budget and window count.
       scores: float32 [L, B, K, N], inf in the window and -inf where a place is empty.
-      prefix_lengths: int32 [B], keys before the window of each prompt.
+      prefix_lengths: int32 [L, B, K], keys before the window.
       layers: int32 [L], which layers these are.
       num_layers: of the model.
 
@@ -119,6 +120,4 @@ def keep_shares(policy: EvictionPolicy, scores: Array, prefix_lengths: Array, la
     candidates = jnp.where(in_window, -jnp.inf, scores)
     shares = policy.slots_given, policy.window, layers, num_layers
     counts = policy.allocation.counts(candidates, prefix_lengths, *shares)
-    best_first = jnp.argsort(-candidates, axis=-1, stable=True)
-    rank = jnp.argsort(best_first, axis=-1)
-    return in_window | ((rank < counts[..., None]) & (candidates > -jnp.inf))
+    return in_window | ((ranks(candidates) < counts[..., None]) & (candidates > -jnp.inf))

@@ -23,4 +23,4 @@ def pyramidkv(
       kernel_size: width of that smoothing, in tokens; odd.
       group_reduce: how the query heads of a KV head agree on one score.
     """
-    return snapkv(budget, window, pooling, kernel_size, group_reduce).replace(allocation=Pyramid())
+    return snapkv(budget, window, pooling, kernel_size, group_reduce).replace(allocation=Pyramid(even_if_short=True))
