@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
-from restkv_jax.kernels.pairs import Queries, visible
+from restkv_jax.kernels.pairs import Pairs, Queries, visible
 from restkv_jax.kernels.partition import Parts, divide, each_part, undivide
 from restkv_jax.kernels.softmax import Softmax, empty_softmax, join_by_owner, read_keys
 
@@ -36,6 +36,21 @@ class Pages(NamedTuple):
     positions: Array
     table: Array
     lengths: Array
+
+
+def pairs_of_pages(pages: Pages) -> Pairs:
+    """All pairs, taken out of their pages: [B, K, J * page_size, D], at position -1 where empty."""
+
+    def one_part(keys: Array, values: Array, positions: Array, table: Array) -> tuple[Array, ...]:
+        def take(pool: Array, empty: int) -> Array:
+            taken = pool.at[table].get(mode="fill", fill_value=empty)
+            return taken.reshape(*table.shape[:2], -1, *pool.shape[2:])
+
+        return take(keys, 0), take(values, 0), take(positions, -1)
+
+    parts = Parts(*pages.keys.shape[:2])
+    taken = each_part(one_part, pages.keys, pages.values, pages.positions, divide(pages.table, parts))
+    return Pairs(*(undivide(x) for x in taken))
 
 
 def _attend_pages(queries: Queries, pages: Pages, *, is_windowed: bool) -> Array:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -69,3 +70,27 @@ def take_columns(x: Array, start: Array | int, size: int, axis: int) -> Array:
 def take_pairs(pairs: Pairs, start: Array | int, size: int) -> Pairs:
     """`size` pairs from `start` on."""
     return Pairs(*(take_columns(x, start, size, axis=2) for x in pairs))
+
+
+def concatenate(first: Pairs, second: Pairs) -> Pairs:
+    """Pairs [B, K, N, D] and [B, K, T, D] one after the other, at positions int32 [B, K, N + T]."""
+    positions = [jnp.broadcast_to(x.positions, x.keys.shape[:3]) for x in (first, second)]
+    sets = zip((first.keys, first.values, positions[0]), (second.keys, second.values, positions[1]), strict=True)
+    return Pairs(*(jnp.concatenate(both, axis=2) for both in sets))
+
+
+def ascending(positions: Array) -> Array:
+    """The places of positions int32 [B, K, N] in their order, empty ones, -1, first."""
+    return jnp.argsort(positions, axis=-1)
+
+
+def take_places(x: Array, places: Array) -> Array:
+    """Entries [B, K, C, ...] of [B, K, N, ...] at places int32 [B, K, C]."""
+    return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 3)), axis=2)
+
+
+def join_pairs(held: Pairs, new: Pairs) -> Pairs:
+    """Held pairs and new ones, ordered as those of a prompt that is padded on the left."""
+    together = concatenate(held, new)
+    places = ascending(together.positions)
+    return Pairs(*(take_places(x, places) for x in together))

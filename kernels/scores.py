@@ -139,13 +139,21 @@ def removal_error(
 
 
 def _column_sums(queries: Queries, pairs: Pairs, weights: Array) -> Array:
-    """`sum_t weights[t] A[t, n]`: attention received by every key, `weights` float32 [w]; float32 [B, K, G, T]."""
-    peaks = find_peaks(queries, pairs)
+    """`sum_t weights[t] A[t, n]`: attention received by every key; float32 [B, K, G, T].
+
+    `weights` float32 [B, w], or [w] for all rows.
+    """
+    peaks, weights = find_peaks(queries, pairs), _of_rows(weights, queries)
 
     def tile_sums(tile: Pairs, _) -> Array:
-        return einsum("w,bkgwn->bkgn", weights, probabilities(queries, tile, peaks))
+        return einsum("bw,bkgwn->bkgn", weights, probabilities(queries, tile, peaks))
 
     return _map_tiles(tile_sums, queries, pairs)
+
+
+def _of_rows(weights: Array, queries: Queries) -> Array:
+    """Weights of the queries for every row, [B, w]."""
+    return jnp.broadcast_to(weights, queries.positions.shape)
 
 
 def _column_row_norms(queries: Queries, pairs: Pairs, gram: Array) -> Array:
@@ -173,12 +181,13 @@ def _removal_errors(queries: Queries, pairs: Pairs, gram: Array) -> Array:
 def _averaged_removal_error(queries: Queries, pairs: Pairs, gram: Array, weights: Array) -> Array:
     """`sum_t weights[t] I[t, n]` with `I` the `removal_error` of query `t` and key `n` (ReST-KV's formula).
 
-    `gram` float32 [K, G, D, D], `weights` float32 [w]; float32 [B, K, G, T].
+    `gram` float32 [K, G, D, D], `weights` float32 [B, w] or [w]; float32 [B, K, G, T].
     """
+    by_query = _of_rows(weights, queries).T[:, :, None, None, None]
 
     def tile_errors(tile: Pairs, row_errors: Callable) -> Array:
         def add_row(total, row):
-            return total + weights[row] * row_errors(row), None
+            return total + by_query[row] * row_errors(row), None
 
         empty = jnp.zeros((*queries.vectors.shape[:3], tile.keys.shape[2]), jnp.float32)
         return jax.lax.scan(add_row, empty, jnp.arange(queries.vectors.shape[3]))[0]
@@ -211,8 +220,8 @@ def _averaged_attention_removal_error(queries: Queries, pairs: Pairs, gram: Arra
     """`removal_error` of the attention averaged over the queries, on the keys before the window.
 
     `A'[n] = sum_t weights[t] A[t, n]` on the `T - w` keys before the queries' own, `o' = sum_n A'[n] v[n]` over
-    the same keys (the ReST-KV authors' `metric_mode="after"`). `gram` float32 [K, G, D, D], `weights` float32 [w];
-    float32 [B, K, G, T - w].
+    the same keys (the ReST-KV authors' `metric_mode="after"`). `gram` float32 [K, G, D, D], `weights` float32
+    [B, w] or [w], of sum 1; float32 [B, K, G, T - w].
     """
     num_prefix = pairs.keys.shape[2] - queries.vectors.shape[3]
     received = _column_sums(queries, pairs, weights)

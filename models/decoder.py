@@ -241,6 +241,7 @@ def logits(model: Decoder, params: Any, hidden: Array) -> Array:
     return found
 
 
-def positions_of(mask: Array) -> Array:
-    """Prompt positions of a left-padded bool mask [B, T]: int32, -1 on padding."""
-    return jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1).astype(jnp.int32)
+def positions_of(mask: Array, before: Array | None = None) -> Array:
+    """Positions of a left-padded bool mask [B, T] behind `before` int32 [B] earlier tokens: int32, -1 on padding."""
+    ranks = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    return jnp.where(mask, ranks if before is None else ranks + before[:, None], -1)

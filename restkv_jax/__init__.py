@@ -1,9 +1,10 @@
 """Long prompts on a small KV cache: ReST-KV and its relatives for Llama-family models in JAX."""
 
 from restkv_jax import pod
-from restkv_jax.caches.base import cache_bytes, kept_positions
+from restkv_jax.caches.base import cache_bytes, kept_positions, repeat_rows
 from restkv_jax.caches.dense import KVCache
 from restkv_jax.caches.paged import PagedCache
+from restkv_jax.caches.stored import load_cache, save_cache
 from restkv_jax.eviction.allocation import AdaptiveHeads, ModelWide, Pyramid, Uniform
 from restkv_jax.eviction.layer import Eviction, evict_layer
 from restkv_jax.eviction.methods.registry import (
@@ -23,7 +24,7 @@ from restkv_jax.eviction.methods.registry import (
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import LeastSquares
 from restkv_jax.generation.generating import Generation, decode_step, generate, generate_each, stream
-from restkv_jax.generation.reading import bucket_length, prefill, prefill_each
+from restkv_jax.generation.reading import bucket_length, extend, prefill, prefill_each
 from restkv_jax.models import build_model, init_params, load_model, read, save_model
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "cache_bytes",
     "decode_step",
     "evict_layer",
+    "extend",
     "full",
     "generate",
     "generate_each",
@@ -52,6 +54,7 @@ __all__ = [
     "kept_positions",
     "knorm",
     "laprox",
+    "load_cache",
     "load_model",
     "pod",
     "prefill",
@@ -59,7 +62,9 @@ __all__ = [
     "pyramidkv",
     "random",
     "read",
+    "repeat_rows",
     "restkv",
+    "save_cache",
     "save_model",
     "snapkv",
     "stream",

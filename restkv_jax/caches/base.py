@@ -10,8 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.kernels.pairs import Pairs, join_pairs
+from restkv_jax.models.arguments import check_integer
 from restkv_jax.models.decoder import Decoder, LayerView
-from restkv_jax.models.memory import Memory
+from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.memory import Memory, PairMemory
 
 C = TypeVar("C", bound="Cache")
 
@@ -23,7 +26,7 @@ class Cache(flax.struct.PyTreeNode):
     """The state of generation, a pytree with all that decoding needs. Nothing mutates: functions return the next one.
 
     Attributes:
-      prompt_lengths: int32 [B], tokens of each prompt.
+      prompt_lengths: int32 [B], tokens of each sequence when it was last read from, the rest was generated.
       next_positions: int32 [B], position of the next token.
     """
 
@@ -35,36 +38,85 @@ class Cache(flax.struct.PyTreeNode):
         """Slots per layer, row and KV head, on average and rounded up."""
         raise NotImplementedError
 
-    def memory(self, layer: Array) -> Memory:
-        """What the queries of a layer, int32 scalar, attend to once `append` has put their own pair there."""
+    @property
+    def num_places(self) -> int:
+        """Most pairs that a layer, row and KV head can hold."""
+        return self.num_slots
+
+    @property
+    def dtype(self) -> Any:
+        """Of keys and values."""
         raise NotImplementedError
 
-    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> Self:
-        """Puts one new pair per row and KV head into a layer, in place under jit.
+    @property
+    def own_sharing(self) -> Sharing | None:
+        """How the layers share keys; None where each has its own."""
+        return None
+
+    def memory(self, layer: Array) -> Memory:
+        """What the queries of a layer, int32 scalar, attend to once `append` has put their own pairs there."""
+        raise NotImplementedError
+
+    def append(self, layer: Array, new: Pairs) -> Self:
+        """Puts new pairs into a layer, in place under jit.
 
         Args:
           layer: int32 scalar.
-          keys: [B, K, D].
-          values: [B, K, D].
-          active: bool [B]; rows that are not, or that have no room, stay as they are.
+          new: [B, K, T, D], at positions int32 [B, 1, T] that go on from `next_positions`, -1 on padding; what has no
+            room is dropped. Caches that overwrite or displace pairs take one at a time, `T = 1`.
         """
         raise NotImplementedError
 
-    def observe(self, view: LayerView, memory: Any, active: Array) -> Self:
-        """Takes note of what a new token's queries, in rows that are `active`, bool [B], saw in a layer: of nothing."""
+    def observe(self, view: LayerView, memory: Any) -> Self:
+        """Takes note of what new tokens' queries, those not at position -1, saw in a layer: of nothing."""
         return self
 
-    def is_full(self) -> Array:
-        """bool scalar: some layer, row and KV head has no place for another pair."""
+    def room(self) -> Array:
+        """int32 scalar: how many more pairs every layer, row and KV head can take."""
         raise NotImplementedError
+
+    def with_room(self, count: int) -> Self:
+        """The same with room for `count` more pairs in every layer, row and KV head."""
+        raise NotImplementedError(f"{type(self).__name__} does not grow")
+
+    @property
+    def extending_policy(self) -> EvictionPolicy | None:
+        """What is kept of further tokens where nobody says; None: they are all appended."""
+        return None
+
+    def held(self, layer: Array) -> Pairs:
+        """All pairs of a layer, [B, K, num_places, D], at positions int32 [B, K, num_places], -1 where empty."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be read further into")
+
+    def start_reading(self, num_new: int) -> Any:
+        """What `memory_beside` carries through the layers while `num_new` tokens, padding included, are read."""
+        return None
+
+    def memory_beside(self, layer: Array, new: Pairs, carry: Any) -> tuple[Memory, Any]:
+        """What new tokens attend to in a layer: what is held and, causally, each other; and what is carried on.
+
+        The pairs of the memory are ordered as those of a prompt that is padded on the left: empty places first.
+        """
+        return PairMemory(join_pairs(self.held(layer), new)), carry
 
     def slot_positions(self) -> Array:
         """int32 [L, B, K, N], position of every slot, -1 where empty."""
         raise NotImplementedError
 
+    def most_held(self) -> Array:
+        """int32 scalar: the most pairs that any layer, row and KV head holds."""
+        return (self.slot_positions() >= 0).sum(-1).max()
+
     def row_axes(self) -> Self | None:
         """The axis of the rows in every array, `WHOLE` where it has none; None if rows cannot be taken apart."""
         return None
+
+    def repeat_rows(self, count: int) -> Self:
+        """Every row `count` times, one copy after the other."""
+        axes = self.row_axes()
+        if axes is None:
+            raise NotImplementedError(f"the rows of a {type(self).__name__} cannot be repeated")
+        return jax.tree.map(lambda axis, x: x if axis == WHOLE else jnp.repeat(x, count, axis), axes, self)
 
     def check_model(self, model: Decoder) -> None:
         """Refuses a model that the cache cannot be of, by a `ValueError` that says what differs."""
@@ -81,29 +133,48 @@ class Cache(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Keeper:
-    """Builds a cache while prompts of `length` tokens, padding included, are read; static under jit."""
+    """Builds a cache while tokens are read; static under jit.
+
+    Attributes:
+      model: whose layers are read.
+      policy: what to keep.
+      length: pairs that every layer shows, those held before and the new ones, empty places and padding included.
+      total: bound on the pairs of a sequence once all is read, which sizes follow; at least `length` unless the cache
+        that is read onto has empty places.
+      max_new_tokens: slots to reserve.
+    """
 
     model: Decoder
     policy: EvictionPolicy
     length: int
+    total: int
     max_new_tokens: int
 
     @staticmethod
     def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:
-        """Whether this keeper is for a model and a policy at prompts of `length` tokens."""
+        """Whether this keeper is for a model and a policy at sequences of `length` tokens."""
         raise NotImplementedError
 
     @property
     def num_queries(self) -> int:
-        """How many of each layer's last queries are shown to it."""
+        """How many of each layer's last queries it asks for; it is shown as many as there are new tokens."""
         return self.policy.num_queries(self.length)
 
-    def start(self, prompt_lengths: Array, dtype: Any) -> Any:
-        """What is carried through the layers, before the first; `prompt_lengths` int32 [B]."""
+    def start(self, past: Cache | None, lengths: Array, dtype: Any) -> Any:
+        """What is carried through the layers, before the first.
+
+        Args:
+          past: the cache that is read onto.
+          lengths: int32 [B], tokens of each sequence, those read before included.
+          dtype: of keys and values.
+        """
         raise NotImplementedError
 
     def add(self, state: Any, view: LayerView, memory: Any, scored: dict) -> Any:
-        """Enters a layer: what its queries attended to, and raw scores that policies of one scorer share."""
+        """Enters a layer: what its queries attended to, and raw scores that policies of one scorer share.
+
+        The memory's pairs are ordered by their positions, int32 [B, 1 or K, length], empty places first.
+        """
         raise NotImplementedError
 
     def finish(self, state: Any) -> Cache:
@@ -115,7 +186,8 @@ def kept_positions(cache: Cache) -> Array:
     """Prompt positions still held in every layer and KV head.
 
     Args:
-      cache: as `prefill`, `decode_step` or `generate` return it.
+      cache: as `prefill`, `extend`, `decode_step` or `generate` return it; all that was there when it was last extended
+        counts as the prompt.
 
     Returns:
       int32 [L, B, K, N], ascending, then -1 where a slot is empty or holds a generated token.
@@ -148,6 +220,23 @@ def join_rows(caches: Sequence[C]) -> C:
         return arrays[0] if axis == WHOLE else jnp.concatenate(arrays, axis)
 
     return jax.tree.map(join, caches[0].row_axes(), *caches)
+
+
+def repeat_rows(cache: C, count: int) -> C:
+    """Copies every row of a cache, to ask several questions about what it holds as one batch.
+
+    Args:
+      cache: of `B` rows.
+      count: how many of each row there will be.
+
+    Returns:
+      a cache of `B * count` rows, in the order of `jnp.repeat`; the one given stays as it is.
+
+    Raises:
+      TypeError, ValueError: a count that is not an integer from 1 on.
+    """
+    check_integer("count", count, 1, "copies of every row")
+    return cache.repeat_rows(count)
 
 
 def split_rows(cache: C, count: int) -> list[C]:

@@ -8,12 +8,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.caches.base import Keeper
+from restkv_jax.caches.base import Cache, Keeper
 from restkv_jax.caches.dense import put_layer
 from restkv_jax.caches.paged import PagedCache, fill_pages, pool_shape
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import window_outputs
-from restkv_jax.eviction.select import keep_shares, places_to_keep, prefix_scores, score_once, weighed_scores
+from restkv_jax.eviction.select import (
+    keep_shares,
+    places_to_keep,
+    prefix_lengths,
+    prefix_scores,
+    score_once,
+    weighed_scores,
+)
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.kernels.partition import divide, each_part, on_mesh, parts_of_mesh, undivide
@@ -30,17 +37,21 @@ class Candidates(flax.struct.PyTreeNode):
       values: [L, B, K, N, D].
       positions: int32 [L, B, K, N], ascending, then -1 where empty.
       scores: float32 [L, B, K, N]; inf in the window, -inf where empty.
+      prefix_lengths: int32 [L, B, K], pairs before the window that there were to choose from.
       prompt_lengths: int32 [B].
       queries: [L, B, K, G, w, D], the window's, where the values are refitted, else None.
-      outputs: float32 [L, B, K, G, w, D], what these queries got from the whole prompt, else None.
+      query_positions: int32 [B, w], -1 where the window reaches beyond the tokens read, else None.
+      outputs: float32 [L, B, K, G, w, D], what these queries got from all pairs, else None.
     """
 
     keys: Array
     values: Array
     positions: Array
     scores: Array
+    prefix_lengths: Array
     prompt_lengths: Array
     queries: Array | None = None
+    query_positions: Array | None = None
     outputs: Array | None = None
 
 
@@ -55,9 +66,9 @@ class PagedKeeper(Keeper):
     def window(self) -> int:
         return self.policy.window_of(self.length)
 
-    def start(self, prompt_lengths: Array, dtype: Any) -> Candidates:
-        config, batch = self.model.config, prompt_lengths.shape[0]
-        places = self.policy.num_candidates(self.length) + self.window
+    def start(self, past: Cache | None, lengths: Array, dtype: Any) -> Candidates:
+        config, batch = self.model.config, lengths.shape[0]
+        places = self.policy.num_candidates(self.total) + self.window
         heads = config.num_hidden_layers, batch, config.num_key_value_heads
         shown = config.num_attention_heads // config.num_key_value_heads, self.window, config.head_dim
         is_refitted = self.policy.refit is not None
@@ -70,8 +81,10 @@ class PagedKeeper(Keeper):
             values=full(0, places, config.head_dim, dtype=dtype),
             positions=full(-1, places, dtype=jnp.int32),
             scores=full(-jnp.inf, places, dtype=jnp.float32),
-            prompt_lengths=prompt_lengths,
+            prefix_lengths=full(0, dtype=jnp.int32),
+            prompt_lengths=lengths,
             queries=full(0, *shown, dtype=dtype) if is_refitted else None,
+            query_positions=jnp.full((batch, self.window), -1, jnp.int32) if is_refitted else None,
             outputs=full(0, *shown, dtype=jnp.float32) if is_refitted else None,
         )
 
@@ -82,9 +95,11 @@ class PagedKeeper(Keeper):
         best = gather_pairs(pairs, indices)
         entries = {"keys": best.keys, "values": best.values, "positions": best.positions}
         entries["scores"] = weighed_scores(policy, scores, pairs.positions, indices)
+        entries["prefix_lengths"] = jnp.broadcast_to(prefix_lengths(scores), scores.shape[:2])
         if policy.refit is not None:
             queries = view.queries.last(self.window)
             entries |= {"queries": queries.vectors, "outputs": window_outputs(queries, pairs)}
+            candidates = candidates.replace(query_positions=queries.positions)
         return candidates.replace(
             **{name: put_layer(getattr(candidates, name), view.index, part) for name, part in entries.items()}
         )
@@ -93,9 +108,7 @@ class PagedKeeper(Keeper):
         """Shares the budget among layers and KV heads and packs what they keep into pages."""
         c, policy, config = candidates, self.policy, self.model.config
         layers, batch, num_kv_heads, places, _ = c.keys.shape
-        prefix_lengths = jnp.maximum(c.prompt_lengths - self.window, 0)[None, :, None]
-        prefix_lengths = jnp.broadcast_to(prefix_lengths, c.keys.shape[:3])
-        keep = keep_shares(policy, c.scores, prefix_lengths, jnp.arange(layers), layers)
+        keep = keep_shares(policy, c.scores, c.prefix_lengths, jnp.arange(layers), layers)
         values = c.values if policy.refit is None else self._refitted(c, keep)
 
         parts = parts_of_mesh(batch, num_kv_heads)
@@ -117,15 +130,14 @@ class PagedKeeper(Keeper):
 
     def _refitted(self, candidates: Candidates, keep: Array) -> Array:
         """The values of all layers, corrected for the loss of those that are not kept."""
-        query_positions = candidates.prompt_lengths[:, None] + jnp.arange(-self.window, 0)
-        query_positions = jnp.where(query_positions >= 0, query_positions, -1)
-
         refit = self.policy.refit
         assert refit is not None
 
         def one_layer(layer: tuple) -> Array:
             vectors, outputs, keys, values, positions, sliding_window = layer
-            queries = Queries(vectors, query_positions, sliding_window, self.model.config.attn_logit_softcapping)
+            queries = Queries(
+                vectors, candidates.query_positions, sliding_window, self.model.config.attn_logit_softcapping
+            )
             return refit(queries, outputs, Pairs(keys, values, positions))
 
         c, windows = candidates, jnp.asarray(self.model.config.sliding_windows, jnp.int32)

@@ -37,19 +37,27 @@ class KVCache(Cache):
         """`N`."""
         return self.keys.shape[3]
 
-    def memory(self, layer: Array) -> PairMemory:
-        return PairMemory(Pairs(self.keys[layer], self.values[layer], self.positions[layer]))
+    @property
+    def dtype(self) -> Any:
+        return self.keys.dtype
 
-    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> Self:
-        used = self.lengths[layer]
-        slots = jnp.where(active[:, None], self.next_slots(layer), self.num_slots)
-        lengths = jnp.where(active[:, None], jnp.minimum(used + 1, self.num_slots), used)
+    def held(self, layer: Array) -> Pairs:
+        return Pairs(self.keys[layer], self.values[layer], self.positions[layer])
+
+    def memory(self, layer: Array) -> PairMemory:
+        return PairMemory(self.held(layer))
+
+    def append(self, layer: Array, new: Pairs) -> Self:
+        is_new = jnp.broadcast_to(new.positions >= 0, new.keys.shape[:3])
+        rank = jnp.cumsum(is_new, axis=-1, dtype=jnp.int32) - 1
+        num_new = is_new.shape[-1]
+        dropped = self.num_slots + num_new + jnp.arange(num_new)  # one place each: a scatter wants them unique
+        slots = jnp.where(is_new, self.next_slots(layer)[..., None] + rank, dropped)
+        lengths = jnp.minimum(self.lengths[layer] + is_new.sum(-1, dtype=jnp.int32), self.num_slots)
         return self.replace(
-            keys=put_pair(self.keys, layer, slots, keys),
-            values=put_pair(self.values, layer, slots, values),
-            positions=put_pair(
-                self.positions, layer, slots, jnp.broadcast_to(self.next_positions[:, None], used.shape)
-            ),
+            keys=put_pairs(self.keys, layer, slots, new.keys),
+            values=put_pairs(self.values, layer, slots, new.values),
+            positions=put_pairs(self.positions, layer, slots, jnp.broadcast_to(new.positions, is_new.shape)),
             lengths=jax.lax.dynamic_update_index_in_dim(self.lengths, lengths, layer, 0),
         )
 
@@ -57,8 +65,15 @@ class KVCache(Cache):
         """Where the next pair of each row and KV head goes, int32 [B, K]; `N` where there is no room."""
         return self.lengths[layer]
 
-    def is_full(self) -> Array:
-        return (self.lengths >= self.num_slots).any()
+    def room(self) -> Array:
+        return self.num_slots - self.lengths.max()
+
+    def with_room(self, count: int) -> Self:
+        def wider(x: Array, empty: int) -> Array:
+            return jnp.pad(x, [(0, count if axis == 3 else 0) for axis in range(x.ndim)], constant_values=empty)
+
+        positions = wider(self.positions, -1)
+        return self.replace(keys=wider(self.keys, 0), values=wider(self.values, 0), positions=positions)
 
     def slot_positions(self) -> Array:
         return self.positions
@@ -72,11 +87,11 @@ class KVCache(Cache):
         check_unshared(model)
 
 
-def put_pair(array: Array, layer: Array, slots: Array, new: Array) -> Array:
-    """Writes [B, K, ...] into slots int32 [B, K] of one layer of [L, B, K, N, ...]; those beyond `N` are dropped."""
+def put_pairs(array: Array, layer: Array, slots: Array, new: Array) -> Array:
+    """Writes [B, K, T, ...] into unique slots int32 [B, K, T] of one layer of [L, B, K, N, ...]; others drop."""
     # Rows and KV heads as batches of the scatter: as indices they would be gathered from all devices.
     numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=tuple(range(2, new.ndim)),
+        update_window_dims=tuple(range(3, new.ndim)),
         inserted_window_dims=(0, 3),
         scatter_dims_to_operand_dims=(0, 3),
         operand_batching_dims=(1, 2),
@@ -92,16 +107,16 @@ def put_layer(array: Array, layer: Array | int, part: Array) -> Array:
     return jax.lax.dynamic_update_slice(array, part[None].astype(array.dtype), (layer, *[0] * part.ndim))
 
 
-def empty_cache(config: ModelConfig, prompt_lengths: Array, num_slots: int, dtype: Any) -> KVCache:
-    """A cache of empty slots for prompts of the given lengths, int32 [B]."""
-    shape = (config.num_hidden_layers, prompt_lengths.shape[0], config.num_key_value_heads, num_slots)
+def empty_cache(config: ModelConfig, lengths: Array, num_slots: int, dtype: Any) -> KVCache:
+    """A cache of empty slots for sequences of the given lengths, int32 [B]."""
+    shape = (config.num_hidden_layers, lengths.shape[0], config.num_key_value_heads, num_slots)
     return KVCache(
         keys=on_mesh(jnp.zeros((*shape, config.head_dim), dtype), rows=1, heads=2),
         values=on_mesh(jnp.zeros((*shape, config.head_dim), dtype), rows=1, heads=2),
         positions=on_mesh(jnp.full(shape, -1, jnp.int32), rows=1, heads=2),
         lengths=on_mesh(jnp.zeros(shape[:3], jnp.int32), rows=1, heads=2),
-        prompt_lengths=prompt_lengths,
-        next_positions=prompt_lengths,
+        prompt_lengths=lengths,
+        next_positions=lengths,
     )
 
 
@@ -115,16 +130,16 @@ class DenseKeeper(Keeper):
     @property
     def evicting(self) -> EvictionPolicy:
         """The policy, without its scoring where prompts fit."""
-        is_needed = self.policy.slots(self.length) < self.length
+        is_needed = self.policy.slots(self.total) < self.total
         return self.policy if is_needed else EvictionPolicy(window=self.policy.window)
 
     @property
     def num_queries(self) -> int:
         return self.evicting.num_queries(self.length)
 
-    def start(self, prompt_lengths: Array, dtype: Any) -> KVCache:
-        num_slots = self.policy.slots(self.length) + self.max_new_tokens
-        return empty_cache(self.model.config, prompt_lengths, num_slots, dtype)
+    def start(self, past: Cache | None, lengths: Array, dtype: Any) -> KVCache:
+        num_slots = self.policy.slots(self.total) + self.max_new_tokens
+        return empty_cache(self.model.config, lengths, num_slots, dtype)
 
     def add(self, cache: KVCache, view: LayerView, memory: PairMemory, scored: dict) -> KVCache:
         return self.write(cache, view, self.choose(view, memory, scored))
@@ -133,7 +148,7 @@ class DenseKeeper(Keeper):
         """The pairs of a layer that are kept, [B, K, C]."""
         policy, pairs, view = self.evicting, memory.pairs, view.last(self.num_queries)
         scores = score_once(scored, policy, view, pairs)
-        slots, num_layers = self.policy.slots(self.length), self.model.config.num_hidden_layers
+        slots, num_layers = self.policy.slots(self.total), self.model.config.num_hidden_layers
         kept = evict(policy, view, pairs, slots, num_layers, scores)
         return Pairs(kept.keys, kept.values, kept.positions)
 

@@ -1,7 +1,7 @@
 """The cache that evicts while generating: one importance per slot, updated by every new query."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import einops
 import flax.struct
@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.caches.base import WHOLE
-from restkv_jax.caches.dense import DenseKeeper, KVCache, empty_cache, put_layer, put_pair
+from restkv_jax.caches.base import WHOLE, Cache
+from restkv_jax.caches.dense import DenseKeeper, KVCache, empty_cache, put_layer, put_pairs
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.kernels.pairs import Pairs, Queries, visible
+from restkv_jax.kernels.attention import attend
+from restkv_jax.kernels.pairs import Pairs, Queries, ascending, concatenate, take_places, visible
 from restkv_jax.kernels.partition import on_mesh
 from restkv_jax.kernels.scores import removal_errors
 from restkv_jax.models.decoder import Decoder, LayerView
@@ -35,10 +36,11 @@ class EvictingCache(KVCache):
     gram: Array
     policy: EvictionPolicy = flax.struct.field(pytree_node=False)
 
-    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> Self:
-        slots = jnp.where(active[:, None], self.next_slots(layer), self.num_slots)
-        importance = put_pair(self.importance, layer, slots, jnp.full(slots.shape, UNSEEN))
-        return super().append(layer, keys, values, active).replace(importance=importance)
+    def append(self, layer: Array, new: Pairs) -> Self:
+        """Puts one new pair per row and KV head into a layer, `T = 1`."""
+        slots = jnp.where(new.positions >= 0, self.next_slots(layer)[..., None], self.num_slots)
+        importance = put_pairs(self.importance, layer, slots, jnp.full(slots.shape, UNSEEN))
+        return super().append(layer, new).replace(importance=importance)
 
     def next_slots(self, layer: Array) -> Array:
         """The first free slot, else that of least importance outside the policy's window."""
@@ -47,14 +49,25 @@ class EvictingCache(KVCache):
         candidates = jnp.where(is_recent, jnp.inf, self.importance[layer])
         return jnp.where(used < self.num_slots, used, jnp.argmin(candidates, axis=-1))
 
-    def observe(self, view: LayerView, memory: PairMemory, active: Array) -> Self:
+    def observe(self, view: LayerView, memory: PairMemory) -> Self:
         before = self.importance[view.index]
-        seen = update_importance(before, view.queries, memory.pairs, self.gram[view.index], self.policy)
-        importance = jnp.where(active[:, None, None], seen, before)
+        importance = update_importance(before, view.queries, memory.pairs, self.gram[view.index], self.policy)
         return self.replace(importance=put_layer(self.importance, view.index, importance))
 
-    def is_full(self) -> Array:
-        return jnp.zeros((), bool)
+    def room(self) -> Array:
+        return jnp.asarray(jnp.iinfo(jnp.int32).max)
+
+    @property
+    def extending_policy(self) -> EvictionPolicy:
+        return self.policy
+
+    def memory_beside(self, layer: Array, new: Pairs, carry: None) -> tuple["SeenMemory", None]:
+        together = concatenate(self.held(layer), new)
+        places = ascending(together.positions)
+        unseen = jnp.full(new.keys.shape[:3], UNSEEN, jnp.float32)
+        importance = jnp.concatenate([self.importance[layer], unseen], axis=-1)
+        pairs = Pairs(*(take_places(x, places) for x in together))
+        return SeenMemory(pairs, take_places(importance, places)), carry
 
     def check_policy(self, policy: EvictionPolicy) -> None:
         if policy != self.policy:
@@ -63,6 +76,21 @@ class EvictingCache(KVCache):
     def row_axes(self) -> "EvictingCache":
         axes = jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self)
         return axes.replace(gram=WHOLE)
+
+
+class SeenMemory(NamedTuple):
+    """Pairs [B, K, N, D] with the importance that they have so far, float32 [B, K, N]."""
+
+    pairs: Pairs
+    importance: Array
+
+    def attend(self, queries: Queries) -> tuple[Array, None]:
+        return attend(queries, self.pairs), None
+
+    def importance_at(self, positions: Array) -> Array:
+        """Of the pairs at positions int32 [B, K, C], float32 [B, K, C]."""
+        places = jnp.vectorize(jnp.searchsorted, signature="(n),(c)->(c)")(self.pairs.positions, positions)
+        return jnp.where(positions >= 0, take_places(self.importance, places), UNSEEN)
 
 
 def update_importance(importance: Array, queries: Queries, pairs: Pairs, gram: Array, policy: EvictionPolicy) -> Array:
@@ -95,10 +123,10 @@ class EvictingKeeper(DenseKeeper):
     def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:
         return policy.while_generating
 
-    def start(self, prompt_lengths: Array, dtype: Any) -> EvictingCache:
+    def start(self, past: Cache | None, lengths: Array, dtype: Any) -> EvictingCache:
         config = self.model.config
-        num_slots = self.policy.slots(self.policy.slots(self.length) + self.max_new_tokens)
-        dense = empty_cache(config, prompt_lengths, num_slots, dtype)
+        num_slots = self.policy.slots(self.policy.slots(self.total) + self.max_new_tokens)
+        dense = empty_cache(config, lengths, num_slots, dtype)
         num_kv_heads, dim = config.num_key_value_heads, config.head_dim
         gram_shape = config.num_hidden_layers, num_kv_heads, config.num_attention_heads // num_kv_heads, dim, dim
         return EvictingCache(
@@ -108,12 +136,13 @@ class EvictingKeeper(DenseKeeper):
             policy=self.policy,
         )
 
-    def add(self, cache: KVCache, view: LayerView, memory: PairMemory, scored: dict) -> KVCache:
+    def add(self, cache: KVCache, view: LayerView, memory: PairMemory | SeenMemory, scored: dict) -> KVCache:
         kept = self.choose(view, memory, scored)
         gram = self.policy.query_scorer.gram(view.output_projection)
-        unseen = jnp.full(kept.positions.shape, UNSEEN, jnp.float32)
+        is_known = isinstance(memory, SeenMemory)
+        before = memory.importance_at(kept.positions) if is_known else jnp.full(kept.positions.shape, UNSEEN)
         queries = view.queries.last(self.num_queries)
-        importance = update_importance(unseen, queries, kept, gram, self.policy)
+        importance = update_importance(before, queries, kept, gram, self.policy)
         cache = self.write(cache, view, kept)
         assert isinstance(cache, EvictingCache)
         return cache.replace(

@@ -12,7 +12,7 @@ KEEPERS: list[type[Keeper]] = [SharedKeeper, EvictingKeeper, PagedKeeper, DenseK
 """The first one that takes a model and a policy builds the cache."""
 
 
-def keeper_of(model: Decoder, policy: EvictionPolicy, length: int, max_new_tokens: int) -> Keeper:
-    """The keeper for prompts of `length` tokens, padding included, with room for `max_new_tokens` more."""
-    chosen = next(keeper for keeper in KEEPERS if keeper.takes(model, policy, length))
-    return chosen(model, policy, length, max_new_tokens)
+def keeper_of(model: Decoder, policy: EvictionPolicy, length: int, total: int, max_new_tokens: int) -> Keeper:
+    """The keeper for what `Keeper` describes."""
+    chosen = next(keeper for keeper in KEEPERS if keeper.takes(model, policy, total))
+    return chosen(model, policy, length, total, max_new_tokens)

@@ -1,14 +1,16 @@
 """A cache whose layers and KV heads hold different numbers of pairs, in pages of one pool."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple, Self
 
 import flax.struct
 import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.caches.base import Cache, check_shape, check_unshared
-from restkv_jax.kernels.paged import Pages, attend_pages
-from restkv_jax.kernels.pairs import Queries
+from restkv_jax.kernels.attention import attend
+from restkv_jax.kernels.paged import Pages, attend_pages, pairs_of_pages
+from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.kernels.partition import Parts, divide, each_part, undivide
 from restkv_jax.models.decoder import Decoder
 
@@ -20,6 +22,8 @@ class PagedMemory(NamedTuple):
     is_windowed: bool
 
     def attend(self, queries: Queries) -> tuple[Array, None]:
+        if queries.vectors.shape[3] > 1:
+            return attend(queries, pairs_of_pages(self.pages)), None
         return attend_pages(queries, self.pages, is_windowed=self.is_windowed), None
 
 
@@ -65,30 +69,77 @@ class PagedCache(Cache):
     def num_slots(self) -> int:
         return -(-self.positions.size // self.lengths.size)
 
-    def memory(self, layer: Array) -> PagedMemory:
-        pages = Pages(self.keys, self.values, self.positions, self.page_table[layer], self.lengths[layer])
-        return PagedMemory(pages, self.is_windowed)
+    @property
+    def num_places(self) -> int:
+        return self.page_table.shape[-1] * self.page_size
 
-    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> "PagedCache":
-        used = self.lengths[layer]
-        pages = jnp.where(active[:, None], self._page_of(self.page_table[layer], used), self.num_pages)
-        positions = jnp.broadcast_to(self.next_positions[:, None], used.shape)
+    @property
+    def dtype(self) -> Any:
+        return self.keys.dtype
+
+    def _pages(self, layer: Array) -> Pages:
+        return Pages(self.keys, self.values, self.positions, self.page_table[layer], self.lengths[layer])
+
+    def memory(self, layer: Array) -> PagedMemory:
+        return PagedMemory(self._pages(layer), self.is_windowed)
+
+    def held(self, layer: Array) -> Pairs:
+        return pairs_of_pages(self._pages(layer))
+
+    def append(self, layer: Array, new: Pairs) -> Self:
+        is_new = jnp.broadcast_to(new.positions >= 0, new.keys.shape[:3])
+        slots = self.lengths[layer][..., None] + jnp.cumsum(is_new, axis=-1, dtype=jnp.int32) - 1
+        pages = jnp.where(is_new, self._page_of(self.page_table[layer], slots), self.num_pages)
 
         def put(pool: Array, new: Array) -> Array:
             def one_part(pool, pages, slots, new):
                 return pool.at[pages, slots].set(new.astype(pool.dtype), mode="drop")
 
-            return each_part(one_part, pool, *(divide(x, self.parts) for x in (pages, used % self.page_size, new)))
+            return each_part(one_part, pool, *(divide(x, self.parts) for x in (pages, slots % self.page_size, new)))
 
+        entered = (pages < self.num_pages).sum(-1, dtype=jnp.int32)
         return self.replace(
-            keys=put(self.keys, keys),
-            values=put(self.values, values),
-            positions=put(self.positions, positions),
-            lengths=self.lengths.at[layer].set(used + (pages < self.num_pages)),
+            keys=put(self.keys, new.keys),
+            values=put(self.values, new.values),
+            positions=put(self.positions, jnp.broadcast_to(new.positions, is_new.shape)),
+            lengths=self.lengths.at[layer].add(entered),
         )
 
-    def is_full(self) -> Array:
-        return (self._page_of(self.page_table, self.lengths) >= self.num_pages).any()
+    def room(self) -> Array:
+        return (self._pages_held() * self.page_size - self.lengths).min()
+
+    def with_room(self, count: int) -> Self:
+        """The same with `count` slots more, rounded up to whole pages, for every layer, row and KV head."""
+        if not count:
+            return self
+        more = -(-count // self.page_size)
+        in_part = self.lengths.size // math.prod(self.parts) * more
+
+        def longer(pool: Array, empty: int) -> Array:
+            return jnp.pad(pool, [(0, in_part if axis == 2 else 0) for axis in range(pool.ndim)], constant_values=empty)
+
+        table = jnp.where(self.page_table < self.num_pages, self.page_table, self.num_pages + in_part)
+        table = jnp.pad(table, [(0, 0)] * 3 + [(0, more)], constant_values=self.num_pages + in_part)
+        steps = jnp.arange(table.shape[-1]) - self._pages_held()[..., None]
+        added = jnp.take_along_axis(self._numbered(more), jnp.clip(steps, 0, more - 1), axis=-1)
+        return self.replace(
+            keys=longer(self.keys, 0),
+            values=longer(self.values, 0),
+            positions=longer(self.positions, -1),
+            page_table=jnp.where((steps >= 0) & (steps < more), added, table),
+        )
+
+    def _numbered(self, more: int) -> Array:
+        """Numbers of pages behind those of the pool, `more` for each layer, row and KV head: int32 [L, B, K, more]."""
+        layers, batch, num_kv_heads = self.lengths.shape
+        rows, heads = self.parts
+        shape = layers, batch // rows, num_kv_heads // heads, more
+        of_part = self.num_pages + jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+        return undivide(jnp.broadcast_to(of_part, (rows, heads, *shape)), "l")
+
+    def _pages_held(self) -> Array:
+        """int32 [L, B, K]."""
+        return (self.page_table < self.num_pages).sum(-1, dtype=jnp.int32)
 
     def slot_positions(self) -> Array:
         def one_part(positions, table):
@@ -97,16 +148,31 @@ class PagedCache(Cache):
         by_page = undivide(each_part(one_part, self.positions, divide(self.page_table, self.parts, "l")), "l")
         return by_page.reshape(*self.lengths.shape, -1)
 
+    def repeat_rows(self, count: int) -> Self:
+        """Every row `count` times: copies of a page lie one after the other."""
+        copies = jnp.tile(jnp.arange(count, dtype=jnp.int32), self.lengths.shape[1])[:, None, None]
+        table = jnp.repeat(self.page_table, count, axis=1)
+        is_page = table < self.num_pages
+        return self.replace(
+            keys=jnp.repeat(self.keys, count, axis=2),
+            values=jnp.repeat(self.values, count, axis=2),
+            positions=jnp.repeat(self.positions, count, axis=2),
+            page_table=jnp.where(is_page, table * count + copies, self.num_pages * count),
+            lengths=jnp.repeat(self.lengths, count, axis=1),
+            prompt_lengths=jnp.repeat(self.prompt_lengths, count),
+            next_positions=jnp.repeat(self.next_positions, count),
+        )
+
     def check_model(self, model: Decoder) -> None:
         num_layers, _, num_kv_heads = self.lengths.shape
         check_shape(model, num_layers, num_kv_heads, self.keys.shape[-1])
         check_unshared(model)
 
     def _page_of(self, page_table: Array, slots: Array) -> Array:
-        """The page of a slot, `pages` where there is none."""
+        """The pages of slots int32 [B, K, T], `pages` where there is none."""
         wide = jnp.pad(page_table, [(0, 0)] * (page_table.ndim - 1) + [(0, 1)], constant_values=self.num_pages)
         place = jnp.minimum(slots // self.page_size, page_table.shape[-1])
-        return jnp.take_along_axis(wide, place[..., None], axis=-1)[..., 0]
+        return jnp.take_along_axis(wide, place, axis=-1)
 
 
 class PoolShape(NamedTuple):

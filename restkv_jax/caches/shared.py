@@ -1,6 +1,6 @@
 """The cache of a model that shares keys: proximal tokens per layer, distant keys once per block."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import flax.struct
 import jax
@@ -8,14 +8,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.caches.base import Cache, check_shape
-from restkv_jax.caches.dense import put_pair
+from restkv_jax.caches.dense import put_pairs
+from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.distant import read_distant
-from restkv_jax.kernels.pairs import Queries, visible
-from restkv_jax.kernels.partition import Parts, divide, each_part, on_mesh, parts_of_mesh
+from restkv_jax.kernels.pairs import Pairs, Queries, ascending, concatenate, take_places, visible
+from restkv_jax.kernels.partition import Parts, divide, each_part, on_mesh, parts_of_mesh, undivide
 from restkv_jax.kernels.softmax import read_keys
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder, LayerView
 from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.memory import SharedMemory, follow
 
 
 class Skips(flax.struct.PyTreeNode):
@@ -85,8 +87,57 @@ class SharedCache(Cache):
         left_ring = jnp.maximum(self.next_positions - proximal, 0) - jnp.maximum(self.prompt_lengths - proximal, 0)
         return self.kept + left_ring
 
-    def is_full(self) -> Array:
-        return self._is_row_full().any()
+    @property
+    def num_places(self) -> int:
+        return self.num_slots
+
+    @property
+    def dtype(self) -> Any:
+        return self.keys.dtype
+
+    @property
+    def own_sharing(self) -> Sharing:
+        return self.sharing
+
+    @property
+    def extending_policy(self) -> EvictionPolicy:
+        return EvictionPolicy()
+
+    @property
+    def num_tokens(self) -> Array:
+        """int32 [B], tokens that are held."""
+        return jnp.minimum(self.next_positions, self.keys.shape[3]) + self.distant_lengths
+
+    def room(self) -> Array:
+        in_ring = jnp.maximum(self.keys.shape[3] - self.next_positions, 0)
+        return (in_ring + self.distant_values.shape[3] - self.distant_lengths).min()
+
+    def start_reading(self, num_new: int) -> Array:
+        """The leaders' keys, [B, K, num_places + num_new, D]."""
+        *heads, _, dim = self.keys.shape[1:]
+        return jnp.zeros((*heads, self.num_places + num_new, dim), self.keys.dtype)
+
+    def memory_beside(self, layer: Array, new: Pairs, carry: Array) -> tuple[SharedMemory, Array]:
+        newest = self.next_positions - 1
+        ring = Pairs(self.keys[layer], self.values[layer], self.proximal_positions(newest)[:, None])
+        together = concatenate(concatenate(self._distant_pairs(layer), ring), new)
+        places = ascending(together.positions)
+        pairs = Pairs(*(take_places(x, places) for x in together))
+        leader_keys = follow(self._blocks(layer)[1], pairs.keys, carry)
+        return SharedMemory(pairs, leader_keys, self.sharing.sink, self.sharing.recent), leader_keys
+
+    def _distant_pairs(self, layer: Array) -> Pairs:
+        """A layer's values of distant tokens with its leaders' keys, [B, K, N, D]."""
+
+        def of_heads(store: Array, blocks: Array) -> Array:
+            rows = jnp.arange(blocks.shape[0])[:, None]
+            return store[rows, blocks]
+
+        shape = self.kept.shape[0], self.keys.shape[2]
+        blocks = divide(jnp.broadcast_to(self._blocks(layer)[0], shape), self.parts)
+        stores = self.distant_keys, self.distant_positions
+        keys, positions = (undivide(each_part(of_heads, store, blocks)) for store in stores)
+        return Pairs(keys, self.distant_values[layer], positions)
 
     def memory(self, layer: Array) -> "DecodingMemory":
         return DecodingMemory(self, layer)
@@ -103,11 +154,15 @@ class SharedCache(Cache):
         return jnp.concatenate([proximal, distant], axis=-1)
 
     def row_axes(self) -> "SharedCache | None":
-        if self.parts.rows > 1:
-            return None
+        return None if self.parts.rows > 1 else self._row_axes()
+
+    def _row_axes(self) -> "SharedCache":
         distant = {"distant_keys": 2, "distant_positions": 2}
         axes = jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self).replace(**distant)
         return axes if self.skips is None else axes.replace(skips=jax.tree.map(lambda x: 0, self.skips))
+
+    def repeat_rows(self, count: int) -> Self:
+        return jax.tree.map(lambda axis, x: jnp.repeat(x, count, axis), self._row_axes(), self)
 
     def check_model(self, model: Decoder) -> None:
         num_layers, _, num_kv_heads, _, dim = self.keys.shape
@@ -125,38 +180,39 @@ class SharedCache(Cache):
         held = (positions <= newest[:, None]) & (positions >= jnp.minimum(slots, self.sharing.sink))
         return jnp.where(held, positions, -1)
 
-    def append(self, layer: Array, keys: Array, values: Array, active: Array) -> "SharedCache":
-        """Puts one new pair per row and KV head into a layer, in place under jit; the one it displaces goes over."""
+    def append(self, layer: Array, new: Pairs) -> Self:
+        """Puts one new pair per row and KV head into a layer, `T = 1`; the one it displaces goes over."""
         num_kv_heads, num_proximal = self.keys.shape[2:4]
         num_distant = self.distant_values.shape[3]
         newest, sink = self.next_positions, self.sharing.sink
-        enters = active & ~self._is_row_full()
+        enters = (new.positions[:, 0, 0] >= 0) & ~self._is_row_full()
         leaves = enters & (newest >= num_proximal)
         slot = jnp.where(newest < sink, newest, sink + (newest - sink) % self._ring)
 
         def of_heads(x: Array) -> Array:
-            return jnp.broadcast_to(x[:, None], (x.shape[0], num_kv_heads))
+            return jnp.broadcast_to(x[:, None, None], (x.shape[0], num_kv_heads, 1))
 
         def leaving(array: Array) -> Array:
-            places = of_heads(slot)[:, :, None, None]
-            return jnp.take_along_axis(array[layer], places, axis=2)[:, :, 0]
+            return take_places(array[layer], of_heads(slot))
 
         comes_to = of_heads(jnp.where(enters, slot, num_proximal))
         goes_to = of_heads(jnp.where(leaves, self.distant_lengths, num_distant))
-        distant_keys, distant_positions = self._put_leaders(layer, goes_to, leaving(self.keys), newest - self._ring)
+        leaves_at = newest - self._ring
+        distant_keys, distant_positions = self._put_leaders(layer, goes_to, leaving(self.keys), leaves_at)
         return self.replace(
-            keys=put_pair(self.keys, layer, comes_to, keys),
-            values=put_pair(self.values, layer, comes_to, values),
+            keys=put_pairs(self.keys, layer, comes_to, new.keys),
+            values=put_pairs(self.values, layer, comes_to, new.values),
             distant_keys=distant_keys,
-            distant_values=put_pair(self.distant_values, layer, goes_to, leaving(self.values)),
+            distant_values=put_pairs(self.distant_values, layer, goes_to, leaving(self.values)),
             distant_positions=distant_positions,
         )
 
     def _put_leaders(self, layer: Array, slots: Array, keys: Array, positions: Array) -> tuple[Array, Array]:
-        """The distant keys and positions with one more, [B, K, D] and int32 [B], where the layer leads."""
+        """The distant keys and positions with one more, [B, K, 1, D] and int32 [B], where the layer leads."""
         blocks, leads = self._blocks(layer)
-        blocks = jnp.broadcast_to(jnp.where(leads, blocks, self.distant_keys.shape[3]), slots.shape)
-        positions = jnp.broadcast_to(positions[:, None], slots.shape)
+        blocks = jnp.broadcast_to(jnp.where(leads, blocks, self.distant_keys.shape[3]), slots.shape[:2])
+        positions = jnp.broadcast_to(positions[:, None], slots.shape[:2])
+        slots, keys = slots[:, :, 0], keys[:, :, 0]
 
         def put(stores, blocks, slots, *new):
             rows = jnp.arange(slots.shape[0])[:, None]
@@ -167,13 +223,13 @@ class SharedCache(Cache):
         stores = self.distant_keys, self.distant_positions
         return tuple(each_part(put, stores, *(divide(x, self.parts) for x in (blocks, slots, keys, positions))))
 
-    def observe(self, view: LayerView, memory: "DecodingMemory", active: Array) -> "SharedCache":
-        """Takes note of what a layer's `DecodingMemory.attend` saw and skipped, in rows that are `active`, bool [B]."""
+    def observe(self, view: LayerView, memory: "DecodingMemory") -> Self:
+        """Takes note of what a layer's `DecodingMemory.attend` saw and skipped."""
         if self.skips is None:
             return self
         gates, is_read = view.aux
         _, leads = self._blocks(view.index)
-        has_distant = active & (self._lengths_after_append() > 0)
+        has_distant = (view.queries.positions[:, 0] >= 0) & (self._lengths_after_append() > 0)
         skips = self.skips
         return self.replace(
             skips=Skips(
@@ -234,29 +290,31 @@ class DecodingMemory(NamedTuple):
 def empty_shared_cache(
     config: ModelConfig,
     sharing: Sharing,
-    prompt_lengths: Array,
-    length: int,
+    lengths: Array,
+    num_tokens: Array,
+    total: int,
     num_kept: int,
     max_new_tokens: int,
     dtype: Any,
 ) -> SharedCache:
-    """A cache of empty slots, for a prefill to fill.
+    """A cache of empty slots, for a reading to fill.
 
     Args:
       config: of the model.
       sharing: how its layers share keys.
-      prompt_lengths: int32 [B].
-      length: tokens of the padded prompts.
-      num_kept: slots for distant tokens of the prompt; each row uses as many as it has distant tokens.
+      lengths: int32 [B], tokens of each sequence.
+      num_tokens: int32 [B], how many of them there are to keep.
+      total: bound on these.
+      num_kept: slots for distant tokens that are read; each row uses as many as it has distant tokens.
       max_new_tokens: slots to reserve for tokens to come.
       dtype: of keys and values.
     """
     layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    batch = prompt_lengths.shape[0]
+    batch = lengths.shape[0]
     parts = parts_of_mesh(batch, heads)
     _, blocks = sharing.groups.in_parts(parts.heads)
-    num_proximal = min(sharing.proximal, length + max_new_tokens)
-    num_distant = num_kept + min(max_new_tokens, sharing.distant(length + max_new_tokens))
+    num_proximal = min(sharing.proximal, total + max_new_tokens)
+    num_distant = num_kept + min(max_new_tokens, sharing.distant(total + max_new_tokens))
     counts = [jnp.zeros(batch, jnp.int32) for _ in range(2)]
     in_parts = *parts, batch // parts.rows, blocks, num_distant
 
@@ -269,9 +327,9 @@ def empty_shared_cache(
         distant_keys=on_mesh(jnp.zeros((*in_parts, dim), dtype), rows=0, heads=1),
         distant_values=pairs(num_distant),
         distant_positions=on_mesh(jnp.full(in_parts, -1, jnp.int32), rows=0, heads=1),
-        kept=jnp.clip(prompt_lengths - sharing.proximal, 0, num_kept),
-        prompt_lengths=prompt_lengths,
-        next_positions=prompt_lengths,
+        kept=jnp.clip(num_tokens - sharing.proximal, 0, num_kept),
+        prompt_lengths=lengths,
+        next_positions=lengths,
         skips=None if sharing.skip_threshold is None else Skips(jnp.zeros((batch, heads), jnp.float32), *counts),
         sharing=sharing,
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.caches.base import Keeper
+from restkv_jax.caches.base import Cache, Keeper
 from restkv_jax.caches.dense import put_layer
 from restkv_jax.caches.shared import SharedCache, empty_shared_cache
 from restkv_jax.eviction.policy import EvictionPolicy
@@ -55,20 +55,26 @@ class SharedKeeper(Keeper):
 
     @property
     def num_distant(self) -> int:
-        """Distant tokens of the longest prompt."""
-        return self.sharing.distant(self.length)
+        """Distant tokens of the longest sequence."""
+        return self.sharing.distant(self.total)
 
     @property
     def num_queries(self) -> int:
         return self.policy.num_queries(self.length) if self.evicts else 1
 
-    def start(self, prompt_lengths: Array, dtype: Any) -> SharedCache | RunningBlocks:
-        config, sharing, length = self.model.config, self.sharing, self.length
-        num_kept = self.policy.slots(self.num_distant)
-        cache = empty_shared_cache(config, sharing, prompt_lengths, length, num_kept, self.max_new_tokens, dtype)
+    def start(self, past: Cache | None, lengths: Array, dtype: Any) -> SharedCache | RunningBlocks:
+        config, sharing = self.model.config, self.sharing
+        num_tokens = lengths
+        if past is not None:
+            assert isinstance(past, SharedCache)
+            num_tokens = past.num_tokens + lengths - past.next_positions
+        counts = lengths, num_tokens, self.total, self.policy.slots(self.num_distant), self.max_new_tokens
+        cache = empty_shared_cache(config, sharing, *counts, dtype)
+        if past is not None:
+            cache = cache.replace(skips=past.skips)
         if not self.evicts:
             return cache
-        pairs = prompt_lengths.shape[0], config.num_key_value_heads, length
+        pairs = lengths.shape[0], config.num_key_value_heads, self.length
         values = jnp.zeros((sharing.groups.longest_block, *pairs, config.head_dim), dtype)
         return RunningBlocks(cache=cache, scores=jnp.zeros(pairs, jnp.float32), values=values)
 
@@ -83,15 +89,21 @@ class SharedKeeper(Keeper):
 
 def _keep_layer(cache: SharedCache, layer: Array | int, memory: SharedMemory) -> SharedCache:
     """Puts all of a layer into the cache."""
-    sharing, lengths = cache.sharing, cache.prompt_lengths
-    batch, num_kv_heads, length, _ = memory.pairs.keys.shape
+    sharing, heads = cache.sharing, memory.pairs.keys.shape[:2]
     cache = _store_proximal(cache, layer, memory.pairs)
-    slots = jnp.arange(sharing.distant(length))
-    indices = sharing.sink + slots + (length - lengths)[:, None]
-    indices = jnp.where(slots < lengths[:, None] - sharing.proximal, indices, length)
-    indices = jnp.broadcast_to(indices[:, None], (batch, num_kv_heads, len(slots)))
+    first, num_tokens = _held(memory.pairs)
+    slots = jnp.arange(min(sharing.distant(memory.pairs.keys.shape[2]), cache.distant_values.shape[3]))
+    indices = sharing.sink + slots + first[:, None]
+    indices = jnp.where(slots < num_tokens[:, None] - sharing.proximal, indices, memory.pairs.keys.shape[2])
+    indices = jnp.broadcast_to(indices[:, None], (*heads, len(slots)))
     cache = _store_keys(cache, layer, jnp.asarray(sharing.groups.is_leader)[layer], memory, indices)
-    return _store_values(cache, jnp.full((1, num_kv_heads), layer), memory.pairs.values[None], indices)
+    return _store_values(cache, jnp.full((1, heads[1]), layer), memory.pairs.values[None], indices)
+
+
+def _held(pairs: Pairs) -> tuple[Array, Array]:
+    """The place of the first token, and how many there are, int32 [B]; as many for every KV head."""
+    num_tokens = (pairs.positions[:, 0] >= 0).sum(-1, dtype=jnp.int32)
+    return pairs.positions.shape[-1] - num_tokens, num_tokens
 
 
 def _score_layer(state: RunningBlocks, view: LayerView, memory: SharedMemory, policy: EvictionPolicy) -> RunningBlocks:
@@ -147,10 +159,16 @@ def distant_scores(view: LayerView, memory: SharedMemory, prompt_lengths: Array,
 
 
 def _store_proximal(cache: SharedCache, layer: Array | int, pairs: Pairs) -> SharedCache:
-    """Fills one layer's proximal slots from the pairs of left-padded prompts, [B, K, T, D]."""
+    """Fills one layer's proximal slots from pairs [B, K, T, D] that are padded on the left.
+
+    The first and the last tokens are there without gaps; between them some may have been evicted.
+    """
     batch, num_kv_heads, length, _ = pairs.keys.shape
     positions = cache.proximal_positions(cache.prompt_lengths - 1)
-    indices = jnp.where(positions >= 0, positions + (length - cache.prompt_lengths)[:, None], length)
+    first, _ = _held(pairs)
+    from_front, from_behind = positions + first[:, None], positions + (length - cache.prompt_lengths)[:, None]
+    indices = jnp.where(positions < cache.sharing.sink, from_front, from_behind)
+    indices = jnp.where(positions >= 0, indices, length)
     kept = gather_pairs(pairs, jnp.broadcast_to(indices[:, None], (batch, num_kv_heads, positions.shape[1])))
     return cache.replace(
         keys=put_layer(cache.keys, layer, kept.keys), values=put_layer(cache.values, layer, kept.values)

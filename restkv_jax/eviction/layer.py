@@ -12,7 +12,14 @@ from jax.typing import ArrayLike
 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import window_outputs
-from restkv_jax.eviction.select import keep_shares, places_to_keep, prefix_scores, score, weighed_scores
+from restkv_jax.eviction.select import (
+    keep_shares,
+    places_to_keep,
+    prefix_lengths,
+    prefix_scores,
+    score,
+    weighed_scores,
+)
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.arguments import check_mask
@@ -118,8 +125,7 @@ def evict(
     indices = places_to_keep(scores, pairs.positions, window, slots)
     if not policy.allocation.uniform:
         compared = weighed_scores(policy, scores, pairs.positions, indices)[None]
-        prefix_lengths = jnp.broadcast_to((pairs.positions[..., : scores.shape[-1]] >= 0).sum(-1), scores.shape[:2])
-        keep = keep_shares(policy, compared, prefix_lengths[None], jnp.asarray(view.index)[None], num_layers)[0]
+        keep = keep_shares(policy, compared, prefix_lengths(scores)[None], jnp.asarray(view.index)[None], num_layers)[0]
         indices = jnp.sort(jnp.where(keep, indices, length), axis=-1)
     kept = gather_pairs(pairs, indices)
     if policy.refit is not None:

@@ -97,8 +97,14 @@ class AdaptivePooling:
     def width_and_shift(self, view: LayerView, pairs: Pairs, count: int) -> tuple[Array, Array]:
         """Width and shift of every head's window, int32 [B, K, G]; the view's queries are the window's."""
         centres = attention_centres(view.queries, pairs, count=count)
-        half = centres.shape[-1] // 2
-        drift = centres[..., :half].mean(-1) - centres[..., half:].mean(-1) if half else jnp.zeros(centres.shape[:3])
+        is_query = (view.queries.positions >= 0)[:, None, None]
+        rank, number = jnp.cumsum(is_query, axis=-1), is_query.sum(-1, keepdims=True)
+        in_front = is_query & (rank <= number // 2)
+
+        def mean(part: Array) -> Array:
+            return jnp.where(part, centres, 0.0).sum(-1) / jnp.maximum(part.sum(-1), 1)
+
+        drift = jnp.where(in_front.any(-1), mean(in_front) - mean(is_query & ~in_front), 0.0)
         width = jnp.maximum(self.kernel_size, 2 * jnp.floor(jnp.abs(drift) / self.scale) + 1)
         shift = jnp.floor(drift / self.scale) + (drift <= 0)
         return width.astype(jnp.int32), shift.astype(jnp.int32)

@@ -54,6 +54,11 @@ def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores:
     return jnp.where(is_token, jnp.where(_is_within_reach(view, pairs, window), reduced, UNREACHABLE), -jnp.inf)
 
 
+def prefix_lengths(scores: Array) -> Array:
+    """How many pairs there are before the window, from their `prefix_scores` [..., T - w]: int32 [...]."""
+    return (scores > -jnp.inf).sum(-1, dtype=jnp.int32)
+
+
 def _is_within_reach(view: LayerView, pairs: Pairs, window: int) -> Array:
     """bool [B, 1, T - w]: whether the sliding window lets any later token see a key."""
     positions = pairs.positions
@@ -109,7 +114,7 @@ def keep_shares(policy: EvictionPolicy, scores: Array, prefix_lengths: Array, la
     Args:
       policy: its allocation, budget and window count.
       scores: float32 [L, B, K, N], inf in the window and -inf where a place is empty.
-      prefix_lengths: int32 [L, B, K], keys before the window.
+      prefix_lengths: int32 [L, B, K], keys before the window that there are.
       layers: int32 [L], which layers these are.
       num_layers: of the model.
 

@@ -1,6 +1,8 @@
 """Smoothing of scores over the window's queries."""
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from restkv_jax.models.arguments import check_choice, check_number
 
@@ -13,9 +15,20 @@ def check_temporal(temporal: str, alpha: float) -> None:
         raise ValueError(f"alpha={alpha} must be in (0, 1], the weight of the newest query")
 
 
-def query_weights(temporal: str, length: int, alpha: float) -> np.ndarray:
-    """Weights of `length` queries in their average, oldest first, with the sum 1; float32 [length]."""
-    return ema_weights(length, alpha) if temporal == "ema" else np.full(length, 1 / length, np.float32)
+def query_weights(temporal: str, alpha: float, positions: Array) -> Array:
+    """Weights of queries in their average, with the sum 1: float32 [B, w].
+
+    Args:
+      temporal: "ema" or "mean".
+      alpha: weight of the newest query in the moving average.
+      positions: int32 [B, w], oldest first; -1 where there is no query, which come before the others.
+    """
+    is_query = positions >= 0
+    if temporal == "mean":
+        return is_query / jnp.maximum(is_query.sum(-1, keepdims=True), 1)
+    later, oldest = ema_weights(positions.shape[1], alpha), (1 - alpha) ** np.arange(positions.shape[1])[::-1]
+    is_oldest = is_query & (jnp.cumsum(is_query, axis=-1) == 1)
+    return jnp.where(is_oldest, oldest.astype(np.float32), jnp.where(is_query, later, 0.0))
 
 
 def ema_weights(length: int, alpha: float) -> np.ndarray:

@@ -102,7 +102,12 @@ def _check_shared_policy(policy: EvictionPolicy) -> None:
 
 
 def check_prompt(
-    model: Decoder, tokens: Any, mask: Any | None, max_new_tokens: int, chunk_size: int = 1
+    model: Decoder,
+    tokens: Any,
+    mask: Any | None,
+    max_new_tokens: int,
+    chunk_size: int = 1,
+    cache: Cache | None = None,
 ) -> tuple[Array, Array]:
     """Checks a batch of prompts; values are looked at where they are known, that is outside of `jax.jit`.
 
@@ -112,6 +117,7 @@ def check_prompt(
       mask: bool or int [B, T], False on padding; None if there is none.
       max_new_tokens: at least 1.
       chunk_size: at least 1.
+      cache: what they are read onto.
 
     Returns:
       tokens int32 [B, T] and mask bool [B, T].
@@ -123,7 +129,12 @@ def check_prompt(
     check_integer("max_new_tokens", max_new_tokens, 1, "the prefill alone gives the first token", most=2**30)
     check_integer("chunk_size", chunk_size, 1, "prompt tokens per chunk")
     tokens, mask = check_tokens(model, tokens, mask)
-    _warn_beyond_context(model, mask, max_new_tokens)
+    if cache is not None and tokens.shape[0] != cache.next_positions.shape[0]:
+        rows = cache.next_positions.shape[0]
+        raise ValueError(
+            f"tokens has {tokens.shape[0]} rows, but the cache {rows}; restkv_jax.repeat_rows(cache, count) copies rows"
+        )
+    _warn_beyond_context(model, mask, max_new_tokens, cache)
     return tokens, mask
 
 
@@ -162,15 +173,63 @@ def _check_vocabulary(model: Decoder, name: str, tokens: np.ndarray, mask: np.nd
         )
 
 
-def _warn_beyond_context(model: Decoder, mask: Any, max_new_tokens: int) -> None:
-    length = int(np.asarray(mask).astype(bool).sum(1).max()) if is_known(mask) else mask.shape[1]
-    limit = model.config.context_length
+def _warn_beyond_context(model: Decoder, mask: Any, max_new_tokens: int, cache: Cache | None) -> None:
+    lengths = np.asarray(mask).astype(bool).sum(1) if is_known(mask) else np.full(mask.shape[0], mask.shape[1])
+    if cache is not None and is_known(cache.next_positions):
+        lengths = lengths + np.asarray(cache.next_positions)
+    length, limit = int(lengths.max()), model.config.context_length
     if length + max_new_tokens > limit:
         warnings.warn(
             f"the prompt's {length} tokens and max_new_tokens={max_new_tokens} exceed the model's maximum of {limit} "
             "positions (max_position_embeddings and RoPE scaling); expect the quality to fall",
             stacklevel=5,
         )
+
+
+def check_cache(model: Any, params: Any, cache: Any, sharing: Sharing | None) -> Decoder:
+    """Checks that a cache belongs to a model and its parameters.
+
+    Returns:
+      the model, with the cache's sharing.
+
+    Raises:
+      TypeError: something that is not a cache, or a cache of another dtype than the parameters.
+      ValueError: a cache that was donated, or does not belong to the model or sharing.
+    """
+    model = check_model(model, params, sharing)
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache is of type {type(cache).__name__}; it must be a cache, as prefill returns it")
+    if any(is_known(x) and isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(cache)):
+        raise ValueError(
+            "the cache was used by an earlier step, which rewrote its buffers in place; go on with the cache that this "
+            "step returned"
+        )
+    cache.check_model(model)
+    held, dtype = cache.dtype, jax.tree.leaves(params["embedding"])[0].dtype
+    if held != dtype:
+        raise TypeError(
+            f"the cache holds {held}, but the parameters are {dtype}; load the model with the dtype of the cache, or "
+            "read the prompt again"
+        )
+    return model if cache.own_sharing is None else model.clone(sharing=cache.own_sharing)
+
+
+def check_segments(segment_size: Any, cache: Cache | None, policies: Sequence[EvictionPolicy]) -> None:
+    """Checks the size of segments.
+
+    Raises:
+      TypeError: not an integer.
+      ValueError: segments onto a cache, or shorter than a window.
+    """
+    check_integer("segment_size", segment_size, 1, "tokens that are read before the next eviction")
+    if cache is not None:
+        raise ValueError(
+            f"segment_size={segment_size} and a cache exclude each other; restkv_jax.extend reads onto a cache, as "
+            "many tokens as it is given"
+        )
+    window = max(policy.window for policy in policies)
+    if segment_size < window:
+        raise ValueError(f"segment_size={segment_size} must be at least the policy's window={window}")
 
 
 def check_decoding(
@@ -188,15 +247,7 @@ def check_decoding(
       ValueError: a cache that was donated, is full, or does not belong to the model, policy or sharing; a token of
         another shape or out of the vocabulary.
     """
-    model = check_model(model, params, sharing)
-    if not hasattr(cache, "check_model"):
-        raise TypeError(f"cache is of type {type(cache).__name__}; it must be a cache, as prefill returns it")
-    if any(is_known(x) and isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(cache)):
-        raise ValueError(
-            "the cache was used by an earlier step, which rewrote its buffers in place; go on with the cache that this "
-            "step returned"
-        )
-    cache.check_model(model)
+    model = check_cache(model, params, cache, sharing)
     if policy is not None:
         cache.check_policy(check_policy(policy))
     return _check_token(model, token, cache)
@@ -211,10 +262,10 @@ def _check_token(model: Decoder, token: Any, cache: Cache) -> Array:
         raise TypeError(f"token has dtype {token.dtype}, but must hold integers")
     if is_known(token):
         _check_vocabulary(model, "token", np.asarray(token), np.ones(batch, bool))
-    if is_known(cache.next_positions) and bool(cache.is_full()):
+    if is_known(cache.next_positions) and int(cache.room()) < 1:
         raise ValueError(
-            f"the cache is full: all its {cache.num_slots} slots are in use; prefill with a larger max_new_tokens "
-            "or with a policy that has while_generating=True"
+            f"the cache is full: all its {cache.num_slots} slots are in use; prefill, or extend, with a larger "
+            "max_new_tokens or with a policy that has while_generating=True"
         )
     return jnp.asarray(token, jnp.int32)
 

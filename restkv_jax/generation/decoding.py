@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.caches.base import Cache
-from restkv_jax.kernels.pairs import Pairs
-from restkv_jax.models.decoder import Decoder, Hooks, LayerView, logits, read
-from restkv_jax.models.memory import Memory
+from restkv_jax.generation.passes import append
+from restkv_jax.models.decoder import Decoder
 
 
 class Chooser(Protocol):
@@ -54,19 +53,7 @@ class Decoding(NamedTuple):
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def feed(model: Decoder, params: Any, token: Array, cache: Cache, active: Array) -> tuple[Array, Cache]:
     """Feeds one token per row: the next logits, float32 [B, V], and the cache; rows not `active` stay as they are."""
-
-    def make_memory(index: Array, new: Pairs, cache: Cache) -> tuple[Memory, Cache]:
-        cache = cache.append(index, new.keys[:, :, 0], new.values[:, :, 0], active)
-        return cache.memory(index), cache
-
-    def observe(view: LayerView, memory: Memory, cache: Cache) -> Cache:
-        return cache.observe(view, memory, active)
-
-    positions = cache.next_positions[:, None]
-    hooks = Hooks(make_memory, observe)
-    hidden, cache = read(model, params, token[:, None], None, hooks, cache, positions=positions)
-    cache = cache.replace(next_positions=cache.next_positions + active)
-    return logits(model, params, hidden[:, -1]), cache
+    return append(model, params, token[:, None], active[:, None], cache)
 
 
 def begin(logits: Array, cache: Cache, chooser: Chooser) -> Decoding:

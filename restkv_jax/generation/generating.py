@@ -14,7 +14,8 @@ from restkv_jax.caches.base import Cache, join_rows, joins, split_rows
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import check_decoding, check_eos, check_sampling
 from restkv_jax.generation.decoding import advance, begin, feed, run_from
-from restkv_jax.generation.reading import CHUNK_SIZE, check_and_pad, prefill_each, read_prompt
+from restkv_jax.generation.passes import Plan, read_prompt
+from restkv_jax.generation.reading import CHUNK_SIZE, check_and_pad, read_each
 from restkv_jax.generation.sampling import Sampling, row_keys
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
@@ -85,6 +86,8 @@ def generate(
     eos_token_ids: tuple[int, ...] | None = None,
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
+    cache: Cache | None = None,
+    segment_size: int | None = None,
 ) -> Generation:
     """Generates from prompts on a small cache, prefill and the whole decode loop in one compiled program.
 
@@ -105,6 +108,9 @@ def generate(
       eos_token_ids: tokens that end a row; the model's own by default.
       chunk_size: bound on the prompt tokens whose activations exist at one time.
       sharing: whose keys each layer reads distant tokens by; see `prefill`.
+      cache: what was read before, from `prefill`, `extend`, `generate` or `load_cache`: the tokens are read onto it, as
+        `extend` says; it stays as it is.
+      segment_size: reads the prompt in segments; see `prefill`.
 
     Returns:
       a `Generation`.
@@ -112,10 +118,11 @@ def generate(
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    prompt = check_and_pad(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
+    options = max_new_tokens, chunk_size, sharing, cache, segment_size
+    prompt = check_and_pad(model, params, tokens, mask, (policy,), *options)
     sampling = _sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
     with beside(params) as params:
-        return _generate(prompt.model, params, prompt.tokens, prompt.mask, sampling, *prompt.options)
+        return _generate(prompt.model, params, *prompt.arrays, sampling, prompt.plan)
 
 
 @with_usual_promotion
@@ -130,6 +137,7 @@ def generate_each(
     eos_token_ids: tuple[int, ...] | None = None,
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
+    cache: Cache | None = None,
 ) -> tuple[Generation, ...]:
     """Generates greedily with every policy from one reading of the prompts: for comparisons.
 
@@ -147,12 +155,15 @@ def generate_each(
       eos_token_ids: tokens that end a row; the model's own by default.
       chunk_size: bound on the prompt tokens whose activations exist at one time.
       sharing: whose keys each layer reads distant tokens by; see `prefill`.
+      cache: what was read before, from `prefill`, `extend`, `generate` or `load_cache`: the tokens are read onto it, as
+        `extend` says; it stays as it is.
 
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    logits, caches = prefill_each(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing)
-    model = model if sharing is None else model.clone(sharing=sharing)
+    prompt = check_and_pad(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing, cache)
+    logits, caches = read_each(params, prompt)
+    model = prompt.model
     sampling = _sampling(model, logits.shape[0], None, None, None, None, eos_token_ids)
     outs: dict[int, Generation] = {}
     with beside(params) as params:
@@ -199,18 +210,21 @@ def stream(
     eos_token_ids: tuple[int, ...] | None = None,
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
+    cache: Cache | None = None,
+    segment_size: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields tokens as they come, for people who watch: those of `generate`, one int32 numpy array [B] per step.
 
     Arguments as for `generate`, checked at the call. Rows that have ended yield padding; the stream ends with the
     last of them.
     """
-    prompt = check_and_pad(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
+    options = max_new_tokens, chunk_size, sharing, cache, segment_size
+    prompt = check_and_pad(model, params, tokens, mask, (policy,), *options)
     sampling = _sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
 
     def steps() -> Iterator[np.ndarray]:
         with beside(params) as placed:
-            now = _begin(prompt.model, placed, prompt.tokens, prompt.mask, sampling, *prompt.options)
+            now = _begin(prompt.model, placed, *prompt.arrays, sampling, prompt.plan)
         yield np.array(now.token)
         for _ in range(max_new_tokens - 1):
             if not now.active.any():
@@ -222,19 +236,16 @@ def stream(
     return steps()
 
 
-READING = ("model", "policies", "max_new_tokens", "chunk_size")
-
-
-@functools.partial(jax.jit, static_argnames=READING)
-def _begin(model, params, tokens, mask, sampling, policies, max_new_tokens, chunk_size):
-    logits, (cache,) = read_prompt(model, params, tokens, mask, policies, max_new_tokens, chunk_size)
+@functools.partial(jax.jit, static_argnames=("model", "plan"))
+def _begin(model, params, tokens, mask, past, sampling, plan: Plan):
+    logits, (cache,) = read_prompt(model, params, tokens, mask, past, plan)
     return begin(logits, cache, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=READING)
-def _generate(model, params, tokens, mask, sampling, policies, max_new_tokens, chunk_size) -> Generation:
-    logits, (cache,) = read_prompt(model, params, tokens, mask, policies, max_new_tokens, chunk_size)
-    return _generate_from(model, params, logits, cache, sampling, max_new_tokens)
+@functools.partial(jax.jit, static_argnames=("model", "plan"))
+def _generate(model, params, tokens, mask, past, sampling, plan: Plan) -> Generation:
+    logits, (cache,) = read_prompt(model, params, tokens, mask, past, plan)
+    return _generate_from(model, params, logits, cache, sampling, plan.max_new_tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))

@@ -1,23 +1,22 @@
-"""Reading: prompts go through the layers once, and keepers build a cache from every layer's pairs."""
+"""Reading: prompts, and further tokens, go through the layers once and leave a cache."""
 
-import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from restkv_jax.caches.base import Cache
-from restkv_jax.caches.keepers import keeper_of
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.checks import check_model, check_policies, check_prompt
-from restkv_jax.kernels.pairs import largest_divisor
-from restkv_jax.models.decoder import Decoder, Hooks, LayerView, logits, read
+from restkv_jax.generation.checks import check_cache, check_model, check_policies, check_prompt, check_segments
+from restkv_jax.generation.passes import Plan, read_prompt
+from restkv_jax.models.arguments import is_known
+from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
-from restkv_jax.models.memory import Memory
 from restkv_jax.models.mesh import beside
 from restkv_jax.models.rules import with_usual_promotion
 
@@ -31,16 +30,18 @@ def bucket_length(length: int) -> int:
     Prompts are padded to it on the left, so at most four programs are compiled per doubling of the length, and
     at most a fifth of a padded prompt is padding.
     """
-    if length <= 64:
-        return 64
-    step = (1 << (length - 1).bit_length()) // 8
-    return -(-length // step) * step
+    return max(64, _rounded_up(length))
 
 
-def pad_to_bucket(tokens: Array, mask: Array) -> tuple[Array, Array]:
-    """Padded on the left before anything is compiled for their length, so that lengths of one bucket share programs."""
-    missing = bucket_length(tokens.shape[1]) - tokens.shape[1]
-    tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))
+def _rounded_up(number: int) -> int:
+    """The next number in quarter steps between powers of two."""
+    step = max(1, (1 << (number - 1).bit_length()) // 8)
+    return -(-number // step) * step
+
+
+def pad_left(tokens: Array, mask: Array, length: int) -> tuple[Array, Array]:
+    """Padded before anything is compiled for their length, so that lengths of one bucket share programs."""
+    tokens, mask = (jnp.pad(x, ((0, 0), (length - x.shape[1], 0))) for x in (tokens, mask))
     return tokens, mask
 
 
@@ -54,6 +55,7 @@ def prefill(
     max_new_tokens: int = 64,
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
+    segment_size: int | None = None,
 ) -> tuple[Array, Cache]:
     """Reads prompts and keeps what the policy chooses of their keys and values.
 
@@ -71,6 +73,9 @@ def prefill(
       chunk_size: bound on the tokens of a chunk; the result is the same to rounding.
       sharing: whose keys each layer reads distant tokens by; its own by default. The policy's budget then counts
         distant tokens, of which a block and KV head keeps one set, by the sum of its layers' scores.
+      segment_size: reads the prompt in segments of so many tokens and evicts after each, so that memory follows the
+        segment and the budget, not the prompt; later segments see what was kept of earlier ones. None reads all at
+        once.
 
     Returns:
       the next token's logits, float32 [B, vocabulary], and the cache.
@@ -78,8 +83,51 @@ def prefill(
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    each = prefill_each(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
-    logits, (cache,) = each
+    options = max_new_tokens, chunk_size, sharing
+    prompt = check_and_pad(model, params, tokens, mask, (policy,), *options, segment_size=segment_size)
+    logits, (cache,) = read_each(params, prompt)
+    return logits, cache
+
+
+@with_usual_promotion
+def extend(
+    model: Decoder,
+    params: Any,
+    tokens: ArrayLike,
+    mask: ArrayLike | None,
+    cache: Cache,
+    policy: EvictionPolicy | None = None,
+    max_new_tokens: int = 64,
+    chunk_size: int = CHUNK_SIZE,
+    sharing: Sharing | None = None,
+) -> tuple[Array, Cache]:
+    """Reads further tokens onto what a cache holds.
+
+    They see what is kept and, causally, each other; their positions go on from `cache.next_positions`. `prefill` is
+    this on a cache of nothing. The cache stays as it is and may be extended again, by another question.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters.
+      tokens: int32 [B, T], padded on the left; `rk.repeat_rows` makes several rows of one.
+      mask: bool [B, T], False on padding; None if there is none.
+      cache: from `prefill`, `extend`, `decode_step`, `generate` or `load_cache`, of `B` rows.
+      policy: judges what is held and the new tokens together, by the queries of the new ones; its window is the last
+        tokens of the sequence. Without one all new tokens are kept, in a cache that evicts while generating what its
+        own policy says.
+      max_new_tokens: slots to reserve for tokens to come.
+      chunk_size: bound on the tokens of a chunk; the result is the same to rounding.
+      sharing: that of the cache; not needed, and another one is refused.
+
+    Returns:
+      the next token's logits, float32 [B, vocabulary], and the next cache. Outside of `jax.jit` a cache without policy
+      grows in steps of `bucket_length` when it has to; inside, where its use is not known, by `T + max_new_tokens`.
+
+    Raises:
+      ValueError, TypeError: arguments that make no sense, each named.
+    """
+    options = max_new_tokens, chunk_size, sharing
+    logits, (cache,) = read_each(params, check_and_pad(model, params, tokens, mask, (policy,), *options, cache=cache))
     return logits, cache
 
 
@@ -104,25 +152,29 @@ def prefill_each(
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    prompt = check_and_pad(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing)
+    options = max_new_tokens, chunk_size, sharing
+    return read_each(params, check_and_pad(model, params, tokens, mask, policies, *options))
+
+
+def read_each(params: Any, prompt: "Prompt") -> tuple[Array, tuple[Cache, ...]]:
+    """The next token's logits, float32 [B, V], and a cache for every policy."""
     with beside(params) as params:
-        return read_prompt(prompt.model, params, prompt.tokens, prompt.mask, *prompt.options)
+        return read_prompt(prompt.model, params, *prompt.arrays, prompt.plan)
 
 
 class Prompt(NamedTuple):
-    """Checked arguments of a reading: tokens int32 [B, T] and mask bool [B, T] of one bucket, and what is static."""
+    """Checked arguments of a reading: tokens int32 [B, T] and mask bool [B, T] of one bucket, and a cache below."""
 
     model: Decoder
     tokens: Array
     mask: Array
-    policies: tuple[EvictionPolicy, ...]
-    max_new_tokens: int
-    chunk_size: int
+    cache: Cache | None
+    plan: Plan
 
     @property
-    def options(self) -> tuple[tuple[EvictionPolicy, ...], int, int]:
-        """Policies, `max_new_tokens` and `chunk_size`."""
-        return self[3:]
+    def arrays(self) -> tuple[Array, Array, Cache | None]:
+        """Tokens, mask and cache."""
+        return self.tokens, self.mask, self.cache
 
 
 def check_and_pad(
@@ -134,12 +186,50 @@ def check_and_pad(
     max_new_tokens: int,
     chunk_size: int,
     sharing: Sharing | None,
+    cache: Cache | None = None,
+    segment_size: int | None = None,
 ) -> Prompt:
-    """Checks what users pass, before anything is compiled, and pads the prompts to their bucket."""
-    policies = check_policies(policies)
-    model = check_model(model, params, sharing, policies)
-    tokens, mask = check_prompt(model, tokens, mask, max_new_tokens, chunk_size)
-    return Prompt(model, *pad_to_bucket(tokens, mask), policies, max_new_tokens, chunk_size)
+    """Checks what users pass, before anything is compiled, and pads the tokens to their bucket."""
+    if cache is not None:
+        model = check_cache(model, params, cache, sharing)
+        policies = [cache.extending_policy if policy is None else policy for policy in policies]
+        sharing = None
+    appends = cache is not None and tuple(policies) == (None,)
+    kept = check_policies(policies)
+    model = check_model(model, params, sharing, kept)
+    tokens, mask = check_prompt(model, tokens, mask, max_new_tokens, chunk_size, cache)
+    longest = int(np.asarray(mask).sum(1).max()) if is_known(mask) else mask.shape[1]
+    length = tokens.shape[1]
+    if cache is not None:  # the queries of a whole window
+        length = max(length, *(policy.window for policy in kept))
+    length = bucket_length(length)
+    plan = Plan(kept, max_new_tokens, chunk_size, length)
+    if segment_size is not None:
+        check_segments(segment_size, cache, kept)
+        if segment_size < length:
+            length = segment_size * _rounded_up(-(-tokens.shape[1] // segment_size))
+            plan = plan._replace(total=length, segment_size=segment_size)
+    elif cache is not None:
+        plan = plan._replace(total=_total(cache, kept, longest, length))
+        if appends:
+            plan = plan._replace(policies=(None,), room=_room(cache, longest, length, max_new_tokens))
+    return Prompt(model, *pad_left(tokens, mask, length), cache, plan)
+
+
+def _total(cache: Cache, policies: Sequence[EvictionPolicy], longest: int, length: int) -> int:
+    """Bound on the pairs of a sequence once tokens are read onto a cache, `longest` at most, padded to `length`."""
+    places = cache.num_places + length
+    if is_known(cache.next_positions) and any(policy.budget is None for policy in policies):
+        return min(places, bucket_length(int(cache.most_held()) + longest))
+    return places
+
+
+def _room(cache: Cache, longest: int, length: int, max_new_tokens: int) -> int:
+    """Slots that a cache lacks."""
+    if not is_known(cache.next_positions):
+        return length + max_new_tokens
+    missing = longest + max_new_tokens - int(cache.room())
+    return 0 if missing <= 0 else bucket_length(cache.num_places + missing) - cache.num_places
 
 
 def cache_shapes(
@@ -157,29 +247,3 @@ def cache_shapes(
 
     with warnings.catch_warnings(action="ignore"):
         return jax.eval_shape(shapes, params, tokens, mask)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "chunk_size"))
-def read_prompt(
-    model: Decoder,
-    params: Any,
-    tokens: Array,
-    mask: Array,
-    policies: tuple[EvictionPolicy, ...],
-    max_new_tokens: int,
-    chunk_size: int,
-) -> tuple[Array, tuple[Cache, ...]]:
-    """The next token's logits, float32 [B, V], and a cache for every policy."""
-    length, dtype = tokens.shape[1], params["embedding"].dtype
-    keepers = [keeper_of(model, policy, length, max_new_tokens) for policy in policies]
-
-    def observe(view: LayerView, memory: Memory, states: tuple[Any, ...]) -> tuple[Any, ...]:
-        scored: dict = {}
-        return tuple(k.add(state, view, memory, scored) for k, state in zip(keepers, states, strict=True))
-
-    hooks = Hooks(observe=observe, num_queries=max(keeper.num_queries for keeper in keepers))
-    states = tuple(keeper.start(mask.sum(1, dtype=jnp.int32), dtype) for keeper in keepers)
-    chunk_size = largest_divisor(length, chunk_size)
-    hidden, states = read(model, params, tokens, mask, hooks, states, chunk_size=chunk_size)
-    caches = tuple(keeper.finish(state) for keeper, state in zip(keepers, states, strict=True))
-    return logits(model, params, hidden[:, -1]), caches

@@ -36,6 +36,10 @@ class RingCache(Cache):
     def num_slots(self):
         return self.keys.shape[3]
 
+    @property
+    def dtype(self):
+        return self.keys.dtype
+
     def _positions(self, newest):
         slots = jnp.arange(self.num_slots)
         held = newest[:, None] - (newest[:, None] - slots) % self.num_slots
@@ -44,17 +48,26 @@ class RingCache(Cache):
     def memory(self, layer):
         return PairMemory(Pairs(self.keys[layer], self.values[layer], self._positions(self.next_positions)[:, None]))
 
-    def append(self, layer, keys, values, active):
-        slots = jnp.where(active, self.next_positions % self.num_slots, self.num_slots)
+    def append(self, layer, new):
+        positions = new.positions[:, 0, 0]
+        slots = jnp.where(positions >= 0, positions % self.num_slots, self.num_slots)
         rows = jnp.arange(len(slots))
 
         def put(array, new):
-            return array.at[layer, rows, :, slots].set(new.astype(array.dtype), mode="drop")
+            return array.at[layer, rows, :, slots].set(new[:, :, 0].astype(array.dtype), mode="drop")
 
-        return self.replace(keys=put(self.keys, keys), values=put(self.values, values))
+        return self.replace(keys=put(self.keys, new.keys), values=put(self.values, new.values))
 
-    def is_full(self):
-        return jnp.zeros((), bool)
+    def room(self):
+        return jnp.asarray(2**31 - 1)
+
+    @property
+    def extending_policy(self):
+        return LastTokens()
+
+    def held(self, layer):
+        positions = self._positions(self.next_positions - 1)[:, None]
+        return Pairs(self.keys[layer], self.values[layer], positions)
 
     def slot_positions(self):
         positions = self._positions(self.next_positions - 1)
@@ -73,11 +86,11 @@ class RingKeeper(Keeper):
     def takes(model, policy, length):
         return isinstance(policy, LastTokens)
 
-    def start(self, prompt_lengths, dtype):
+    def start(self, past, lengths, dtype):
         config = self.model.config
-        shape = config.num_hidden_layers, len(prompt_lengths), config.num_key_value_heads, SIZE, config.head_dim
+        shape = config.num_hidden_layers, len(lengths), config.num_key_value_heads, SIZE, config.head_dim
         empty = jnp.zeros(shape, dtype)
-        return RingCache(prompt_lengths=prompt_lengths, next_positions=prompt_lengths, keys=empty, values=empty)
+        return RingCache(prompt_lengths=lengths, next_positions=lengths, keys=empty, values=empty)
 
     def add(self, cache, view, memory, scored):
         held = cache._positions(cache.prompt_lengths - 1)
@@ -124,6 +137,16 @@ def test_gives_what_a_window_of_the_last_tokens_gives(ring):
         full = full.replace(positions=jnp.where(full.positions > newest - SIZE, full.positions, -1))
         expected, full = rk.decode_step(model, params, token, full)
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_goes_on_with_further_tokens(ring):
+    """The last tokens are a window without gaps, so two readings leave what one does."""
+    model, params, tokens, mask = ring
+    _, first = rk.prefill(model, params, tokens[:, :30], mask[:, :30] | (np.arange(30) == 29), LastTokens(), NEW)
+    _, second = rk.extend(model, params, tokens[:, 30:], None, first, None, NEW)
+    held = rk.kept_positions(second)
+    assert type(second) is RingCache and (held >= 0).sum(-1).max() == SIZE
+    np.testing.assert_array_equal(held.max(-1), np.broadcast_to(second.next_positions[:, None] - 1, (3, 3, 2)))
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ import numpy as np
 
 import restkv_jax as rk
 from restkv_jax.generation.decoding import feed
-from restkv_jax.generation.reading import check_and_pad, read_prompt
+from restkv_jax.generation.passes import read_prompt
+from restkv_jax.generation.reading import check_and_pad
 from restkv_jax.models.mesh import automatic, beside, parameter_shardings
 
 CONFIG = dict(
@@ -53,9 +54,9 @@ def run(model, params, policy):
     """Logits of prefill and some steps, kept positions, and what the two programs gather."""
     prompt = check_and_pad(model, params, TOKENS, MASK, (policy,), NEW, 64, None)
     token, active = jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
-    arrays = params, prompt.tokens, prompt.mask
+    arrays = params, *prompt.arrays
     with beside(params):
-        reading = read_prompt.lower(prompt.model, *arrays, *prompt.options).compile()
+        reading = read_prompt.lower(prompt.model, *arrays, prompt.plan).compile()
         logits, (cache,) = reading(*arrays)
         step = feed.lower(model, params, token, cache, active).compile()
         every, kept = [logits], np.asarray(rk.kept_positions(cache))

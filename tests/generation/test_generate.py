@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import restkv_jax as rk
 from restkv_jax.caches.evicting import UNSEEN, update_importance
 from restkv_jax.generation.decoding import feed
-from restkv_jax.generation.reading import read_prompt
+from restkv_jax.generation.passes import Plan, read_prompt
 from restkv_jax.generation.sampling import sample
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.decoder import logits, read
@@ -320,7 +320,7 @@ def lowered_prefill(policy, num_layers, length=2048):
     model = rk.build_model(CONFIG | {"num_hidden_layers": num_layers})
     params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length), bool)
-    return model, params, read_prompt.lower(model, params, tokens, mask, (policy,), 8, 256)
+    return model, params, read_prompt.lower(model, params, tokens, mask, None, Plan((policy,), 8, 256, length))
 
 
 def decode_memory(policy, num_layers, length):

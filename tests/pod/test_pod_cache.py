@@ -11,7 +11,7 @@ from tiny_pod import CONFIG, GROUPS, NEW, SHARING, prompts, tiny
 
 import restkv_jax as rk
 from restkv_jax.generation.decoding import feed
-from restkv_jax.generation.reading import read_prompt
+from restkv_jax.generation.passes import Plan, read_prompt
 from restkv_jax.kernels.pairs import Queries
 from restkv_jax.models.config import UNLIMITED
 from restkv_jax.pod import LayerGroups, Sharing
@@ -50,7 +50,8 @@ def lowered_step(sharing, length=2048):
     model = rk.build_model(CONFIG | {"num_hidden_layers": 10}).clone(sharing=sharing)
     params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
     tokens, mask = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((1, length), bool)
-    cache = read_prompt.lower(model, params, tokens, mask, (rk.full(),), 8, 256).out_info[1][0]
+    plan = Plan((rk.full(),), 8, 256, length)
+    cache = read_prompt.lower(model, params, tokens, mask, None, plan).out_info[1][0]
     token, active = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), bool)
     return cache, feed.lower(model, params, token, cache, active).compile().memory_analysis()
 
