@@ -5,7 +5,7 @@ from jax import Array
 
 from restkv_jax.eviction.allocation import ranks
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.pairs import Pairs, within_reach
 from restkv_jax.kernels.top import places, top_mask
 from restkv_jax.models.decoder import LayerView
 
@@ -50,14 +50,9 @@ def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores:
     budget = length if policy.budget is None else policy.budget
     pooled = policy.pooling(scores, view, pairs, min(max(budget - window, 1), length))
     reduced = pooled.mean(axis=2) if policy.group_reduce == "mean" else pooled.max(axis=2)
+    is_seen = within_reach(view.queries, pairs.positions[..., : length - window])
     reduced = jnp.nan_to_num(reduced, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
-    return jnp.where(is_token, jnp.where(_is_within_reach(view, pairs, window), reduced, UNREACHABLE), -jnp.inf)
-
-
-def _is_within_reach(view: LayerView, pairs: Pairs, window: int) -> Array:
-    """bool [B, 1, T - w]: whether the sliding window lets any later token see a key."""
-    positions = pairs.positions
-    return positions[..., -1:] + 1 - positions[..., : positions.shape[2] - window] < view.queries.sliding_window
+    return jnp.where(is_token, jnp.where(is_seen, reduced, UNREACHABLE), -jnp.inf)
 
 
 def places_to_keep(scores: Array, positions: Array, window: int, slots: int) -> Array:
