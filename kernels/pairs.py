@@ -51,6 +51,12 @@ def visible(queries: Queries, positions: Array) -> Array:
     return (past >= 0) & (past < queries.sliding_window) & (positions >= 0)[:, :, None, :]
 
 
+def within_reach(queries: Queries, positions: Array) -> Array:
+    """Which keys the sliding window lets a later token see, int32 [B, K or 1, N] to bool; none where it is empty."""
+    next_position = queries.positions[:, -1:, None] + 1
+    return (positions >= 0) & (next_position - positions < queries.sliding_window)
+
+
 def proximal(queries: Queries, positions: Array, sink: Array | int, recent: Array | int) -> Array:
     """Which keys are among the first `sink` or the last `recent` up to and with a query's own (PoD); as `visible`."""
     past = queries.positions[:, None, :, None] - positions[:, :, None, :]

@@ -67,7 +67,7 @@ def find_peaks(queries: Queries, pairs: Pairs) -> Peaks:
         with jax.default_matmul_precision("highest"):
             return join(state, read_keys(queries, tile.keys, tile.values[..., :0], seen))
 
-    peak, total, _ = _fold_tiles(read, empty_softmax(queries.vectors[..., :0]), queries, pairs)
+    peak, total, _ = fold_tiles(read, empty_softmax(queries.vectors[..., :0]), queries, pairs)
     return Peaks(peak, jnp.where(total > 0, total, 1.0))
 
 
@@ -94,7 +94,7 @@ def find_outputs(queries: Queries, pairs: Pairs) -> Outputs:
         return jnp.maximum(best[0], largest), jnp.where(largest > best[0], place, best[1])
 
     shape = queries.vectors.shape[:-1]
-    _, top = _fold_tiles(find_top, (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)), queries, pairs)
+    _, top = fold_tiles(find_top, (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)), queries, pairs)
 
     def read(state: tuple[Softmax, Softmax], tile: Pairs, is_new: Array, start: Array):
         seen = visible(queries, tile.positions)[:, :, None] & is_new
@@ -107,7 +107,7 @@ def find_outputs(queries: Queries, pairs: Pairs) -> Outputs:
             )
 
     empty = empty_softmax(queries.vectors)
-    every, rest = _fold_tiles(read, (empty, empty), queries, pairs)
+    every, rest = fold_tiles(read, (empty, empty), queries, pairs)
     return Outputs(every.context(), rest.context(), top)
 
 
@@ -141,19 +141,15 @@ def removal_error(
 def _column_sums(queries: Queries, pairs: Pairs, weights: Array) -> Array:
     """`sum_t weights[t] A[t, n]`: attention received by every key; float32 [B, K, G, T].
 
-    `weights` float32 [B, w], or [w] for all rows.
+    `weights` float32 [w], or [B, w] where rows differ.
     """
-    peaks, weights = find_peaks(queries, pairs), _of_rows(weights, queries)
+    peaks = find_peaks(queries, pairs)
+    weights = jnp.broadcast_to(weights, queries.positions.shape)
 
     def tile_sums(tile: Pairs, _) -> Array:
         return einsum("bw,bkgwn->bkgn", weights, probabilities(queries, tile, peaks))
 
-    return _map_tiles(tile_sums, queries, pairs)
-
-
-def _of_rows(weights: Array, queries: Queries) -> Array:
-    """Weights of the queries for every row, [B, w]."""
-    return jnp.broadcast_to(weights, queries.positions.shape)
+    return map_tiles(tile_sums, queries, pairs)
 
 
 def _column_row_norms(queries: Queries, pairs: Pairs, gram: Array) -> Array:
@@ -166,7 +162,7 @@ def _column_row_norms(queries: Queries, pairs: Pairs, gram: Array) -> Array:
         attention = jnp.linalg.norm(probabilities(queries, tile, peaks), axis=3)
         return attention * jnp.sqrt(jnp.maximum(squared, 0.0))
 
-    return _map_tiles(tile_norms, queries, pairs)
+    return map_tiles(tile_norms, queries, pairs)
 
 
 def _removal_errors(queries: Queries, pairs: Pairs, gram: Array) -> Array:
@@ -175,28 +171,28 @@ def _removal_errors(queries: Queries, pairs: Pairs, gram: Array) -> Array:
     def tile_errors(tile: Pairs, row_errors: Callable) -> Array:
         return jnp.moveaxis(jax.lax.map(row_errors, jnp.arange(queries.vectors.shape[3])), 0, 3)
 
-    return _map_tiles(*_by_query(queries, pairs, gram, tile_errors))
+    return map_tiles(*_by_query(queries, pairs, gram, tile_errors))
 
 
 def _averaged_removal_error(queries: Queries, pairs: Pairs, gram: Array, weights: Array) -> Array:
     """`sum_t weights[t] I[t, n]` with `I` the `removal_error` of query `t` and key `n` (ReST-KV's formula).
 
-    `gram` float32 [K, G, D, D], `weights` float32 [B, w] or [w]; float32 [B, K, G, T].
+    `gram` float32 [K, G, D, D], `weights` float32 [w] or [B, w]; float32 [B, K, G, T].
     """
-    by_query = _of_rows(weights, queries).T[:, :, None, None, None]
+    weights = jnp.broadcast_to(weights, queries.positions.shape)
 
     def tile_errors(tile: Pairs, row_errors: Callable) -> Array:
         def add_row(total, row):
-            return total + by_query[row] * row_errors(row), None
+            return total + weights[:, row, None, None, None] * row_errors(row), None
 
         empty = jnp.zeros((*queries.vectors.shape[:3], tile.keys.shape[2]), jnp.float32)
         return jax.lax.scan(add_row, empty, jnp.arange(queries.vectors.shape[3]))[0]
 
-    return _map_tiles(*_by_query(queries, pairs, gram, tile_errors))
+    return map_tiles(*_by_query(queries, pairs, gram, tile_errors))
 
 
 def _by_query(queries: Queries, pairs: Pairs, gram: Array, tile_errors: Callable):
-    """The arguments of `_map_tiles` for `tile_errors(tile, row_errors)`, with the errors of one query after another.
+    """The arguments of `map_tiles` for `tile_errors(tile, row_errors)`, with the errors of one query after another.
 
     `row_errors(t)` is float32 [B, K, G, n]: projected differences of all queries would be `w` times as much.
     """
@@ -216,14 +212,16 @@ def _by_query(queries: Queries, pairs: Pairs, gram: Array, tile_errors: Callable
     return of_tile, queries, pairs
 
 
-def _averaged_attention_removal_error(queries: Queries, pairs: Pairs, gram: Array, weights: Array) -> Array:
+def _averaged_attention_removal_error(
+    queries: Queries, pairs: Pairs, gram: Array, weights: Array, *, window: int
+) -> Array:
     """`removal_error` of the attention averaged over the queries, on the keys before the window.
 
-    `A'[n] = sum_t weights[t] A[t, n]` on the `T - w` keys before the queries' own, `o' = sum_n A'[n] v[n]` over
-    the same keys (the ReST-KV authors' `metric_mode="after"`). `gram` float32 [K, G, D, D], `weights` float32
-    [B, w] or [w], of sum 1; float32 [B, K, G, T - w].
+    `A'[n] = sum_t weights[t] A[t, n]` on the `T - window` first keys, `o' = sum_n A'[n] v[n]` over the same keys (the
+    ReST-KV authors' `metric_mode="after"`). `gram` float32 [K, G, D, D], `weights` float32 [w] or [B, w]; float32
+    [B, K, G, T - window].
     """
-    num_prefix = pairs.keys.shape[2] - queries.vectors.shape[3]
+    num_prefix = pairs.keys.shape[2] - window
     received = _column_sums(queries, pairs, weights)
     averaged = received[..., :num_prefix]
     is_top = jnp.arange(num_prefix) == averaged.argmax(-1, keepdims=True)
@@ -240,13 +238,13 @@ def _averaged_attention_removal_error(queries: Queries, pairs: Pairs, gram: Arra
         )
 
     nothing = jnp.zeros((*queries.vectors.shape[:3], queries.vectors.shape[4]), jnp.float32)
-    output, output_rest = _fold_tiles(read, (nothing, nothing), queries, prefix)
+    output, output_rest = fold_tiles(read, (nothing, nothing), queries, prefix)
 
     def tile_errors(tile: Pairs, start: Array) -> Array:
         attention, top = (take_columns(x, start, tile.keys.shape[2], axis=3) for x in (averaged, is_top))
         return removal_error(attention, output, output_rest, top, tile.values, gram)
 
-    return _map_tiles(tile_errors, queries, prefix)
+    return map_tiles(tile_errors, queries, prefix)
 
 
 def _attention_centres(queries: Queries, pairs: Pairs, *, count: int) -> Array:
@@ -277,25 +275,33 @@ def _tile_size(queries: Queries, length: int) -> int:
     return -(-length // count)
 
 
-def _fold_tiles(step: Callable, state: Any, queries: Queries, pairs: Pairs) -> Any:
-    """Takes a state through the tiles: `step(state, tile, is_new, start)`, `is_new` bool [n] marks each pair once.
-
-    The last tile begins early enough to be whole and repeats some pairs.
-    """
+def fold_tiles(step: Callable, state: Any, queries: Queries, pairs: Pairs) -> Any:
+    """Takes a state through the tiles: `step(state, tile, is_new, start)`, `is_new` bool [n] marks each pair once."""
     length = pairs.keys.shape[2]
     size = _tile_size(queries, length)
 
-    def one_tile(state, first):
+    def one_tile(state: Any, start: Array, is_new: Array) -> Any:
+        return step(state, take_pairs(pairs, start, size), is_new, start)
+
+    return fold_places(one_tile, state, length, size)
+
+
+def fold_places(step: Callable, state: Any, length: int, size: int) -> Any:
+    """Takes a state through places 0 to `length`, `size` at a time: `step(state, start, is_new)`.
+
+    The last ones begin early enough to be whole and repeat some places; `is_new` bool [n] marks each place once.
+    """
+
+    def some(state, first):
         start = jnp.minimum(first, length - size)
-        is_new = start + jnp.arange(size) >= first
-        return step(state, take_pairs(pairs, start, size), is_new, start), None
+        return step(state, start, start + jnp.arange(size) >= first), None
 
     if size == length:
-        return one_tile(state, jnp.int32(0))[0]
-    return jax.lax.scan(one_tile, state, jnp.arange(0, length, size))[0]
+        return some(state, jnp.int32(0))[0]
+    return jax.lax.scan(some, state, jnp.arange(0, length, size))[0]
 
 
-def _map_tiles(function: Callable[[Pairs, Array], Array], queries: Queries, pairs: Pairs) -> Array:
+def map_tiles(function: Callable[[Pairs, Array], Array], queries: Queries, pairs: Pairs) -> Array:
     """`function(tile, start)` [..., n] of all tiles, put together along the last axis."""
     length = pairs.keys.shape[2]
     size = _tile_size(queries, length)

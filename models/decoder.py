@@ -14,7 +14,7 @@ from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.layer import DecoderLayer, rms_norm
 from restkv_jax.models.memory import Memory, PairMemory, SharedMemory, follow
-from restkv_jax.models.rope import layer_ropes, sequence_lengths
+from restkv_jax.models.rope import Rope, layer_ropes, sequence_lengths
 from restkv_jax.models.rules import with_usual_promotion
 
 
@@ -22,14 +22,16 @@ class LayerView(NamedTuple):
     """What a layer shows of itself to those who keep its state or score its keys.
 
     `index` int32 scalar; `queries`, those of the last tokens; `output_projection` [K, G, D, M]; `aux`, what the
-    memory's `attend` returned besides the context for the last chunk. The projection leads into the residual stream,
-    the model's multiplier included; a norm of the attention's output (Gemma, OLMo 2) is not linear, so it is left out.
+    memory's `attend` returned besides the context for the last chunk; `rope`, which turned queries and keys, None where
+    nothing did. The projection leads into the residual stream, the model's multiplier included; a norm of the
+    attention's output (Gemma, OLMo 2) is not linear, so it is left out.
     """
 
     index: Array | int
     queries: Queries
     output_projection: Array
     aux: Any = None
+    rope: Rope | None = None
 
     def last(self, count: int) -> "LayerView":
         """The same with the last `count` queries only."""
@@ -129,7 +131,7 @@ class Decoder(nn.Module):
             last = jnp.zeros((batch, *heads, hooks.num_queries, c.head_dim), hidden.dtype)
             (hidden, last), aux = _over_chunks(attend, layer, (hidden, last), length, chunk_size)
             queries = as_queries(last, positions[:, -hooks.num_queries :])
-            view = LayerView(index, queries, layer.shown_output_projection(), aux)
+            view = LayerView(index, queries, layer.shown_output_projection(), aux, rope)
             return (hidden, leader_keys, hooks.observe(view, memory, state)), None
 
         scan = nn.scan(

@@ -92,13 +92,55 @@ def apply_rope(x: Array, positions: Array, rope: Rope, scale: float = 1.0) -> Ar
     Returns:
       [B, ..., T, D] in the dtype of `x`; the rotation is computed in float32.
     """
-    angles = positions[:, :, None].astype(jnp.float32) * rope.frequencies[:, None, :]
-    angles = jnp.expand_dims(angles, tuple(range(1, x.ndim - 2)))
-    factor, half = rope.factor * scale, angles.shape[-1]
-    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    angles, factor = _angles(x, positions, rope), rope.factor * scale
+    return _turn(x, jnp.cos(angles) * factor, jnp.sin(angles) * factor, scale).astype(x.dtype)
+
+
+def undo_rope(x: Array, positions: Array, rope: Rope | None) -> Array:
+    """What queries or keys were before `apply_rope` turned them, float32.
+
+    Args:
+      x: [B, ..., T, D], any axes of heads between.
+      positions: int32 [B, T], or [B, K or 1, T] for x of [B, K, ..., T, D]; -1 turns by one token, and means nothing.
+      rope: the rotation; None leaves `x` as it is.
+    """
+    if rope is None:
+        return x.astype(jnp.float32)
+    angles = _angles(x, positions, rope)
+    return _turn(x, jnp.cos(angles) / rope.factor, -jnp.sin(angles) / rope.factor)
+
+
+def undo_average_rope(x: Array, first: Array, count: int, rope: Rope | None) -> Array:
+    """`R^T x` with `R` the mean rotation at `count` positions, so that `q R^T x` is the mean logit of a query there.
+
+    Args:
+      x: keys [B, ..., T, D], after RoPE.
+      first: int32 [B], the first of these positions.
+      count: how many there are, one after the other.
+      rope: the rotation; None leaves `x` as it is.
+
+    Returns:
+      float32 [B, ..., T, D].
+    """
+    if rope is None:
+        return x.astype(jnp.float32)
+    angles = _angles(x, first[:, None] + jnp.arange(count), rope)
+    cos, sin = (part.mean(-2, keepdims=True) * rope.factor for part in (jnp.cos(angles), jnp.sin(angles)))
+    return _turn(x, cos, -sin)
+
+
+def _angles(x: Array, positions: Array, rope: Rope) -> Array:
+    """float32 [B, ..., T, R/2] for x [B, ..., T, D], by positions [B, T] or [B, K, T]; axes of heads may be 1."""
+    frequencies = jnp.expand_dims(rope.frequencies, tuple(range(1, positions.ndim)))
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.expand_dims(angles, tuple(range(positions.ndim - 1, x.ndim - 2)))
+
+
+def _turn(x: Array, cos: Array, sin: Array, scale: float = 1.0) -> Array:
+    """Turns the rotary dimensions and multiplies the others by a scale, in float32."""
+    half = cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin, rest * scale]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest * scale], axis=-1)
 
 
 def grow_with_position(config: ModelConfig, queries: Array, positions: Array) -> Array:

@@ -25,6 +25,7 @@ from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.arguments import check_mask
 from restkv_jax.models.config import UNLIMITED
 from restkv_jax.models.decoder import LayerView, positions_of
+from restkv_jax.models.rope import Rope
 from restkv_jax.models.rules import with_usual_promotion
 
 
@@ -52,6 +53,7 @@ def evict_layer(
     mask: ArrayLike | None = None,
     layer: int = 0,
     num_layers: int = 1,
+    rope: Rope | None = None,
 ) -> Eviction:
     """Applies a policy to one layer of a prompt.
 
@@ -65,6 +67,8 @@ def evict_layer(
       mask: bool [B, T], False on left padding.
       layer: which layer it is; for budgets that differ by layer.
       num_layers: of the model; for budgets that differ by layer.
+      rope: the rotation that turned queries and keys, for scorers that look at what they were before it; with None they
+        are taken as they are, like those of a layer without RoPE.
 
     Returns:
       an `Eviction` with `C = budget` slots (`T` without a budget, and where KV heads share one: see `lengths`); scores
@@ -92,7 +96,7 @@ def evict_layer(
     projection = einops.rearrange(arrays["output_projection"], "(k g) d m -> k g d m", k=num_kv_heads)
     shown = Queries(vectors, positions[:, length - vectors.shape[3] :], UNLIMITED)
     slots = length if policy.budget is None or not policy.allocation.uniform else policy.budget
-    view, pairs = LayerView(layer, shown, projection), pairs._replace(positions=positions[:, None])
+    view, pairs = LayerView(layer, shown, projection, rope=rope), pairs._replace(positions=positions[:, None])
     return evict(policy, view, pairs, slots, num_layers, score(policy, view, pairs))
 
 

@@ -87,7 +87,9 @@ class AdaptivePooling:
     def __call__(self, scores: Array, view: LayerView, pairs: Pairs, count: int) -> Array:
         length, prefix = pairs.keys.shape[2], scores.shape[-1]
         width, shift = self.width_and_shift(view.last(length - prefix), pairs, count)
+        # Drift is measured in positions, and may exceed the keys that there are once some were evicted.
         widest = max(self.kernel_size, 2 * (length // self.scale) + 1)
+        width = jnp.minimum(width, widest)
         first = jnp.argmax(pairs.positions[:, :, None, :prefix] >= 0, axis=-1, keepdims=True)
         edge = jnp.take_along_axis(scores, first, axis=-1)
         extended = jnp.where(_inside(scores, pairs), scores, edge)
@@ -97,17 +99,22 @@ class AdaptivePooling:
     def width_and_shift(self, view: LayerView, pairs: Pairs, count: int) -> tuple[Array, Array]:
         """Width and shift of every head's window, int32 [B, K, G]; the view's queries are the window's."""
         centres = attention_centres(view.queries, pairs, count=count)
-        is_query = (view.queries.positions >= 0)[:, None, None]
-        rank, number = jnp.cumsum(is_query, axis=-1), is_query.sum(-1, keepdims=True)
-        in_front = is_query & (rank <= number // 2)
-
-        def mean(part: Array) -> Array:
-            return jnp.where(part, centres, 0.0).sum(-1) / jnp.maximum(part.sum(-1), 1)
-
-        drift = jnp.where(in_front.any(-1), mean(in_front) - mean(is_query & ~in_front), 0.0)
+        drift = _drift(centres, view.queries.positions >= 0)
         width = jnp.maximum(self.kernel_size, 2 * jnp.floor(jnp.abs(drift) / self.scale) + 1)
         shift = jnp.floor(drift / self.scale) + (drift <= 0)
         return width.astype(jnp.int32), shift.astype(jnp.int32)
+
+
+def _drift(centres: Array, is_query: Array) -> Array:
+    """Mean over the front half of a row's queries less that over the rear half: [B, K, G, w], [B, w] to [B, K, G]."""
+    number, rank = is_query.sum(1, keepdims=True), jnp.cumsum(is_query, axis=1)
+    is_front = (rank <= number // 2) & is_query
+
+    def mean(chosen: Array) -> Array:
+        total = jnp.where(chosen[:, None, None], centres, 0.0).sum(-1)
+        return total / jnp.maximum(chosen.sum(1), 1)[:, None, None]
+
+    return jnp.where(number[..., None] > 1, mean(is_front) - mean(is_query & ~is_front), 0.0)
 
 
 def window_mean(scores: Array, width: Array, left: Array, widest: int) -> Array:

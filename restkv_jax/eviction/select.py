@@ -5,7 +5,7 @@ from jax import Array
 
 from restkv_jax.eviction.allocation import ranks
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.pairs import Pairs, within_reach
 from restkv_jax.kernels.top import places, top_mask
 from restkv_jax.models.decoder import LayerView
 
@@ -50,19 +50,14 @@ def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores:
     budget = length if policy.budget is None else policy.budget
     pooled = policy.pooling(scores, view, pairs, min(max(budget - window, 1), length))
     reduced = pooled.mean(axis=2) if policy.group_reduce == "mean" else pooled.max(axis=2)
+    is_seen = within_reach(view.queries, pairs.positions[..., : length - window])
     reduced = jnp.nan_to_num(reduced, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
-    return jnp.where(is_token, jnp.where(_is_within_reach(view, pairs, window), reduced, UNREACHABLE), -jnp.inf)
+    return jnp.where(is_token, jnp.where(is_seen, reduced, UNREACHABLE), -jnp.inf)
 
 
 def prefix_lengths(scores: Array) -> Array:
     """How many pairs there are before the window, from their `prefix_scores` [..., T - w]: int32 [...]."""
     return (scores > -jnp.inf).sum(-1, dtype=jnp.int32)
-
-
-def _is_within_reach(view: LayerView, pairs: Pairs, window: int) -> Array:
-    """bool [B, 1, T - w]: whether the sliding window lets any later token see a key."""
-    positions = pairs.positions
-    return positions[..., -1:] + 1 - positions[..., : positions.shape[2] - window] < view.queries.sliding_window
 
 
 def places_to_keep(scores: Array, positions: Array, window: int, slots: int) -> Array:
@@ -114,7 +109,7 @@ def keep_shares(policy: EvictionPolicy, scores: Array, prefix_lengths: Array, la
     Args:
       policy: its allocation, budget and window count.
       scores: float32 [L, B, K, N], inf in the window and -inf where a place is empty.
-      prefix_lengths: int32 [L, B, K], keys before the window that there are.
+      prefix_lengths: int32 [L, B, K], keys before the window.
       layers: int32 [L], which layers these are.
       num_layers: of the model.
 

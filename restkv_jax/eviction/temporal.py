@@ -15,20 +15,18 @@ def check_temporal(temporal: str, alpha: float) -> None:
         raise ValueError(f"alpha={alpha} must be in (0, 1], the weight of the newest query")
 
 
-def query_weights(temporal: str, alpha: float, positions: Array) -> Array:
-    """Weights of queries in their average, with the sum 1: float32 [B, w].
+def query_weights(temporal: str, positions: Array, alpha: float) -> Array:
+    """Weights of queries in their average, oldest first, with the sum 1 in every row; float32 [B, w].
 
-    Args:
-      temporal: "ema" or "mean".
-      alpha: weight of the newest query in the moving average.
-      positions: int32 [B, w], oldest first; -1 where there is no query, which come before the others.
+    `positions` int32 [B, w], -1 on padding on the left: the average of a row begins with its first query.
     """
     is_query = positions >= 0
     if temporal == "mean":
-        return is_query / jnp.maximum(is_query.sum(-1, keepdims=True), 1)
-    later, oldest = ema_weights(positions.shape[1], alpha), (1 - alpha) ** np.arange(positions.shape[1])[::-1]
-    is_oldest = is_query & (jnp.cumsum(is_query, axis=-1) == 1)
-    return jnp.where(is_oldest, oldest.astype(np.float32), jnp.where(is_query, later, 0.0))
+        return is_query / jnp.maximum(is_query.sum(1, keepdims=True), 1)
+    weights = ema_weights(positions.shape[1], alpha)
+    is_first = is_query & (jnp.cumsum(is_query, axis=1) == 1)
+    started = np.concatenate([weights[:1], weights[1:] / np.float32(alpha)])
+    return jnp.where(is_first, started, jnp.where(is_query, weights, 0.0))
 
 
 def ema_weights(length: int, alpha: float) -> np.ndarray:

@@ -25,7 +25,9 @@ SCORES = {
     "column_row_norms": lambda: scores.column_row_norms(QUERIES, PAIRS, GRAM),
     "removal_errors": lambda: scores.removal_errors(QUERIES, PAIRS, GRAM),
     "averaged_removal_error": lambda: scores.averaged_removal_error(QUERIES, PAIRS, GRAM, WEIGHTS),
-    "averaged_attention_removal_error": lambda: scores.averaged_attention_removal_error(QUERIES, PAIRS, GRAM, WEIGHTS),
+    "averaged_attention_removal_error": lambda: scores.averaged_attention_removal_error(
+        QUERIES, PAIRS, GRAM, WEIGHTS, window=W
+    ),
     "attention_centres": lambda: scores.attention_centres(QUERIES, PAIRS, count=7),
 }
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.eviction.policy import EvictionPolicy
@@ -20,13 +21,15 @@ class RandomScores:
     additive: ClassVar[bool] = True
 
     def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
-        num_kv_heads = pairs.keys.shape[1]
+        batch, num_kv_heads, length, _ = pairs.keys.shape
         key = jax.random.fold_in(jax.random.key(self.seed), view.index)
 
-        def draw(position: Array) -> Array:
-            return jax.random.uniform(jax.random.fold_in(key, position), (num_kv_heads, 1))
+        def draw(head: Array, position: Array) -> Array:
+            return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, head), position))
 
-        return jax.vmap(jax.vmap(draw, out_axes=-1))(pairs.positions[:, 0, : pairs.keys.shape[2] - window])
+        positions = jnp.broadcast_to(pairs.positions, (batch, num_kv_heads, length))[:, :, : length - window]
+        of_head = jax.vmap(draw, in_axes=(None, 0))
+        return jax.vmap(jax.vmap(of_head), in_axes=(None, 0))(jnp.arange(num_kv_heads), positions)[:, :, None]
 
 
 def random(budget: int = 128, window: int = 32, seed: int = 0) -> EvictionPolicy:

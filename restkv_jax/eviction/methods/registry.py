@@ -3,8 +3,11 @@
 from collections.abc import Callable
 
 from restkv_jax.eviction.methods.adakv import adakv
+from restkv_jax.eviction.methods.compactor import compactor
+from restkv_jax.eviction.methods.expected_attention import expected_attention
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.methods.h2o import h2o
+from restkv_jax.eviction.methods.keydiff import keydiff
 from restkv_jax.eviction.methods.knorm import knorm
 from restkv_jax.eviction.methods.laprox import laprox
 from restkv_jax.eviction.methods.pyramidkv import pyramidkv
@@ -24,6 +27,9 @@ METHODS: dict[str, Callable[..., EvictionPolicy]] = {
     "adakv": adakv,
     "h2o": h2o,
     "tova": tova,
+    "compactor": compactor,
+    "expected_attention": expected_attention,
+    "keydiff": keydiff,
     "streaming_llm": streaming_llm,
     "knorm": knorm,
     "random": random,

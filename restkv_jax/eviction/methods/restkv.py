@@ -38,10 +38,10 @@ class Reconstruction:
         check_choice("use_output_projection", self.use_output_projection, (False, True))
 
     def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
-        weights = query_weights(self.temporal, self.alpha, view.queries.positions)
+        weights = query_weights(self.temporal, view.queries.positions, self.alpha)
         gram = self.gram(view.output_projection)
         if self.order == "after":
-            return averaged_attention_removal_error(view.queries, pairs, gram, weights)
+            return averaged_attention_removal_error(view.queries, pairs, gram, weights, window=window)
         return averaged_removal_error(view.queries, pairs, gram, weights)[..., : pairs.keys.shape[2] - window]
 
     def gram(self, output_projection: Array) -> Array:

@@ -30,7 +30,7 @@ class WindowAttention:
     def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
         positions = view.queries.positions
         is_sum = self.temporal == "sum"
-        weights = jnp.ones(window) if is_sum else query_weights(self.temporal, self.alpha, positions)
+        weights = jnp.ones(positions.shape) if is_sum else query_weights(self.temporal, positions, self.alpha)
         return column_sums(view.queries, pairs, weights)[..., : pairs.keys.shape[2] - window]
 
 
