@@ -32,7 +32,7 @@ from restkv_jax.models.tokenizer import load_tokenizer
 EMBEDDED = str(importlib.resources.files("restkv_jax") / "embedded")
 """The directory of the model that comes with the package, for tasks that load a tokenizer by `pretrained`."""
 
-SAMPLING = ("temperature", "top_k", "top_p")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 GEN_KWARGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
 """What tasks and `--gen_kwargs` may say about generation."""
 
