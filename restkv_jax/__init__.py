@@ -24,6 +24,7 @@ from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import LeastSquares
 from restkv_jax.generation.generating import Generation, decode_step, generate, generate_each, stream
 from restkv_jax.generation.reading import bucket_length, prefill, prefill_each
+from restkv_jax.generation.text import generate_text, stream_text
 from restkv_jax.models import build_model, init_params, load_model, read, save_model
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "full",
     "generate",
     "generate_each",
+    "generate_text",
     "h2o",
     "init_params",
     "kept_positions",
@@ -63,6 +65,7 @@ __all__ = [
     "save_model",
     "snapkv",
     "stream",
+    "stream_text",
     "streaming_llm",
     "tova",
 ]

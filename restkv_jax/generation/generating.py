@@ -158,7 +158,7 @@ def generate_each(
     """
     logits, caches = prefill_each(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing)
     model = model if sharing is None else model.clone(sharing=sharing)
-    sampling = make_sampling(model, logits.shape[0], None, None, None, None, None, eos_token_ids)
+    sampling = make_sampling(model, logits.shape[0], eos_token_ids=eos_token_ids)
     outs: dict[int, Generation] = {}
     with beside(params) as params:
         for members in _that_join(caches):
@@ -261,7 +261,9 @@ def _generate_from(model, params, logits, cache, sampling, max_new_tokens) -> Ge
     return Generation(decoded.tokens, decoded.now.lengths, decoded.now.cache)
 
 
-def make_sampling(model: Decoder, batch: int, key, temperature, top_k, top_p, min_p, eos_token_ids) -> Sampling:
+def make_sampling(
+    model: Decoder, batch: int, key=None, temperature=None, top_k=None, top_p=None, min_p=None, eos_token_ids=None
+) -> Sampling:
     """How the tokens of `batch` rows are chosen: the arguments of `generate`, checked."""
     check_sampling(key, temperature, top_k, top_p, min_p)
     keys = row_keys(key, batch)

@@ -1,0 +1,313 @@
+"""Text in and out: prompts are encoded, and answers decoded as their tokens come."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.generation.decoding import Decoding
+from restkv_jax.generation.encoding import encode_prompts, is_one_prompt
+from restkv_jax.generation.generating import Steps, decode_prompt, make_sampling
+from restkv_jax.generation.reading import CHUNK_SIZE, check_and_pad
+from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.rules import with_usual_promotion
+
+REPLACEMENT = "\ufffd"
+"""What bytes that are not a whole character are decoded to."""
+
+
+@with_usual_promotion
+def generate_text(
+    model: Decoder,
+    params: Any,
+    tokenizer: Any,
+    prompts: Any,
+    policy: EvictionPolicy | None = None,
+    max_new_tokens: int = 64,
+    *,
+    stop: str | Sequence[str] = (),
+    key: Array | None = None,
+    temperature: Array | float | None = None,
+    top_k: Array | int | None = None,
+    top_p: Array | float | None = None,
+    min_p: Array | float | None = None,
+    eos_token_ids: tuple[int, ...] | None = None,
+    chunk_size: int = CHUNK_SIZE,
+    sharing: Sharing | None = None,
+) -> Any:
+    """Answers prompts, texts or conversations, on a small cache.
+
+    A text is read as it is and continued; messages stand in the tokenizer's chat template and are answered. The loop
+    runs on the host, one compiled step per token.
+
+    Args:
+      model: a `Decoder`.
+      params: its parameters.
+      tokenizer: a tokenizer of `transformers`, as `load_model` returns it.
+      prompts: a text; a conversation, a list of messages such as `{"role": "user", "content": "Hello"}`; or a list of
+        texts and conversations, which are read as one batch.
+      policy: what to keep of the prompts; everything by default.
+      max_new_tokens: upper bound on the tokens of an answer.
+      stop: strings that end an answer; it ends before the first of them.
+      key: a JAX random key, folded with the prompt's index, or keys [B]; None decodes greedily.
+      temperature: divides the logits; 1 by default.
+      top_k: draw among the `k` best tokens.
+      top_p: draw among the best tokens that hold this probability mass.
+      min_p: draw among the tokens that are at least this times as probable as the best.
+      eos_token_ids: tokens that end an answer and are not part of its text; the model's own by default.
+      chunk_size: bound on the prompt tokens whose activations exist at one time.
+      sharing: whose keys each layer reads distant tokens by; see `prefill`.
+
+    Returns:
+      the answer, a str, to one prompt; a list of answers to a list of prompts.
+
+    Raises:
+      ValueError, TypeError: arguments that make no sense, each named.
+    """
+    texts = decode_text(
+        model,
+        params,
+        tokenizer,
+        *encode_prompts(tokenizer, prompts),
+        policy,
+        max_new_tokens,
+        stop=stop,
+        chunk_size=chunk_size,
+        sharing=sharing,
+        key=key,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        eos_token_ids=eos_token_ids,
+    )
+    for _ in texts:
+        pass
+    answers = [row.text for row in texts.rows]
+    return answers[0] if is_one_prompt(prompts) else answers
+
+
+@with_usual_promotion
+def stream_text(
+    model: Decoder,
+    params: Any,
+    tokenizer: Any,
+    prompts: Any,
+    policy: EvictionPolicy | None = None,
+    max_new_tokens: int = 64,
+    *,
+    stop: str | Sequence[str] = (),
+    key: Array | None = None,
+    temperature: Array | float | None = None,
+    top_k: Array | int | None = None,
+    top_p: Array | float | None = None,
+    min_p: Array | float | None = None,
+    eos_token_ids: tuple[int, ...] | None = None,
+    chunk_size: int = CHUNK_SIZE,
+    sharing: Sharing | None = None,
+) -> Iterator[Any]:
+    """Yields answers as they come, in pieces that joined are those of `generate_text`.
+
+    Arguments as for `generate_text`, checked at the call. A piece is whole characters: one that is spread over several
+    tokens comes with the last of them, and text that may be the beginning of a stop string once that is decided.
+
+    Returns:
+      an iterator over the pieces of the answer, each a str, to one prompt; for a list of prompts, over lists of the new
+      piece of each, "" where there is none.
+
+    Raises:
+      ValueError, TypeError: arguments that make no sense, each named.
+    """
+    texts = decode_text(
+        model,
+        params,
+        tokenizer,
+        *encode_prompts(tokenizer, prompts),
+        policy,
+        max_new_tokens,
+        stop=stop,
+        chunk_size=chunk_size,
+        sharing=sharing,
+        key=key,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        eos_token_ids=eos_token_ids,
+    )
+    new = (pieces for pieces in texts if any(pieces))
+    return (pieces[0] for pieces in new) if is_one_prompt(prompts) else new
+
+
+def decode_text(
+    model: Decoder,
+    params: Any,
+    tokenizer: Any,
+    tokens: ArrayLike,
+    mask: ArrayLike | None,
+    policy: EvictionPolicy | None,
+    max_new_tokens: int,
+    *,
+    stop: str | Sequence[str] = (),
+    chunk_size: int = CHUNK_SIZE,
+    sharing: Sharing | None = None,
+    **sampling: Any,
+) -> "TextStream":
+    """The text that follows encoded prompts, decoded as it is iterated over.
+
+    Arguments as for `generate_text`, checked at the call; `tokens` and `mask` as for `generate`.
+    """
+    stop = check_stop(stop)
+    prompt = check_and_pad(model, params, tokens, mask, (policy,), max_new_tokens, chunk_size, sharing)
+    batch = prompt.tokens.shape[0]
+    states = decode_prompt(prompt, params, make_sampling(model, batch, **sampling))
+    return TextStream(states, [RowText(tokenizer, stop) for _ in range(batch)])
+
+
+def check_stop(stop: Any) -> tuple[str, ...]:
+    """Stop strings as a tuple.
+
+    Raises:
+      TypeError: something else than a str or a sequence of them.
+      ValueError: an empty string.
+    """
+    stop = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, Sequence) or not all(isinstance(string, str) for string in stop):
+        raise TypeError(f"stop={stop!r:.60} must be a string or a list of strings")
+    if "" in stop:
+        raise ValueError(f"stop={stop!r:.60} has an empty string, which would end every answer before it begins")
+    return tuple(stop)
+
+
+class TextStream:
+    """Text as it is decoded: iterating gives for every step a list of the new piece of each row.
+
+    `rows` hold tokens and text so far; `row.ended = True` ends a row before the next step. `last`, once the iteration
+    is over, is the final state: its cache holds each row's tokens without the last, which was not fed back.
+    """
+
+    def __init__(self, states: Steps, rows: Sequence["RowText"]):
+        self.rows = rows
+        self.last: Decoding | None = None
+        self._states = states
+
+    def __iter__(self) -> Iterator[list[str]]:
+        now: Decoding | None = next(self._states)
+        while now is not None:
+            tokens, active = (np.array(x).tolist() for x in (now.token, now.active))
+            yield [row.push(*new) for row, *new in zip(self.rows, tokens, active, strict=True)]
+            now = self._step(active)
+        rest = [row.finish() for row in self.rows]
+        if any(rest):
+            yield rest
+
+    def _step(self, active: list[bool]) -> Decoding | None:
+        going = [not row.ended for row in self.rows]
+        try:
+            return self._states.send(None if going == active else np.array(going))
+        except StopIteration as end:
+            self.last = end.value
+            return None
+
+
+class RowText:
+    """The text of one row as its tokens come, up to its end token or a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
+        self.tokens: list[int] = []
+        self.text = ""
+        self.ended = False
+        self._decoder = TokenDecoder(tokenizer)
+        self._stop = StopStrings(stop)
+
+    def push(self, token: int, active: bool = True) -> str:
+        """The text that is settled by a token, which ends the row if it is not `active` afterwards."""
+        if self.ended:
+            return ""
+        self.tokens.append(token)
+        if not active:
+            return self.finish()
+        return self._add(self._stop.push(self._decoder.push(token)))
+
+    def finish(self) -> str:
+        """What is still held back, once there are no more tokens."""
+        self.ended = True
+        return self._add(self._stop.push(self._decoder.finish()) + self._stop.finish())
+
+    def _add(self, piece: str) -> str:
+        self.ended |= self._stop.found
+        self.text += piece
+        return piece
+
+
+class TokenDecoder:
+    """Decodes tokens one by one into pieces that joined are what `tokenizer.decode` makes of all of them.
+
+    That is without special tokens, and with the spaces as the tokens have them. Of the tokens, those since the last but
+    one piece are decoded again, since decoders drop the space before a first word. Bytes that are not a whole
+    character wait for the next token. `tokenizers.decoders.DecodeStream` does the same, but fails for good where a
+    tokenizer with byte fallback gets bytes that are not a character after others that are; here the ones that were
+    given stay.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._tokens: list[int] = []
+        self._num_given = 0
+
+    def push(self, token: int) -> str:
+        """The text that is settled by a token."""
+        self._tokens.append(token)
+        text = self._new_text()
+        return "" if text.endswith(REPLACEMENT) else self._give(text)
+
+    def finish(self) -> str:
+        """The bytes that wait for a next token."""
+        return self._give(self._new_text())
+
+    def _new_text(self) -> str:
+        given = self._decode(self._tokens[: self._num_given])
+        return self._decode(self._tokens)[len(given) :]
+
+    def _give(self, text: str) -> str:
+        if text:
+            self._tokens, self._num_given = self._tokens[self._num_given :], len(self._tokens) - self._num_given
+        return text
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, and holds back what may be the beginning of one.
+
+    The first is the one that is whole first; of those that end with one character, the longest. So it does not matter
+    in which pieces the text comes.
+    """
+
+    def __init__(self, stop: tuple[str, ...]):
+        self.found = False
+        self._stop = stop
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """The text that is settled by a piece; nothing once a stop string was found."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        places = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        self.found = bool(places)
+        settled = min(places)[1] if places else len(text) - self._beginning(text)
+        self._held = "" if places else text[settled:]
+        return text[:settled]
+
+    def _beginning(self, text: str) -> int:
+        """Characters at the end of the text that a stop string may begin with."""
+        return max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+
+    def finish(self) -> str:
+        """What is held back."""
+        held, self._held = self._held, ""
+        return held
