@@ -76,4 +76,3 @@ def test_options_of_a_model_that_are_out_of_range(capsys, tmp_path):
     code, out, err = run(capsys, str(directory), "--sample")
     assert (code, out, err) == (2, "", "restkv: error: top_p=1.5 must be in (0, 1]\n")
     assert run(capsys, str(directory), "--sample", "--top-p", "0.9", "--quiet")[0] == 0
-
