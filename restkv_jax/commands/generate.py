@@ -30,9 +30,10 @@ from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import find_preset, make_policy
 from restkv_jax.generation.checks import check_sampling
+from restkv_jax.generation.detokenising import check_stop
 from restkv_jax.generation.encoding import encode_text
 from restkv_jax.generation.reading import bucket_length, cache_shapes
-from restkv_jax.generation.text import check_stop, decode_text
+from restkv_jax.generation.text import decode_text
 from restkv_jax.models.sampling_defaults import SamplingDefaults
 from restkv_jax.timing import CompilationClock
 
