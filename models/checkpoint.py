@@ -21,6 +21,7 @@ from restkv_jax.models.gguf import gguf_within, read_gguf
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.quantised import FLOAT8, dequantised, read_float8
 from restkv_jax.models.refused import missing_weights, refuse_adapter, refuse_pickled, refuse_quantised
+from restkv_jax.models.sampling_defaults import GENERATION_CONFIG, read_sampling
 from restkv_jax.models.saving import INDEX, WEIGHTS
 from restkv_jax.models.stored import StoredCheckpoint, StoredTensor, aligned_empty, read_into, row_slices
 from restkv_jax.models.tensors import (
@@ -50,7 +51,8 @@ def load_model(path_or_id: str | os.PathLike | None = None, dtype: Any = jnp.bfl
     Quantised ones (GGUF's, fp8 with scales, compressed-tensors' integers, MLX's) are dequantised as they are read.
 
     A text ends with any of `model.config.eos_token_ids`: the union of what `generation_config.json`, `config.json`
-    and the tokenizer name. The padding is that of the first of the two files that names one.
+    and the tokenizer name. The padding is that of the first of the two files that names one. `model.config.sampling`
+    has what `generation_config.json` says of sampling.
 
     A stored unembedding that differs from the embedding is kept, whatever `tie_word_embeddings` says. Prefixes that
     wrappers put before the tensors' names are taken off. Code in a checkpoint never runs.
@@ -164,16 +166,17 @@ def _shards(directory: pathlib.Path, weight_map: Any) -> list[str]:
 
 
 def _read_model_config(directory: pathlib.Path, fields: dict[str, Any]) -> ModelConfig:
-    """The configuration, ends and padding of `generation_config.json` included."""
-    generation = directory / "generation_config.json"
-    ids = read_json(generation) if generation.is_file() else {}
+    """The configuration; ends, padding and sampling of `generation_config.json` included."""
+    path_of_generation = directory / GENERATION_CONFIG
+    generation = read_json(path_of_generation) if path_of_generation.is_file() else {}
     path = directory / "config.json"
     try:
         config = read_config(fields)
-        path = generation
-        pad = ids.get("pad_token_id")
-        config = dataclasses.replace(config, pad_token_id=config.pad_token_id if pad is None else pad)
-        return _ending_with(config, (*as_ids(ids.get("eos_token_id")), *config.eos_token_ids))
+        path = path_of_generation
+        pad = generation.get("pad_token_id")
+        pad = config.pad_token_id if pad is None else pad
+        config = dataclasses.replace(config, pad_token_id=pad, sampling=read_sampling(generation))
+        return _ending_with(config, (*as_ids(generation.get("eos_token_id")), *config.eos_token_ids))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -20,6 +20,7 @@ from restkv_jax.models.rope_parameters import (
     one_rope,
     thaw_rope,
 )
+from restkv_jax.models.sampling_defaults import SamplingDefaults
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
 
@@ -61,7 +62,7 @@ class ModelConfig:
     `attention_multiplier`, None for `1 / sqrt(head_dim)`, and capped at `attn_logit_softcapping`; those of the next
     token are divided by `logits_scaling` and capped at `final_logit_softcapping`. RoPE turns the first
     `partial_rotary_factor` of a head's dimensions. With `num_experts`, the MLP is a mixture of experts of
-    `intermediate_size` each.
+    `intermediate_size` each. `sampling` is how the model's makers draw tokens, offered and never used unasked.
 
     Raises:
       ValueError: sizes, ids or settings that no model can have.
@@ -88,6 +89,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    sampling: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
     activation: str = "silu"
     norm_adds_one: bool = False
     norms_before: bool = True

@@ -13,11 +13,12 @@ from restkv_jax.models.config import to_hugging_face
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.files import write_json
 from restkv_jax.models.key_groups import FILE
+from restkv_jax.models.sampling_defaults import GENERATION_CONFIG, SamplingDefaults, sampling_fields
 from restkv_jax.models.tensors import Tensor, checkpoint_tensors, flatten, fused_names, parameter_shapes, to_checkpoint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MODEL_FILES = ("model*.safetensors", INDEX, "config.json", "generation_config.json", FILE)
+MODEL_FILES = ("model*.safetensors", INDEX, "config.json", GENERATION_CONFIG, FILE)
 """What `save_model` replaces in a directory that exists."""
 
 
@@ -55,6 +56,9 @@ def save_model(
     try:
         fields = to_hugging_face(model.config) | {"dtype": str(params["embedding"].dtype)}
         write_json(unfinished / "config.json", fields)
+        if model.config.sampling != SamplingDefaults():
+            ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            write_json(unfinished / GENERATION_CONFIG, ids | sampling_fields(model.config.sampling))
         _write_weights(unfinished, model.config.model_type, checkpoint_tensors(model), params, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)

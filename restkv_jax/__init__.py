@@ -28,6 +28,7 @@ from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import LeastSquares
 from restkv_jax.generation.generating import Generation, decode_step, generate, generate_each, stream
 from restkv_jax.generation.reading import bucket_length, extend, prefill, prefill_each
+from restkv_jax.generation.text import generate_text, stream_text
 from restkv_jax.models import build_model, init_params, load_model, read, save_model
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "full",
     "generate",
     "generate_each",
+    "generate_text",
     "h2o",
     "init_params",
     "kept_positions",
@@ -74,6 +76,7 @@ __all__ = [
     "save_model",
     "snapkv",
     "stream",
+    "stream_text",
     "streaming_llm",
     "tova",
 ]

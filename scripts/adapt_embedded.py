@@ -20,7 +20,7 @@ from embedded_curriculum import CURRICULUM
 import restkv_jax as rk
 from restkv_jax.commands.options import parse
 from restkv_jax.evaluate import make_prompts, measure_accuracy
-from restkv_jax.evaluate.batching import pad_left
+from restkv_jax.generation.encoding import pad_left
 from restkv_jax.pod.adaptation.loss import next_token_loss
 from restkv_jax.pod.plot import plot_groups
 

@@ -19,10 +19,10 @@ import restkv_jax as rk
 from restkv_jax.caches.base import Cache
 from restkv_jax.commands.options import parse
 from restkv_jax.evaluate import is_exact, make_prompts
-from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.eviction.layer import evict
 from restkv_jax.eviction.refit import window_outputs
 from restkv_jax.eviction.select import score
+from restkv_jax.generation.encoding import pad_left
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.models.decoder import Hooks, LayerView
 from restkv_jax.models.memory import PairMemory

@@ -13,18 +13,28 @@ import jax
 from cyclopts import Group, Parameter
 from rich.console import Console
 from rich.table import Table
-from transformers import TextStreamer
 
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.paged import PagedCache
-from restkv_jax.commands.options import FLAT, LONG_PROMPT, PromptOptions, UsageError, as_usage_error, parse
-from restkv_jax.commands.prompts import LoadedPrompt, encode_text, encode_turn, load_prompt
+from restkv_jax.commands.options import (
+    FLAT,
+    LONG_PROMPT,
+    PromptOptions,
+    UsageError,
+    as_usage_error,
+    parse,
+    print_notice,
+)
+from restkv_jax.commands.prompts import LoadedPrompt, encode_turn, load_prompt
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import find_preset, make_policy
 from restkv_jax.generation.checks import check_sampling
-from restkv_jax.generation.generating import stream
+from restkv_jax.generation.detokenising import check_stop
+from restkv_jax.generation.encoding import encode_text
 from restkv_jax.generation.reading import bucket_length, cache_shapes
+from restkv_jax.generation.text import decode_text
+from restkv_jax.models.sampling_defaults import SamplingDefaults
 from restkv_jax.timing import CompilationClock
 
 
@@ -36,9 +46,12 @@ class GenerateOptions(PromptOptions):
       method: how to choose what the cache keeps; `restkv generate --method NAME --help` lists the method's options,
         `restkv methods` all methods.
       max_new_tokens: most tokens to generate.
-      temperature: divides the logits; greedy decoding without it, --top-k and --top-p.
+      stop: a string before which the answer ends; may be given several times.
+      sample: draw with the model's own temperature, top-k, top-p and min-p; options given here go before them.
+      temperature: divides the logits; greedy decoding without it and the other options of drawing.
       top_k: draw among the k best tokens.
       top_p: draw among the best tokens that hold this probability mass.
+      min_p: draw among the tokens that are at least this times as probable as the best.
       seed: of the random draws.
       system: what the model is told before the prompt, in a chat template.
       raw: read the prompt as it is, not as a turn in the chat template that the model's tokenizer may have.
@@ -47,13 +60,19 @@ class GenerateOptions(PromptOptions):
 
     method: str = "restkv"
     max_new_tokens: int = 64
+    stop: Annotated[tuple[str, ...], Parameter(consume_multiple=False)] = ()
+    sample: bool = False
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int = 0
     system: str | None = None
     raw: bool = False
     quiet: bool = False
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 class Timing(NamedTuple):
@@ -70,6 +89,7 @@ def run(args: Sequence[str]) -> None:
     options, method_options = parse_generate(args)
     with as_usage_error():
         make_policy(options.method, method_options, LONG_PROMPT)
+        check_stop(options.stop)
     sampling = _sampling(options)
     if options.raw and options.system is not None:
         raise UsageError("--system and --raw are both given; a system prompt needs the chat template")
@@ -77,9 +97,11 @@ def run(args: Sequence[str]) -> None:
     prompt = load_prompt(options, encode)
     with as_usage_error():
         policy = make_policy(options.method, method_options, prompt.tokens.shape[1])
-    timing = _print_answer(prompt, policy, options.max_new_tokens, sampling)
+    if options.sample:
+        sampling = _with_own(prompt.loaded.model.config.sampling, sampling)
+    timing = _print_answer(prompt, policy, options, sampling)
     if not options.quiet:
-        Console().print(_cost_table(prompt, options.method, policy, options.max_new_tokens, timing))
+        Console().print(_cost_table(prompt, policy, options, timing, _described(sampling)))
 
 
 def parse_generate(args: Sequence[str]) -> tuple[GenerateOptions, dict[str, Any]]:
@@ -135,54 +157,69 @@ def _first_line(documented: Any) -> str:
 
 
 def _sampling(options: GenerateOptions) -> dict[str, Any]:
-    """Keyword arguments of `stream`, checked before the model is loaded."""
+    """Keyword arguments of `decode_text`, checked before the model is loaded."""
     if options.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
-    sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-    if all(value is None for value in sampling.values()):
+    given = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+    if not given and not options.sample:
         return {}
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed {options.seed} must be in [0, 2**32)")
     key = jax.random.key(options.seed)
     with as_usage_error():
-        check_sampling(key, **sampling)
-    return sampling | {"key": key}
+        check_sampling(key, *(given.get(name) for name in SAMPLING))
+    return given | {"key": key}
 
 
-def _print_answer(prompt: LoadedPrompt, policy: EvictionPolicy, max_new_tokens: int, sampling: dict) -> Timing:
+def _with_own(own: SamplingDefaults, given: dict[str, Any]) -> dict[str, Any]:
+    """Those that are given, and the model's own for the others."""
+    if not own.options:
+        print_notice(f"--sample: the model has no sampling settings of its own; taken: {_described(given)}")
+    return own.options | given
+
+
+def _described(sampling: dict[str, Any]) -> str:
+    if not sampling:
+        return "greedy"
+    return ", ".join(f"{name}={value:g}" for name, value in ({"temperature": 1} | sampling).items() if name != "key")
+
+
+def _print_answer(
+    prompt: LoadedPrompt, policy: EvictionPolicy, options: GenerateOptions, sampling: dict[str, Any]
+) -> Timing:
     """Prints the answer as it comes."""
     model, params, tokenizer = prompt.loaded
-    printer = TextStreamer(tokenizer, skip_special_tokens=True)
+    encoded = (prompt.tokens, None, policy, options.max_new_tokens)
     with CompilationClock() as clock:
         start = time.perf_counter()
         with as_usage_error():
-            steps = stream(model, params, prompt.tokens, policy=policy, max_new_tokens=max_new_tokens, **sampling)
-        printer.put(next(steps))
+            text = decode_text(model, params, tokenizer, *encoded, stop=options.stop, **sampling)
+        steps = iter(text)
+        print(*next(steps), end="", flush=True)
         first, first_compilation = time.perf_counter() - start, clock.seconds
-        num_tokens = 1
-        for token in steps:
-            printer.put(token)
-            num_tokens += 1
-        printer.end()
+        for pieces in steps:
+            print(*pieces, end="", flush=True)
+        print()
         rest = time.perf_counter() - start - first
         rest_compilation = clock.seconds - first_compilation
-    return Timing(clock.seconds, first - first_compilation, rest - rest_compilation, num_tokens)
+    return Timing(clock.seconds, first - first_compilation, rest - rest_compilation, len(text.rows[0].tokens))
 
 
 def _cost_table(
-    prompt: LoadedPrompt, method: str, policy: EvictionPolicy, max_new_tokens: int, timing: Timing
+    prompt: LoadedPrompt, policy: EvictionPolicy, options: GenerateOptions, timing: Timing, sampling: str
 ) -> Table:
     """Slots and bytes as they are allocated, against the full cache's for the same prompt, and times."""
     length = prompt.tokens.shape[1]
     model, params, _ = prompt.loaded
     cache, everything = (
-        cache_shapes(model, params, prompt.tokens, None, one, max_new_tokens) for one in (policy, full())
+        cache_shapes(model, params, prompt.tokens, None, one, options.max_new_tokens) for one in (policy, full())
     )
     bytes_, full_bytes = cache_bytes(cache), cache_bytes(everything)
     rest = timing.num_tokens - 1
     on_average = " (on average)" if isinstance(cache, PagedCache) else ""
     table = Table(show_header=False)
-    table.add_row("method", method)
+    table.add_row("method", options.method)
+    table.add_row("sampling", sampling)
     table.add_row("prompt tokens", f"{length:,}")
     table.add_row("cache slots", f"{cache.num_slots:,} (full cache: {everything.num_slots:,})")
     table.add_row("cache bytes", f"{bytes_:,} ({bytes_ / full_bytes:.1%} of the full cache's {full_bytes:,})")
@@ -193,7 +230,7 @@ def _cost_table(
     )
     table.add_row("device", jax.devices()[0].device_kind)
     table.caption = (
-        f"Slots are allocated per layer and KV head{on_average}, with {max_new_tokens:,} for new tokens; "
+        f"Slots are allocated per layer and KV head{on_average}, with {options.max_new_tokens:,} for new tokens; "
         f"the full cache holds the prompt padded to {bucket_length(length):,} tokens."
     )
     return table

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import jinja2
 from jax import Array
 
 from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error
+from restkv_jax.generation.encoding import encode_messages, encode_text
 from restkv_jax.loading import Loaded, load_checkpoint
 
 
@@ -20,11 +20,6 @@ class LoadedPrompt(NamedTuple):
     tokens: Array
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text as it is."""
-    return tokenizer(text)["input_ids"]
-
-
 def encode_turn(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
     """The tokens of a user's turn in the tokenizer's chat template, up to where the answer begins.
 
@@ -33,17 +28,16 @@ def encode_turn(tokenizer: Any, text: str, system: str | None = None) -> list[in
     Raises:
       UsageError: a system prompt without a template, or a template that refuses it.
     """
-    if not tokenizer.chat_template:
-        if system is not None:
-            raise UsageError("--system needs a chat template, which the model's tokenizer does not have; leave it out")
+    if not tokenizer.chat_template and system is None:
         return encode_text(tokenizer, text)
+    if not tokenizer.chat_template:
+        raise UsageError("--system needs a chat template, which the model's tokenizer does not have; leave it out")
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": text})
     try:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    except (jinja2.TemplateError, ValueError) as error:
-        raise UsageError(f"the chat template of the model's tokenizer fails: {error}; --raw leaves it out") from error
-    return encoded["input_ids"]
+        return encode_messages(tokenizer, messages)
+    except ValueError as error:
+        raise UsageError(f"{error}; --raw leaves the template out") from error
 
 
 def load_prompt(options: PromptOptions, encode: Callable[[Any, str], list[int]] = encode_text) -> LoadedPrompt:

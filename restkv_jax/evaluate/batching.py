@@ -2,19 +2,10 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
+from restkv_jax.generation.encoding import pad_left
 from restkv_jax.generation.reading import bucket_length
-
-
-def pad_left(rows: Sequence[Sequence[int]], length: int) -> tuple[Array, Array]:
-    """Token ids int32 [B, length], zeros on the left, and their mask bool [B, length]."""
-    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
-    for b, row in enumerate(rows):
-        tokens[b, length - len(row) :], mask[b, length - len(row) :] = row, True
-    return jnp.asarray(tokens), jnp.asarray(mask)
 
 
 def pad_batch(rows: Sequence[Sequence[int]], batch_size: int, length: int | None = None) -> tuple[Array, Array]:

@@ -2,9 +2,9 @@
 
 from matplotlib.figure import Figure
 
-from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.grid import Grid, parse_method, policies
 from restkv_jax.evaluate.sweep import encode_prompts, prompt_sets
+from restkv_jax.generation.encoding import pad_left
 from restkv_jax.generation.reading import prefill_each
 from restkv_jax.loading import Loaded
 from restkv_jax.plot import plot_kept, token_span

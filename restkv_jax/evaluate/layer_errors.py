@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.grid import Grid, is_file, policies
 from restkv_jax.evaluate.reconstruction import reconstruction_errors
 from restkv_jax.evaluate.results import LayerErrors
 from restkv_jax.evaluate.sweep import EncodedPrompts, RunSettings, encode_prompts, prompt_sets
+from restkv_jax.generation.encoding import pad_left
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.loading import Loaded
 

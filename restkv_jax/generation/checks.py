@@ -270,7 +270,7 @@ def _check_token(model: Decoder, token: Any, cache: Cache) -> Array:
     return jnp.asarray(token, jnp.int32)
 
 
-def check_sampling(key: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
+def check_sampling(key: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> None:
     """Checks sampling options.
 
     Raises:
@@ -278,16 +278,16 @@ def check_sampling(key: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
       ValueError: options that need a random key without one, values out of range, one value per row.
     """
     is_greedy = temperature is None or (is_known(temperature) and np.ndim(temperature) == 0 and temperature == 0)
-    if key is None and not (is_greedy and top_k is None and top_p is None):
+    if key is None and not (is_greedy and top_k is None and top_p is None and min_p is None):
         raise ValueError("key=None decodes greedily; pass key=jax.random.key(seed) to sample with temperature etc.")
     if key is not None and not isinstance(key, jax.Array):
         raise TypeError(f"key={key!r} must be a JAX random key, such as jax.random.key(0)")
-    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p)):
         shape = () if value is None else np.shape(value)
         if shape:
             raise ValueError(f"{name} has shape {shape}, but must be one number for all rows")
-    temperature, top_k, top_p = (
-        np.asarray(x)[()] if is_known(x) and isinstance(x, jax.Array) else x for x in (temperature, top_k, top_p)
+    temperature, top_k, top_p, min_p = (
+        np.asarray(x)[()] if is_known(x) and isinstance(x, jax.Array) else x for x in (temperature, top_k, top_p, min_p)
     )
     if temperature is not None and is_known(temperature):
         check_number("temperature", temperature, "it divides the logits")
@@ -299,6 +299,10 @@ def check_sampling(key: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
         check_number("top_p", top_p, "the probability mass to keep")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p={top_p} must be in (0, 1]")
+    if min_p is not None and is_known(min_p):
+        check_number("min_p", min_p, "the least probability to keep, in shares of the best token's")
+        if not 0 <= min_p <= 1:
+            raise ValueError(f"min_p={min_p} must be in [0, 1]")
 
 
 def check_eos(model: Decoder, eos_token_ids: Any) -> Any:

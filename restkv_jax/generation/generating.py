@@ -1,7 +1,7 @@
 """Generation: prefill, then decode on the small cache."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +13,17 @@ from jax.typing import ArrayLike
 from restkv_jax.caches.base import Cache, join_rows, joins, split_rows
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import check_decoding, check_eos, check_sampling
-from restkv_jax.generation.decoding import advance, begin, feed, run_from
+from restkv_jax.generation.decoding import Decoding, advance, begin, feed, run_from
 from restkv_jax.generation.passes import Plan, read_prompt
-from restkv_jax.generation.reading import CHUNK_SIZE, check_and_pad, read_each
+from restkv_jax.generation.reading import CHUNK_SIZE, Prompt, check_and_pad, read_each
 from restkv_jax.generation.sampling import Sampling, row_keys
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.mesh import beside
 from restkv_jax.models.rules import with_usual_promotion
+
+Steps = Generator[Decoding, Array | np.ndarray | None, Decoding]
+"""States between steps, to which rows that go on, bool [B], may be sent; it returns the last state."""
 
 
 class Generation(NamedTuple):
@@ -83,6 +86,7 @@ def generate(
     temperature: Array | float | None = None,
     top_k: Array | int | None = None,
     top_p: Array | float | None = None,
+    min_p: Array | float | None = None,
     eos_token_ids: tuple[int, ...] | None = None,
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
@@ -105,6 +109,7 @@ def generate(
       temperature: divides the logits; 1 by default.
       top_k: draw among the `k` best tokens.
       top_p: draw among the best tokens that hold this probability mass.
+      min_p: draw among the tokens that are at least this times as probable as the best.
       eos_token_ids: tokens that end a row; the model's own by default.
       chunk_size: bound on the prompt tokens whose activations exist at one time.
       sharing: whose keys each layer reads distant tokens by; see `prefill`.
@@ -120,7 +125,7 @@ def generate(
     """
     options = max_new_tokens, chunk_size, sharing, cache, segment_size
     prompt = check_and_pad(model, params, tokens, mask, (policy,), *options)
-    sampling = _sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
+    sampling = make_sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, min_p, eos_token_ids)
     with beside(params) as params:
         return _generate(prompt.model, params, *prompt.arrays, sampling, prompt.plan)
 
@@ -164,7 +169,7 @@ def generate_each(
     prompt = check_and_pad(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing, cache)
     logits, caches = read_each(params, prompt)
     model = prompt.model
-    sampling = _sampling(model, logits.shape[0], None, None, None, None, eos_token_ids)
+    sampling = make_sampling(model, logits.shape[0], eos_token_ids=eos_token_ids)
     outs: dict[int, Generation] = {}
     with beside(params) as params:
         for members in _that_join(caches):
@@ -207,6 +212,7 @@ def stream(
     temperature: Array | float | None = None,
     top_k: Array | int | None = None,
     top_p: Array | float | None = None,
+    min_p: Array | float | None = None,
     eos_token_ids: tuple[int, ...] | None = None,
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
@@ -220,20 +226,32 @@ def stream(
     """
     options = max_new_tokens, chunk_size, sharing, cache, segment_size
     prompt = check_and_pad(model, params, tokens, mask, (policy,), *options)
-    sampling = _sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, eos_token_ids)
+    sampling = make_sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, min_p, eos_token_ids)
+    return (np.array(now.token) for now in decode_prompt(prompt, params, sampling))
 
-    def steps() -> Iterator[np.ndarray]:
+
+def decode_prompt(prompt: Prompt, params: Any, sampling: Sampling) -> Steps:
+    """The prompt's `decoding_steps`, once it is read."""
+    with beside(params) as placed:
+        now = _begin(prompt.model, placed, *prompt.arrays, sampling, prompt.plan)
+    return (yield from decoding_steps(prompt.model, params, now, sampling, prompt.plan.max_new_tokens))
+
+
+def decoding_steps(model: Decoder, params: Any, now: Decoding, sampling: Sampling, max_new_tokens: int) -> Steps:
+    """Yields the state that `begin` gave and those of up to `max_new_tokens - 1` steps more; returns the last.
+
+    A state's buffers are rewritten by the next step. Rows are ended from outside by sending which go on, bool [B]:
+    `steps.send(going)` ends the others before the next step.
+    """
+    for step in range(1, max_new_tokens + 1):
+        going = yield now
         with beside(params) as placed:
-            now = _begin(prompt.model, placed, *prompt.arrays, sampling, prompt.plan)
-        yield np.array(now.token)
-        for _ in range(max_new_tokens - 1):
-            if not now.active.any():
-                return
-            with beside(params) as placed:
-                now = advance(prompt.model, placed, now, sampling)
-            yield np.array(now.token)
-
-    return steps()
+            if going is not None:
+                now = now._replace(active=now.active & jnp.asarray(going))
+            if step == max_new_tokens or not now.active.any():
+                break
+            now = advance(model, placed, now, sampling)
+    return now
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
@@ -254,8 +272,11 @@ def _generate_from(model, params, logits, cache, sampling, max_new_tokens) -> Ge
     return Generation(decoded.tokens, decoded.now.lengths, decoded.now.cache)
 
 
-def _sampling(model: Decoder, batch: int, key, temperature, top_k, top_p, eos_token_ids) -> Sampling:
-    check_sampling(key, temperature, top_k, top_p)
+def make_sampling(
+    model: Decoder, batch: int, key=None, temperature=None, top_k=None, top_p=None, min_p=None, eos_token_ids=None
+) -> Sampling:
+    """How the tokens of `batch` rows are chosen: the arguments of `generate`, checked."""
+    check_sampling(key, temperature, top_k, top_p, min_p)
     keys = row_keys(key, batch)
     if keys is not None and keys.shape != (batch,):
         raise ValueError(f"key has shape {keys.shape}, but there are {batch} prompts: pass one key, or one per prompt")
@@ -265,4 +286,4 @@ def _sampling(model: Decoder, batch: int, key, temperature, top_k, top_p, eos_to
     if pad is None or pad < 0:
         pad = ends[0] if ends.size else 0
     temperature = 1.0 if temperature is None else temperature
-    return Sampling(keys, temperature, top_k, top_p, ends, pad)
+    return Sampling(keys, temperature, top_k, top_p, min_p, ends, pad)

@@ -18,6 +18,7 @@ class Sampling(NamedTuple):
     temperature: Array | float
     top_k: Array | int | None
     top_p: Array | float | None
+    min_p: Array | float | None
     eos_token_ids: Array
     pad_token_id: Array | int
 
@@ -25,7 +26,7 @@ class Sampling(NamedTuple):
         keys = self.keys
         if keys is not None:
             keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-        return sample(logits, keys, self.temperature, self.top_k, self.top_p), None
+        return sample(logits, keys, self.temperature, self.top_k, self.top_p, self.min_p), None
 
     def ends(self, token: Array) -> Array:
         return (token[:, None] == self.eos_token_ids).any(axis=1)
@@ -64,11 +65,13 @@ def sample(
     temperature: Array | float = 1.0,
     top_k: Array | int | None = None,
     top_p: Array | float | None = None,
+    min_p: Array | float | None = None,
 ) -> Array:
     """Draws one token per row from the tempered, truncated softmax; without keys, takes the best.
 
     `top_k` keeps the `k` best tokens (ties kept); `top_p` then keeps the smallest set of best tokens whose
-    probabilities reach `p` (nucleus sampling, Holtzman et al. 2020), always at least one.
+    probabilities reach `p` (nucleus sampling, Holtzman et al. 2020), always at least one; `min_p` keeps the tokens that
+    are at least `p` times as probable as the best (Nguyen et al. 2024).
 
     Args:
       logits: float32 [B, V].
@@ -76,6 +79,7 @@ def sample(
       temperature: divides the logits; 0 is greedy.
       top_k: number of tokens to keep.
       top_p: probability mass to keep, in (0, 1].
+      min_p: least probability to keep, in shares of the best token's, in [0, 1].
 
     Returns:
       int32 [B].
@@ -83,14 +87,24 @@ def sample(
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if keys is None:
         return best
-    tempered = logits / jnp.maximum(temperature, 1e-6)
-    if top_k is not None or top_p is not None:
-        tempered = _truncate(tempered, top_k, top_p)
+    tempered = truncate(logits / jnp.maximum(temperature, 1e-6), top_k, top_p, min_p)
     drawn = jax.vmap(jax.random.categorical)(keys, tempered).astype(jnp.int32)
     return jnp.where(temperature > 0, drawn, best)
 
 
-def _truncate(logits: Array, top_k: Array | int | None, top_p: Array | float | None) -> Array:
+def truncate(
+    logits: Array, top_k: Array | int | None, top_p: Array | float | None, min_p: Array | float | None
+) -> Array:
+    """Logits [B, V] with -inf for what `sample` does not draw."""
+    if top_k is not None or top_p is not None:
+        logits = _truncate_sorted(logits, top_k, top_p)
+    if min_p is not None:
+        least = logits.max(axis=-1, keepdims=True) + jnp.log(min_p)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def _truncate_sorted(logits: Array, top_k: Array | int | None, top_p: Array | float | None) -> Array:
     vocabulary = logits.shape[-1]
     descending = -jnp.sort(-logits, axis=-1)
     if top_k is not None:

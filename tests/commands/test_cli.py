@@ -159,6 +159,8 @@ BAD = {
     "no new tokens": (generate("--max-new-tokens", "0"), "--max-new-tokens 0 must be at least 1"),
     "negative temperature": (generate("--temperature", "-1"), "temperature=-1.0 must not be negative"),
     "top-p above one": (generate("--top-p", "2"), "top_p=2.0 must be in (0, 1]"),
+    "min-p above one": (generate("--min-p", "2"), "min_p=2.0 must be in [0, 1]"),
+    "empty stop string": (generate("--stop", ""), "has an empty string, which would end every answer"),
     "negative seed": (generate("--top-k", "2", "--seed", "-1"), "--seed -1 must be in"),
     "empty prompt": (["generate", " "], "PROMPT is empty"),
     "missing file": (["generate", "--file", "absent.txt"], "--file 'absent.txt' cannot be read"),

@@ -5,7 +5,8 @@ import tiny
 
 from restkv_jax.commands.cli import main
 from restkv_jax.commands.options import UsageError
-from restkv_jax.commands.prompts import encode_text, encode_turn
+from restkv_jax.commands.prompts import encode_turn
+from restkv_jax.generation.encoding import encode_text
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -35,7 +36,7 @@ def test_without_a_template_it_is_the_text():
 
 def test_a_template_that_fails_is_one_line(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UsageError, match="roles must alternate; --raw leaves it out"):
+    with pytest.raises(UsageError, match="roles must alternate; --raw leaves the template out"):
         encode_turn(tokenizer, "Hello")
 
 

@@ -48,6 +48,8 @@ def test_prompts_that_make_no_sense(call, changes, error, words):
     (dict(key=jax.random.key(0), top_k=0), ValueError, "top_k=0"),
     (dict(key=jax.random.key(0), top_k=2.5), TypeError, "top_k=2.5"),
     (dict(key=jax.random.key(0), top_p=1.5), ValueError, "top_p=1.5"),
+    (dict(key=jax.random.key(0), min_p=-0.1), ValueError, r"min_p=-0.1 must be in \[0, 1\]"),
+    (dict(min_p=0.1), ValueError, "pass key=jax.random.key"),
     (dict(eos_token_ids=(3, 999)), ValueError, r"eos_token_ids\[1\]=999 is out of the vocabulary"),
 ])  # fmt: skip
 def test_sampling_options_that_make_no_sense(call, options, error, words):
@@ -111,6 +113,7 @@ def test_arguments_that_do_not_belong_together(call, changes, error, words):
     (dict(key=jax.random.key(0), top_k=2.5), TypeError, "top_k=2.5 must be an integer"),
     (dict(key=jax.random.key(0), temperature="1"), TypeError, "temperature='1' must be a number"),
     (dict(key=jax.random.key(0), top_p=float("nan")), ValueError, "top_p=nan must be finite"),
+    (dict(key=jax.random.key(0), min_p="0.1"), TypeError, "min_p='0.1' must be a number"),
     (dict(eos_token_ids=1.5), TypeError, "eos_token_ids=1.5 must be integers"),
     (dict(eos_token_ids=("2",)), TypeError, r"eos_token_ids=\('2',\) must be numbers"),
     (dict(eos_token_ids=(61,)), ValueError, r"eos_token_ids.* is out of the vocabulary"),

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 import restkv_jax as rk
+from restkv_jax.generation.text import decode_text
 from restkv_jax.models.mesh import parameter_shardings
 
 CONFIG = dict(
@@ -57,6 +59,9 @@ def test_other_functions_run_in_strict_modes(mode):
         rk.pod.attention_similarity(MODEL, params(), [(TOKENS, MASK)], 8)
         rk.evict_layer(POLICIES["restkv"], keys[:, :, :16], keys, keys, jnp.ones((2, 8, 16)))
         rk.init_params(MODEL, jax.random.key(1))
+        texts = decode_text(MODEL, params(), tiny.tokenizer(), TOKENS, MASK, None, 4, key=jax.random.key(0), min_p=0.1)
+        for _ in texts:
+            texts.rows[0].ended = True
 
 
 def test_end_tokens_may_be_traced():

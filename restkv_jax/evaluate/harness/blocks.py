@@ -38,13 +38,13 @@ def stream_blocks(
       policy: what to keep of the prompts.
       max_new_tokens: upper bound on the tokens of a row.
       keys: JAX random keys [B], one per row; None decodes greedily.
-      sampling: `temperature`, `top_k` and `top_p` as for `generate`.
+      sampling: `temperature`, `top_k`, `top_p` and `min_p` as for `generate`.
       block_size: tokens of a block; the first is a single token, the last may be shorter.
 
     Returns:
       an iterator over int32 numpy arrays [B, at most block_size].
     """
-    options = {"temperature": 1.0, "top_k": None, "top_p": None} | (sampling or {})
+    options = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None} | (sampling or {})
     chooser = Sampling(keys, **options, eos_token_ids=jnp.zeros(0, jnp.int32), pad_token_id=0)
     logits, cache = prefill(model, params, tokens, mask, policy=policy, max_new_tokens=max_new_tokens)
     now = begin(logits, cache, chooser)

@@ -19,12 +19,12 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from restkv_jax.evaluate.batching import pad_left
 from restkv_jax.evaluate.harness.blocks import stream_blocks
 from restkv_jax.evaluate.harness.likelihood import score_continuation, score_text
 from restkv_jax.evaluate.harness.model_args import ModelArgs, parse_model_args, policy_for
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import check_sampling
+from restkv_jax.generation.encoding import pad_left
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.loading import Loaded, load_checkpoint
 from restkv_jax.models.tokenizer import load_tokenizer
@@ -32,7 +32,7 @@ from restkv_jax.models.tokenizer import load_tokenizer
 EMBEDDED = str(importlib.resources.files("restkv_jax") / "embedded")
 """The directory of the model that comes with the package, for tasks that load a tokenizer by `pretrained`."""
 
-SAMPLING = ("temperature", "top_k", "top_p")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 GEN_KWARGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
 """What tasks and `--gen_kwargs` may say about generation."""
 
