@@ -17,7 +17,7 @@ from transformers import TextStreamer
 
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.paged import PagedCache
-from restkv_jax.commands.options import FLAT, LONG_PROMPT, PromptOptions, UsageError, as_usage_error, parse
+from restkv_jax.commands.options import FLAT, PromptOptions, UsageError, as_usage_error, parse
 from restkv_jax.commands.prompts import LoadedPrompt, encode_text, encode_turn, load_prompt
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
@@ -69,14 +69,12 @@ def run(args: Sequence[str]) -> None:
     """Streams the answer, then says what it cost."""
     options, method_options = parse_generate(args)
     with as_usage_error():
-        make_policy(options.method, method_options, LONG_PROMPT)
+        policy = make_policy(options.method, method_options)
     sampling = _sampling(options)
     if options.raw and options.system is not None:
         raise UsageError("--system and --raw are both given; a system prompt needs the chat template")
     encode = encode_text if options.raw else functools.partial(encode_turn, system=options.system)
     prompt = load_prompt(options, encode)
-    with as_usage_error():
-        policy = make_policy(options.method, method_options, prompt.tokens.shape[1])
     timing = _print_answer(prompt, policy, options.max_new_tokens, sampling)
     if not options.quiet:
         Console().print(_cost_table(prompt, options.method, policy, options.max_new_tokens, timing))

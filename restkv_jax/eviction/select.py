@@ -46,7 +46,7 @@ def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores:
     is_token = pairs.positions[:, :, : length - window] >= 0
     if scores is None:
         return jnp.where(is_token, jnp.zeros((batch, num_kv_heads, length - window)), -jnp.inf)
-    budget = length if policy.budget is None else policy.budget
+    budget = length if policy.budget is None else policy.slots_given
     pooled = policy.pooling(scores, view, pairs, min(max(budget - window, 1), length))
     reduced = pooled.mean(axis=2) if policy.group_reduce == "mean" else pooled.max(axis=2)
     reduced = jnp.nan_to_num(reduced, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
@@ -119,6 +119,8 @@ def keep_shares(policy: EvictionPolicy, scores: Array, prefix_lengths: Array, la
     candidates = jnp.where(in_window, -jnp.inf, scores)
     shares = policy.slots_given, policy.window, layers, num_layers
     counts = policy.allocation.counts(candidates, prefix_lengths, *shares)
+    fits = prefix_lengths <= policy.slots_given - policy.window  # rounded shares must not evict from what fits
+    counts = jnp.where(fits[:, None], prefix_lengths[:, None], counts)
     best_first = jnp.argsort(-candidates, axis=-1, stable=True)
     rank = jnp.argsort(best_first, axis=-1)
     return in_window | ((rank < counts[..., None]) & (candidates > -jnp.inf))

@@ -66,11 +66,12 @@ def prefill(
       params: its parameters.
       tokens: int32 [B, T], padded on the left.
       mask: bool [B, T], False on padding; None if there is none.
-      policy: what to keep; everything by default.
+      policy: what to keep; everything by default. A budget in percent is of `bucket_length(T)`.
       max_new_tokens: slots to reserve for tokens to come.
       chunk_size: bound on the tokens of a chunk; the result is the same to rounding.
       sharing: whose keys each layer reads distant tokens by; its own by default. The policy's budget then counts
-        distant tokens, of which a block and KV head keeps one set, by the sum of its layers' scores.
+        distant tokens, of which a block and KV head keeps one set, by the sum of its layers' scores; in percent it is
+        of the bucket all the same.
 
     Returns:
       the next token's logits, float32 [B, vocabulary], and the cache.
@@ -135,11 +136,13 @@ def check_and_pad(
     chunk_size: int,
     sharing: Sharing | None,
 ) -> Prompt:
-    """Checks what users pass, before anything is compiled, and pads the prompts to their bucket."""
+    """Checks what users pass, before anything is compiled; prompts are padded to their bucket, budgets become slots."""
     policies = check_policies(policies)
     model = check_model(model, params, sharing, policies)
     tokens, mask = check_prompt(model, tokens, mask, max_new_tokens, chunk_size)
-    return Prompt(model, *pad_to_bucket(tokens, mask), policies, max_new_tokens, chunk_size)
+    tokens, mask = pad_to_bucket(tokens, mask)
+    policies = tuple(policy.resolved(tokens.shape[1]) for policy in policies)
+    return Prompt(model, tokens, mask, policies, max_new_tokens, chunk_size)
 
 
 def cache_shapes(

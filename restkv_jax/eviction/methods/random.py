@@ -29,7 +29,7 @@ class RandomScores:
         return jax.vmap(jax.vmap(draw, out_axes=-1))(pairs.positions[:, 0, : pairs.keys.shape[2] - window])
 
 
-def random(budget: int = 128, window: int = 32, seed: int = 0) -> EvictionPolicy:
+def random(budget: int | str = 128, window: int = 32, seed: int = 0) -> EvictionPolicy:
     """Random keys before the window: the baseline that looks at nothing.
 
     Args:
