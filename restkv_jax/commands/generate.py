@@ -18,6 +18,7 @@ from transformers import TextStreamer
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.paged import PagedCache
 from restkv_jax.commands.options import FLAT, PromptOptions, UsageError, as_usage_error, parse
+from restkv_jax.commands.progress import show_while
 from restkv_jax.commands.prompts import LoadedPrompt, encode_text, encode_turn, load_prompt
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
@@ -74,8 +75,8 @@ def run(args: Sequence[str]) -> None:
     if options.raw and options.system is not None:
         raise UsageError("--system and --raw are both given; a system prompt needs the chat template")
     encode = encode_text if options.raw else functools.partial(encode_turn, system=options.system)
-    prompt = load_prompt(options, encode)
-    timing = _print_answer(prompt, policy, options.max_new_tokens, sampling)
+    prompt = load_prompt(options, encode, options.quiet)
+    timing = _print_answer(prompt, policy, options.max_new_tokens, sampling, options.quiet)
     if not options.quiet:
         Console().print(_cost_table(prompt, options.method, policy, options.max_new_tokens, timing))
 
@@ -147,7 +148,9 @@ def _sampling(options: GenerateOptions) -> dict[str, Any]:
     return sampling | {"key": key}
 
 
-def _print_answer(prompt: LoadedPrompt, policy: EvictionPolicy, max_new_tokens: int, sampling: dict) -> Timing:
+def _print_answer(
+    prompt: LoadedPrompt, policy: EvictionPolicy, max_new_tokens: int, sampling: dict, quiet: bool
+) -> Timing:
     """Prints the answer as it comes."""
     model, params, tokenizer = prompt.loaded
     printer = TextStreamer(tokenizer, skip_special_tokens=True)
@@ -155,7 +158,9 @@ def _print_answer(prompt: LoadedPrompt, policy: EvictionPolicy, max_new_tokens: 
         start = time.perf_counter()
         with as_usage_error():
             steps = stream(model, params, prompt.tokens, policy=policy, max_new_tokens=max_new_tokens, **sampling)
-        printer.put(next(steps))
+        with show_while("reading the prompt, which compiles what is new", quiet=quiet):
+            token = next(steps)
+        printer.put(token)
         first, first_compilation = time.perf_counter() - start, clock.seconds
         num_tokens = 1
         for token in steps:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.backend_bases import FigureCanvasBase
 
 from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error, parse
+from restkv_jax.commands.progress import show_while
 from restkv_jax.commands.prompts import load_prompt
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import make_policy, takes_budget
@@ -43,7 +44,7 @@ def run(args: Sequence[str]) -> None:
         if options.highlight is not None:
             spans = {"highlighted text": token_span(tokenizer, text, options.highlight)}
     caches = {}
-    with as_usage_error():
+    with as_usage_error(), show_while("reading the prompt, which compiles what is new"):
         for name, policy in policies.items():
             title = name if policy.budget is None else f"{name}, budget {options.budget}"
             _, caches[title] = prefill(model, params, tokens, policy=policy)
