@@ -190,6 +190,11 @@ attend_pages = Dispatched(
 )
 
 
+def page_size_within(slots: int, page_size: int) -> int:
+    """The largest allowed page of at most `slots` slots, at least the smallest page and at most `page_size`."""
+    return max(MIN_PAGE_SIZE, min(page_size, 1 << (slots.bit_length() - 1)))
+
+
 def check_page_size(page_size: int) -> None:
     """Refuses pages that the kernels cannot take.
 

@@ -70,6 +70,8 @@ class EvictingCache(KVCache):
         return SeenMemory(pairs, take_places(importance, places)), carry
 
     def check_policy(self, policy: EvictionPolicy) -> None:
+        if isinstance(policy.budget, str):  # of which percentage it is made is not known here
+            policy = policy.replace(budget=self.policy.budget)
         if policy != self.policy:
             raise ValueError("policy is not the one that the cache was made with; pass the prefill's, or none")
 

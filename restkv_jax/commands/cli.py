@@ -10,21 +10,23 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from restkv_jax.commands.options import UsageError, print_notice
+from restkv_jax.commands.programs import keep_programs
 
 
 class Command(NamedTuple):
-    """What a command does, and the extra whose packages it needs."""
+    """What a command does, the extra whose packages it needs, and whether it compiles programs."""
 
     summary: str
     extra: str | None = None
+    compiles: bool = True
 
 
 COMMANDS = {
     "generate": Command("generate from a prompt on a small cache and print the answer as it comes"),
-    "methods": Command("list the methods, their references and their options"),
-    "plot": Command("draw which positions of a prompt are kept and which are evicted"),
+    "methods": Command("list the methods, their references and their options", compiles=False),
+    "plot": Command("draw which positions of a prompt are kept and which are evicted", "plot"),
     "evaluate": Command("measure tasks x methods x budgets x lengths in one sweep, with a report", "eval"),
-    "report": Command("write the report of a sweep as HTML, Markdown and pictures", "eval"),
+    "report": Command("write the report of a sweep as HTML, Markdown and pictures", "eval", compiles=False),
     "lm-eval": Command(
         "run tasks of lm-evaluation-harness on a small cache, with its own options: `restkv lm-eval run --help`",
         "harness",
@@ -79,7 +81,10 @@ def run_command(args: Sequence[str]) -> None:
     elif name == "--version":
         print(importlib.metadata.version("restkv-jax"))
     elif name in COMMANDS:
-        _import_command(name).run(args[1:])
+        command = _import_command(name)
+        if COMMANDS[name].compiles:
+            keep_programs()
+        command.run(args[1:])
     else:
         given = "no command given" if name is None else f"command {name!r} is unknown"
         raise UsageError(f"{given}; known: {', '.join(COMMANDS)}; see `restkv --help`")
@@ -91,7 +96,7 @@ def _import_command(name: str) -> types.ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("restkv_jax"):
             raise
-        needed = f"`restkv {name}` needs the package {error.name!r}"
+        needed = f"`restkv {name}` needs the package {error.name.partition('.')[0]!r}"
         raise UsageError(f"{needed}: pip install 'restkv-jax[{COMMANDS[name].extra}]'") from error
 
 

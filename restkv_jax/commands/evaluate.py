@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from restkv_jax.commands.options import FLAT, UsageError, as_usage_error, parse
+from restkv_jax.commands.progress import show_while
 from restkv_jax.evaluate.costs import measure_costs
 from restkv_jax.evaluate.example import plot_example
 from restkv_jax.evaluate.grid import CacheConfig, Grid, check_grid
@@ -69,7 +70,8 @@ class EvaluateOptions:
         models.
       errors: also measure how far every layer's attention moves, on a batch of each task and length.
       costs: also measure bytes and times.
-      compilation_cache: directory in which JAX keeps compiled programs, or "none".
+      compilation_cache: directory in which JAX keeps compiled programs, or "none"; ~/.cache/restkv-jax, or what
+        JAX_COMPILATION_CACHE_DIR says, if left out.
       distributed: join the other processes of a TPU slice, or those at --coordinator.
       coordinator: address and port of process 0, for --distributed where JAX does not find it by itself.
       num_processes: how many processes there are, with --coordinator.
@@ -83,7 +85,7 @@ class EvaluateOptions:
     together: int = 128
     errors: bool = True
     costs: bool = True
-    compilation_cache: str = "~/.cache/restkv-jax"
+    compilation_cache: str | None = None
     distributed: bool = False
     coordinator: str | None = None
     num_processes: int | None = None
@@ -100,10 +102,12 @@ def run(args: Sequence[str]) -> None:
     options, grid = parse_evaluate(args)
     with as_usage_error():
         check_grid(grid)
-    _keep_programs(options.compilation_cache)
+    if options.compilation_cache is not None:
+        _keep_programs(options.compilation_cache)
     settings = _join(options)
     with as_usage_error():
-        loaded = load_checkpoint(grid.model, grid.dtype, dense=grid.dense)
+        with show_while("loading the model", quiet=options.quiet):
+            loaded = load_checkpoint(grid.model, grid.dtype, dense=grid.dense)
         weights = checksum(loaded.params)
         try:
             if settings.process == 0:
@@ -195,9 +199,9 @@ def score_tables(results: Results) -> list[Table]:
 
 
 def _keep_programs(directory: str) -> None:
-    """Lets JAX keep compiled programs on disk, unless the environment already says where."""
-    if directory != "none" and jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+    """Lets JAX keep compiled programs in a directory, or not at all."""
+    path = None if directory == "none" else os.path.expanduser(directory)
+    jax.config.update("jax_compilation_cache_dir", path)
 
 
 def _join(options: EvaluateOptions) -> RunSettings:

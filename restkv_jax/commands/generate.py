@@ -16,15 +16,8 @@ from rich.table import Table
 
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.paged import PagedCache
-from restkv_jax.commands.options import (
-    FLAT,
-    LONG_PROMPT,
-    PromptOptions,
-    UsageError,
-    as_usage_error,
-    parse,
-    print_notice,
-)
+from restkv_jax.commands.options import FLAT, PromptOptions, UsageError, as_usage_error, parse, print_notice
+from restkv_jax.commands.progress import show_while
 from restkv_jax.commands.prompts import LoadedPrompt, encode_turn, load_prompt
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
@@ -88,15 +81,13 @@ def run(args: Sequence[str]) -> None:
     """Streams the answer, then says what it cost."""
     options, method_options = parse_generate(args)
     with as_usage_error():
-        make_policy(options.method, method_options, LONG_PROMPT)
+        policy = make_policy(options.method, method_options)
         check_stop(options.stop)
     sampling = _sampling(options)
     if options.raw and options.system is not None:
         raise UsageError("--system and --raw are both given; a system prompt needs the chat template")
     encode = encode_text if options.raw else functools.partial(encode_turn, system=options.system)
-    prompt = load_prompt(options, encode)
-    with as_usage_error():
-        policy = make_policy(options.method, method_options, prompt.tokens.shape[1])
+    prompt = load_prompt(options, encode, options.quiet)
     if options.sample:
         sampling = _with_own(prompt.loaded.model.config.sampling, sampling)
     timing = _print_answer(prompt, policy, options, sampling)
@@ -195,7 +186,9 @@ def _print_answer(
         with as_usage_error():
             text = decode_text(model, params, tokenizer, *encoded, stop=options.stop, **sampling)
         steps = iter(text)
-        print(*next(steps), end="", flush=True)
+        with show_while("reading the prompt, which compiles what is new", quiet=options.quiet):
+            pieces = next(steps)
+        print(*pieces, end="", flush=True)
         first, first_compilation = time.perf_counter() - start, clock.seconds
         for pieces in steps:
             print(*pieces, end="", flush=True)

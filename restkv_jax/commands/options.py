@@ -16,8 +16,6 @@ Parsed = TypeVar("Parsed")
 
 FLAT = cyclopts.Parameter(name="*")
 """Marks a dataclass whose fields are options themselves."""
-LONG_PROMPT = 2**20
-"""Tokens of a prompt for which a policy is checked before the prompt's own length is known."""
 
 
 class UsageError(Exception):

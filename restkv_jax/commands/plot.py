@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from matplotlib.backend_bases import FigureCanvasBase
 
-from restkv_jax.commands.options import LONG_PROMPT, PromptOptions, UsageError, as_usage_error, parse
+from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error, parse
+from restkv_jax.commands.progress import show_while
 from restkv_jax.commands.prompts import load_prompt
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import make_policy, takes_budget
@@ -36,25 +37,25 @@ def run(args: Sequence[str]) -> None:
     options = parse(PlotOptions, args, "restkv plot")
     _check_output(options.output)
     with as_usage_error():
-        _policies(options, LONG_PROMPT)
+        policies = _policies(options)
     (model, params, tokenizer), text, tokens = load_prompt(options)
     spans = {}
     with as_usage_error("--highlight: "):
         if options.highlight is not None:
             spans = {"highlighted text": token_span(tokenizer, text, options.highlight)}
     caches = {}
-    with as_usage_error():
-        for name, policy in _policies(options, tokens.shape[1]).items():
+    with as_usage_error(), show_while("reading the prompt, which compiles what is new"):
+        for name, policy in policies.items():
             title = name if policy.budget is None else f"{name}, budget {options.budget}"
             _, caches[title] = prefill(model, params, tokens, policy=policy)
     plot_kept(caches, spans=spans).savefig(options.output, dpi=150)
     print(f"wrote {options.output}")
 
 
-def _policies(options: PlotOptions, length: int) -> dict[str, EvictionPolicy]:
+def _policies(options: PlotOptions) -> dict[str, EvictionPolicy]:
     """The policies by the names of their methods."""
     budget = {"budget": options.budget}
-    return {name: make_policy(name, budget if takes_budget(name) else {}, length) for name in options.methods}
+    return {name: make_policy(name, budget if takes_budget(name) else {}) for name in options.methods}
 
 
 def _check_output(path: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from restkv_jax.commands.options import FLAT, UsageError, as_usage_error, parse
+from restkv_jax.commands.progress import show_while
 from restkv_jax.loading import load_checkpoint
 from restkv_jax.models.key_groups import LayerGroups, Sharing
 from restkv_jax.models.mesh import make_mesh
@@ -84,7 +85,8 @@ def run_adapt(args: Sequence[str]) -> None:
         mesh = make_mesh(options.model_parallel)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with its stack what it raises anyway
     with as_usage_error():
-        model, params, tokenizer = load_checkpoint(options.model, "float32", dense=options.dense)
+        with show_while("loading the model", quiet=options.quiet):
+            model, params, tokenizer = load_checkpoint(options.model, "float32", dense=options.dense)
         sharing = None
         if options.groups is not None:
             sharing = Sharing(LayerGroups.load(options.groups, model), options.sink, options.recent)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error
+from restkv_jax.commands.progress import show_while
 from restkv_jax.generation.encoding import encode_messages, encode_text
 from restkv_jax.loading import Loaded, load_checkpoint
 
@@ -40,18 +41,21 @@ def encode_turn(tokenizer: Any, text: str, system: str | None = None) -> list[in
         raise UsageError(f"{error}; --raw leaves the template out") from error
 
 
-def load_prompt(options: PromptOptions, encode: Callable[[Any, str], list[int]] = encode_text) -> LoadedPrompt:
+def load_prompt(
+    options: PromptOptions, encode: Callable[[Any, str], list[int]] = encode_text, quiet: bool = False
+) -> LoadedPrompt:
     """Reads the prompt, loads the model and encodes the one for the other.
 
     Args:
       options: of the command.
       encode: tokens of the prompt, from the tokenizer and the text.
+      quiet: do not say that the model is being loaded.
 
     Raises:
       UsageError: a prompt or a model that cannot be read, or a prompt without tokens.
     """
     text = read_prompt(options)
-    with as_usage_error():
+    with as_usage_error(), show_while("loading the model", quiet=quiet):
         loaded = load_checkpoint(options.model, options.dtype, dense=options.dense)
     ids = encode(loaded.tokenizer, text)
     if not ids:

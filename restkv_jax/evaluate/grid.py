@@ -2,13 +2,13 @@
 
 import ast
 import dataclasses
-import inspect
 import itertools
 from typing import Any, NamedTuple, get_args
 
 from restkv_jax.evaluate.tasks.making import TASKS
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.presets import budget_slots, check_options, find_preset, make_policy, suggest, takes_budget
+from restkv_jax.eviction.presets import check_options, find_preset, make_policy, suggest, takes_budget
+from restkv_jax.generation.reading import bucket_length
 from restkv_jax.loading import DType
 
 
@@ -20,7 +20,7 @@ class Grid:
       tasks: names in `TASKS`, or files with prompts of your own: JSON lines with "prompt" and "answers".
       methods: names in `METHODS`, with options in parentheses: `restkv(temporal=mean)`; besides the method's own,
         `refit=0.01` (the ridge of the least squares), `candidates` and `page_size`. "full" has no budgets.
-      budgets: slots per layer and KV head, such as "128" or "5%" of the length.
+      budgets: slots per layer and KV head, such as "128", or "5%" of the length's bucket.
       lengths: tokens of the prompts that tasks make.
       depths: where the needle stands, from 0 to 1; tasks with one needle are measured at each of them.
       prompts: prompts per task, length and depth.
@@ -66,8 +66,7 @@ def check_grid(grid: Grid) -> None:
     """Refuses what cannot be measured, before anything is loaded.
 
     Raises:
-      ValueError: an unknown task, method or option, with near ones; a budget that is not one, or is above a
-        length; numbers out of range.
+      ValueError: an unknown task, method or option, with near ones; a budget that is not one; numbers out of range.
     """
     for name in ("tasks", "methods", "lengths"):
         if not getattr(grid, name):
@@ -89,9 +88,6 @@ def check_grid(grid: Grid) -> None:
     for length in grid.lengths if conditions(grid) else ():
         if length < 1:
             raise ValueError(f"length {length} must be at least 1 token")
-        for budget in grid.budgets:
-            if budget_slots(budget, length) > length:
-                raise ValueError(f"budget {budget} is above the context of {length} tokens; lower it, or leave it out")
         policies(grid, length)
 
 
@@ -122,9 +118,7 @@ def cache_configs(grid: Grid) -> list[CacheConfig]:
 
 
 def policies(grid: Grid, length: int) -> dict[CacheConfig, EvictionPolicy]:
-    """The policies of a sweep for prompts of `length` tokens.
-
-    A window that the method has by default shrinks to half of a small budget.
+    """The policies of a sweep for prompts of `length` tokens; budgets in percent are of its `bucket_length`.
 
     Raises:
       ValueError: options or budgets that a method refuses.
@@ -135,14 +129,10 @@ def policies(grid: Grid, length: int) -> dict[CacheConfig, EvictionPolicy]:
 def policy_of(config: CacheConfig, length: int) -> EvictionPolicy:
     """The policy of one column for prompts of `length` tokens."""
     method, options = parse_method(config.method)
+    if config.budget is not None:
+        options = options | {"budget": config.budget}
     try:
-        if config.budget is not None:
-            window = inspect.signature(find_preset(method)).parameters.get("window")
-            if window is not None:
-                shrunk = min(window.default, budget_slots(config.budget, length) // 2)
-                options = {"window": max(1, shrunk)} | options
-            options = options | {"budget": config.budget}
-        return make_policy(method, options, length)
+        return make_policy(method, options).resolved(bucket_length(length))
     except ValueError as error:
         raise ValueError(f"method {config.label!r} at {length:,} tokens: {error}") from error
 

@@ -3,7 +3,6 @@
 import functools
 from typing import NamedTuple
 
-import chex
 import einops
 import jax
 import jax.numpy as jnp
@@ -58,7 +57,7 @@ def evict_layer(
     """Applies a policy to one layer of a prompt.
 
     Args:
-      policy: what to keep.
+      policy: what to keep; a percentage is of `T`.
       queries: [B, H, w, D], after RoPE, those of the last `w` tokens: at least the policy's window (of more, the
         last count), the whole prompt's for scorers that score by all queries.
       keys: [B, K, T, D], after RoPE.
@@ -76,18 +75,15 @@ def evict_layer(
       the heads of this layer.
 
     Raises:
-      AssertionError: shapes that do not agree.
-      ValueError: fewer queries than the policy's window, a mask of another shape or with padding on the right.
+      ValueError: shapes that do not agree, fewer queries than the policy's window, a mask of another shape or with
+        padding on the right.
     """
     given = dict(queries=queries, keys=keys, values=values, output_projection=output_projection)
     arrays = {name: _as_array(name, x) for name, x in given.items()}
     pairs = Pairs(arrays["keys"], arrays["values"], jnp.zeros(0, jnp.int32))
     batch, num_kv_heads, length, dim = pairs.keys.shape
-    num_heads = arrays["queries"].shape[1]
-    expected = (batch, num_heads, None, dim), pairs.keys.shape, pairs.keys.shape, (num_heads, dim, None)
-    for (name, array), shape in zip(arrays.items(), expected, strict=True):
-        chex.assert_shape(array, shape, custom_message=f"{name} must have shape {shape} to agree with the others")
-    chex.assert_is_divisible(num_heads, num_kv_heads)
+    _check_shapes(**arrays)
+    policy = policy.resolved(length)
     is_token = jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask, bool)
     check_mask(is_token, (batch, length))
     positions = positions_of(is_token)
@@ -95,7 +91,7 @@ def evict_layer(
     vectors = einops.rearrange(scoring * dim**-0.5, "b (k g) w d -> b k g w d", k=num_kv_heads)
     projection = einops.rearrange(arrays["output_projection"], "(k g) d m -> k g d m", k=num_kv_heads)
     shown = Queries(vectors, positions[:, length - vectors.shape[3] :], UNLIMITED)
-    slots = length if policy.budget is None or not policy.allocation.uniform else policy.budget
+    slots = length if policy.budget is None or not policy.allocation.uniform else policy.slots_given
     view, pairs = LayerView(layer, shown, projection, rope=rope), pairs._replace(positions=positions[:, None])
     return evict(policy, view, pairs, slots, num_layers, score(policy, view, pairs))
 
@@ -103,8 +99,23 @@ def evict_layer(
 def _as_array(name: str, given: ArrayLike) -> Array:
     array = jnp.asarray(given)
     rank = 3 if name == "output_projection" else 4
-    chex.assert_rank(array, rank, custom_message=f"{name} has shape {array.shape}, but must have {rank} axes")
+    if array.ndim != rank:
+        raise ValueError(f"{name} has shape {array.shape}, but must have {rank} axes")
     return array
+
+
+def _check_shapes(queries: Array, keys: Array, values: Array, output_projection: Array) -> None:
+    batch, num_kv_heads, _, dim = keys.shape
+    num_heads, width = queries.shape[1], output_projection.shape[2]
+    for name, array, shape in (
+        ("queries", queries, (batch, num_heads, queries.shape[2], dim)),
+        ("values", values, keys.shape),
+        ("output_projection", output_projection, (num_heads, dim, width)),
+    ):
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, but must have {shape} to agree with the others")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"queries have {num_heads} heads, which is not a multiple of the {num_kv_heads} of keys")
 
 
 def _scoring_queries(policy: EvictionPolicy, queries: Array, length: int) -> Array:

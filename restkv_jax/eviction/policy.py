@@ -1,13 +1,15 @@
 """An eviction policy: small parts with one job each, put together as a static description."""
 
 import dataclasses
+import warnings
 from typing import Literal, cast
 
 from restkv_jax.eviction.allocation import Allocation, Uniform
+from restkv_jax.eviction.budgets import budget_slots, check_budget
 from restkv_jax.eviction.pooling import NoPooling, Pooling
 from restkv_jax.eviction.refit import LeastSquares
 from restkv_jax.eviction.scorer import QueryScorer, Scorer
-from restkv_jax.kernels.paged import check_page_size
+from restkv_jax.kernels.paged import check_page_size, page_size_within
 from restkv_jax.models.arguments import check_choice, check_integer
 
 
@@ -16,8 +18,10 @@ class EvictionPolicy:
     """What to keep of a prompt, static under `jax.jit`.
 
     Attributes:
-      budget: slots kept per layer and KV head, the window included; None keeps everything.
-      window: the last tokens of the prompt; their queries score the others and they are always kept.
+      budget: slots kept per layer and KV head, the window included, or a percentage such as "10%" of the prompt's
+        `bucket_length`, which `resolved` makes a number; None keeps everything.
+      window: the last tokens of the prompt; their queries score the others and they are always kept. One that is not
+        smaller than the budget shrinks to half of it, with a warning.
       scorer: how keys before the window are scored; None only with `budget=None`.
       pooling: smoothing of the scores over neighbouring keys.
       group_reduce: how the query heads of a KV head agree on one score, "mean" or "max".
@@ -28,11 +32,11 @@ class EvictionPolicy:
       candidates: with such shares, the keys before the window that each layer and KV head carries until all layers
         are scored; `min(P, 4 * budget)` of `P` by default. With `P` or more the selection is exact; with fewer, a head
         whose share would be larger keeps its best `candidates`, and others get what it leaves.
-      page_size: slots of a page.
+      page_size: slots of a page; shrinks with a budget that is smaller, down to 8, which changes no result.
       refit: corrects the kept values so that the window's output is reconstructed; None leaves them.
     """
 
-    budget: int | None = None
+    budget: int | str | None = None
     window: int = 32
     scorer: Scorer | None = None
     pooling: Pooling = dataclasses.field(default_factory=NoPooling)
@@ -51,12 +55,7 @@ class EvictionPolicy:
         if not isinstance(self.refit, LeastSquares | None):
             raise TypeError(f"refit={self.refit!r} must be a restkv_jax.LeastSquares(ridge=0.01), or None")
         if self.budget is not None:
-            check_integer("budget", self.budget, 1, "slots per layer and KV head")
-            if self.budget <= self.window:
-                raise ValueError(
-                    f"budget={self.budget} must exceed window={self.window}, whose tokens are always kept; "
-                    "raise the budget or shorten the window"
-                )
+            check_budget(self.budget)
             if self.scorer is None:
                 raise ValueError(f"budget={self.budget} needs a scorer to say what to keep; None keeps everything")
         if self.while_generating:
@@ -66,27 +65,18 @@ class EvictionPolicy:
                 raise ValueError(
                     f"while_generating=True is for restkv; {type(self.scorer).__name__} does not score query by query"
                 )
-
         if not self.allocation.uniform:
-            self._check_pages()
+            self._check_shares()
+        if self.budget is not None and not isinstance(self.budget, str):
+            self._fit(int(self.budget))
 
-    def _check_pages(self):
+    def _check_shares(self):
         allocation = type(self.allocation).__name__
         check_page_size(self.page_size)
         if self.budget is None:
             raise ValueError(f"allocation={allocation} needs a budget: without one nothing is shared out")
-        if self.budget < self.page_size:
-            raise ValueError(
-                f"budget={self.budget} is less than one page per layer and KV head; raise it to page_size="
-                f"{self.page_size} at least, or take smaller pages"
-            )
         if self.candidates is not None:
             check_integer("candidates", self.candidates, 1, "keys per layer and KV head to choose from")
-            if self.candidates < self.budget:
-                raise ValueError(
-                    f"candidates={self.candidates} must be at least budget={self.budget}, the mean of what is kept; "
-                    "None takes 4 times the budget"
-                )
         if self.while_generating:
             raise ValueError(
                 f"allocation={allocation} and while_generating=True exclude each other: slots are taken over within a "
@@ -98,10 +88,42 @@ class EvictionPolicy:
                 "do not allow; choose another allocation or scorer"
             )
 
+    def _fit(self, budget: int):
+        """Checks what depends on the number of slots, and shrinks a window or page that does not fit into it."""
+        check = getattr(self.scorer, "check_budget", None)
+        if check is not None:
+            check(budget)
+        window = max(1, budget // 2) if self.window >= budget else self.window
+        if window < self.window:
+            said = f"budget={budget} is too small for window={self.window}, which shrinks to {window}"
+            warnings.warn(said, stacklevel=5)
+            object.__setattr__(self, "window", window)
+        if not self.allocation.uniform:
+            if self.candidates is not None and self.candidates < budget:
+                raise ValueError(
+                    f"candidates={self.candidates} must be at least budget={budget}, the mean of what is kept; "
+                    "None takes 4 times the budget"
+                )
+            object.__setattr__(self, "page_size", page_size_within(budget, self.page_size))
+
+    def resolved(self, length: int) -> "EvictionPolicy":
+        """The policy for prompts of `length` tokens, padding included: a percentage becomes a number of slots.
+
+        Raises:
+          ValueError: a number that the policy's other parts refuse.
+        """
+        if not isinstance(self.budget, str):
+            return self
+        slots = budget_slots(self.budget, length)
+        try:
+            return self.replace(budget=slots)
+        except ValueError as error:
+            raise ValueError(f"budget={self.budget} of {length:,} tokens is {slots:,} slots: {error}") from error
+
     @property
     def slots_given(self) -> int:
-        """The budget, where there is one."""
-        assert self.budget is not None
+        """The budget, where there is one and it is resolved."""
+        assert self.budget is not None and not isinstance(self.budget, str)
         return self.budget
 
     @property
@@ -133,4 +155,4 @@ class EvictionPolicy:
 
     def slots(self, length: int) -> int:
         """Slots kept of a prompt of `length` tokens."""
-        return length if self.budget is None else min(self.budget, length)
+        return length if self.budget is None else min(self.slots_given, length)

@@ -2,10 +2,10 @@
 
 import difflib
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from restkv_jax.eviction.budgets import parse_budget
 from restkv_jax.eviction.methods.registry import METHODS
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import LeastSquares
@@ -14,13 +14,12 @@ POLICY_OPTIONS = ("refit", "candidates", "page_size")
 """Fields of a policy that `make_policy` takes for any method; `refit` as the ridge of its least squares."""
 
 
-def make_policy(method: str, options: Mapping[str, Any], length: int | None = None) -> EvictionPolicy:
+def make_policy(method: str, options: Mapping[str, Any]) -> EvictionPolicy:
     """The policy of a method.
 
     Args:
       method: name in `METHODS`.
-      options: parameters of the method's preset and `POLICY_OPTIONS`, by name; `budget` as `budget_slots` reads it.
-      length: tokens of the prompt, of which a budget in percent is.
+      options: parameters of the method's preset and `POLICY_OPTIONS`, by name; `budget` as `parse_budget` reads it.
 
     Raises:
       ValueError: an unknown method or option, with near ones, or a value that the preset refuses.
@@ -28,17 +27,14 @@ def make_policy(method: str, options: Mapping[str, Any], length: int | None = No
     check_options(method, options)
     values = dict(options)
     changes = {name: values.pop(name) for name in POLICY_OPTIONS if name in values}
-    computed = ""
-    if "budget" in values:
-        values["budget"] = slots = budget_slots(budget := values["budget"], length)
-        if is_percentage(budget):
-            computed = f"budget={budget} of a prompt of {length:,} tokens is {slots:,} slots: "
     try:
+        if "budget" in values:
+            values["budget"] = parse_budget(values["budget"])
         if "refit" in changes:
             changes["refit"] = LeastSquares(changes["refit"])
         return METHODS[method](**values).replace(**changes)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{computed if 'budget=' in str(error) else ''}{error}") from error
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def find_preset(method: str) -> Callable[..., EvictionPolicy]:
@@ -75,34 +71,6 @@ def check_options(method: str, options: Mapping[str, Any], others: Iterable[str]
 def takes_budget(method: str) -> bool:
     """Whether a method has a budget; the full cache has none."""
     return "budget" in inspect.signature(find_preset(method)).parameters
-
-
-def budget_slots(budget: int | str, length: int | None = None) -> int:
-    """Slots per layer and KV head.
-
-    Args:
-      budget: a number of slots such as 128 or "128", or a percentage of the prompt's tokens such as "10%".
-      length: tokens of the prompt; a percentage is rounded to the nearest slot.
-
-    Raises:
-      ValueError: anything else, a percentage outside of (0, 100], or one without `length`.
-    """
-    text = str(budget)
-    if re.fullmatch(r"[1-9]\d*", text):
-        return int(text)
-    if re.fullmatch(r"\d+(\.\d+)?%", text) and 0 < float(text[:-1]) <= 100:
-        if length is None:
-            raise ValueError(f"budget={text} is a percentage of a prompt; give the prompt's length")
-        return round(float(text[:-1]) * length / 100)
-    raise ValueError(
-        f"budget={text!r} is not a budget; give a number of tokens such as 128, "
-        "or a percentage of the prompt above 0% and up to 100% such as 10%"
-    )
-
-
-def is_percentage(budget: int | str) -> bool:
-    """Whether a budget is a percentage of the prompt's tokens."""
-    return str(budget).endswith("%")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,8 @@ class Scorer(Protocol):
 
     A frozen dataclass, hashable and so static under jit. `all_queries` asks for the queries of the whole prompt instead
     of the window's. A scorer whose scores are not negative, so that an allocation may divide them by their sum, says so
-    with `additive = True`.
+    with `additive = True`. One that cannot do with every budget has a method `check_budget(slots)` that raises a
+    ValueError.
     """
 
     all_queries: ClassVar[bool]

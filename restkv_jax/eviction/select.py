@@ -47,7 +47,7 @@ def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores:
     is_token = pairs.positions[:, :, : length - window] >= 0
     if scores is None:
         return jnp.where(is_token, jnp.zeros((batch, num_kv_heads, length - window)), -jnp.inf)
-    budget = length if policy.budget is None else policy.budget
+    budget = length if policy.budget is None else policy.slots_given
     pooled = policy.pooling(scores, view, pairs, min(max(budget - window, 1), length))
     reduced = pooled.mean(axis=2) if policy.group_reduce == "mean" else pooled.max(axis=2)
     is_seen = within_reach(view.queries, pairs.positions[..., : length - window])

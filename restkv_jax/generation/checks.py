@@ -187,7 +187,7 @@ def _warn_beyond_context(model: Decoder, mask: Any, max_new_tokens: int, cache: 
 
 
 def check_cache(model: Any, params: Any, cache: Any, sharing: Sharing | None) -> Decoder:
-    """Checks that a cache belongs to a model and its parameters.
+    """Checks that a cache, outside of `jax.jit` not one that was donated, belongs to a model and its parameters.
 
     Returns:
       the model, with the cache's sharing.
@@ -212,6 +212,16 @@ def check_cache(model: Any, params: Any, cache: Any, sharing: Sharing | None) ->
             "read the prompt again"
         )
     return model if cache.own_sharing is None else model.clone(sharing=cache.own_sharing)
+
+
+def check_extending(policies: Sequence[EvictionPolicy]) -> None:
+    """Refuses budgets that are a percentage, of which there is no length where tokens are read onto a cache."""
+    for policy in policies:
+        if isinstance(policy.budget, str):
+            raise ValueError(
+                f"budget={policy.budget!r} is a percentage of one prompt; give a number of slots where tokens are "
+                "read onto a cache"
+            )
 
 
 def check_segments(segment_size: Any, cache: Cache | None, policies: Sequence[EvictionPolicy]) -> None:

@@ -12,7 +12,14 @@ from jax.typing import ArrayLike
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.checks import check_cache, check_model, check_policies, check_prompt, check_segments
+from restkv_jax.generation.checks import (
+    check_cache,
+    check_extending,
+    check_model,
+    check_policies,
+    check_prompt,
+    check_segments,
+)
 from restkv_jax.generation.passes import Plan, read_prompt
 from restkv_jax.models.arguments import is_known
 from restkv_jax.models.decoder import Decoder
@@ -68,11 +75,12 @@ def prefill(
       params: its parameters.
       tokens: int32 [B, T], padded on the left.
       mask: bool [B, T], False on padding; None if there is none.
-      policy: what to keep; everything by default.
+      policy: what to keep; everything by default. A budget in percent is of `bucket_length(T)`.
       max_new_tokens: slots to reserve for tokens to come.
       chunk_size: bound on the tokens of a chunk; the result is the same to rounding.
       sharing: whose keys each layer reads distant tokens by; its own by default. The policy's budget then counts
-        distant tokens, of which a block and KV head keeps one set, by the sum of its layers' scores.
+        distant tokens, of which a block and KV head keeps one set, by the sum of its layers' scores; in percent it is
+        of the bucket all the same.
       segment_size: reads the prompt in segments of so many tokens and evicts after each, so that memory follows the
         segment and the budget, not the prompt; later segments see what was kept of earlier ones. None reads all at
         once.
@@ -189,30 +197,31 @@ def check_and_pad(
     cache: Cache | None = None,
     segment_size: int | None = None,
 ) -> Prompt:
-    """Checks what users pass, before anything is compiled, and pads the tokens to their bucket."""
+    """Checks what users pass, before anything is compiled; tokens are padded to their bucket, budgets become slots."""
     if cache is not None:
-        model = check_cache(model, params, cache, sharing)
+        model, sharing = check_cache(model, params, cache, sharing), None
         policies = [cache.extending_policy if policy is None else policy for policy in policies]
-        sharing = None
     appends = cache is not None and tuple(policies) == (None,)
     kept = check_policies(policies)
     model = check_model(model, params, sharing, kept)
     tokens, mask = check_prompt(model, tokens, mask, max_new_tokens, chunk_size, cache)
-    longest = int(np.asarray(mask).sum(1).max()) if is_known(mask) else mask.shape[1]
-    length = tokens.shape[1]
-    if cache is not None:  # the queries of a whole window
-        length = max(length, *(policy.window for policy in kept))
-    length = bucket_length(length)
-    plan = Plan(kept, max_new_tokens, chunk_size, length)
     if segment_size is not None:
         check_segments(segment_size, cache, kept)
-        if segment_size < length:
-            length = segment_size * _rounded_up(-(-tokens.shape[1] // segment_size))
-            plan = plan._replace(total=length, segment_size=segment_size)
-    elif cache is not None:
-        plan = plan._replace(total=_total(cache, kept, longest, length))
-        if appends:
-            plan = plan._replace(policies=(None,), room=_room(cache, longest, length, max_new_tokens))
+    length = bucket_length(tokens.shape[1])
+    if segment_size is not None and segment_size < length:
+        length = segment_size * _rounded_up(-(-tokens.shape[1] // segment_size))
+    else:
+        segment_size = None
+    if cache is None:
+        kept = tuple(policy.resolved(length) for policy in kept)
+        plan = Plan(kept, max_new_tokens, chunk_size, length, segment_size=segment_size)
+        return Prompt(model, *pad_left(tokens, mask, length), None, plan)
+    check_extending(kept)
+    longest = int(np.asarray(mask).sum(1).max()) if is_known(mask) else mask.shape[1]
+    length = bucket_length(max(length, *(policy.window for policy in kept)))  # the queries of a whole window
+    plan = Plan(kept, max_new_tokens, chunk_size, _total(cache, kept, longest, length))
+    if appends:
+        plan = plan._replace(policies=(None,), room=_room(cache, longest, length, max_new_tokens))
     return Prompt(model, *pad_left(tokens, mask, length), cache, plan)
 
 

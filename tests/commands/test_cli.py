@@ -41,7 +41,7 @@ def number_in(pattern, text):
 def test_generate_prints_the_answer_and_what_it_cost(capsys, model):
     code, out, err = run(capsys, "generate", PROMPT, "--model", model, "--budget", "20%", "--max-new-tokens", 6)
     assert (code, err) == (0, "")
-    budget = round(0.2 * TOKENS)
+    budget = round(0.2 * rk.bucket_length(TOKENS))
     assert number_in(r"prompt tokens *│ ([\d,]+)", out) == TOKENS
     assert number_in(r"cache slots *│ ([\d,]+)", out) == budget + 6
     full = rk.bucket_length(TOKENS) + 6
@@ -122,15 +122,35 @@ def test_plot_writes_a_picture(capsys, model, tmp_path):
     code, out, _ = run(capsys, "plot", PROMPT, *args)
     assert (code, out) == (0, f"wrote {path}\n")
     assert path.read_bytes().startswith(b"\x89PNG")
+    code, _, err = run(capsys, "plot", "a short one", "--model", model, "--methods", "snapkv", "--output", path)
+    assert (code, err) == (0, "restkv: warning: budget=6 is too small for window=32, which shrinks to 3\n")
 
 
 def test_installed_command(model):
     command = [sys.executable, "-m", "restkv_jax.commands.cli", "generate", "--model", model, "--budget", "1%"]
+    command += ["--method", "streaming_llm"]
     done = subprocess.run(command, input=PROMPT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert f"budget=1% of a prompt of {TOKENS} tokens is {round(TOKENS / 100)} slots" in done.stderr
-    assert "must exceed window=32" in done.stderr
+    assert "budget=1% of 320 tokens is 3 slots: budget=3 must exceed sinks=4" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("budget", "prompt", "slots", "said"),
+    [
+        ("10%", PROMPT[:100], 11, "budget=11 is too small for window=32, which shrinks to 5"),
+        ("20", "twelve bytes", 20, "budget=20 is too small for window=32, which shrinks to 10"),
+        ("32", PROMPT, 32, "budget=32 is too small for window=32, which shrinks to 16"),
+        ("50%", PROMPT, 160, None),
+    ],
+)
+@pytest.mark.parametrize("method", ["restkv", "laprox"])
+def test_a_window_that_does_not_fit_shrinks_and_it_is_said_once(capsys, model, method, budget, prompt, slots, said):
+    args = ["--model", model, "--method", method, "--budget", budget, "--max-new-tokens", 4]
+    code, out, err = run(capsys, "generate", prompt, *args)
+    assert (code, err) == (0, "" if said is None else f"restkv: warning: {said}\n")
+    if method == "restkv":
+        assert number_in(r"cache slots *│ ([\d,]+)", out) == slots + 4
 
 
 def generate(*args):
@@ -150,7 +170,7 @@ BAD = {
     "no value": (generate("--window"), "--window requires an argument"),
     "wrong choice": (generate("--pooling", "sum"), 'Invalid value "sum" for --pooling. Choose from'),
     "unquoted prompt": (["generate", "two", "words"], "unexpected argument 'words'; quote a prompt"),
-    "small budget": (generate("--budget", "32"), "budget=32 must exceed window=32"),
+    "small budget": (generate("--method", "streaming_llm", "--budget", "4"), "budget=4 must exceed sinks=4"),
     "budget of nothing": (generate("--budget", "0%"), "budget='0%' is not a budget"),
     "budget above all": (generate("--budget", "120%"), "budget='120%' is not a budget"),
     "negative budget": (generate("--budget=-4"), "budget='-4' is not a budget"),
@@ -189,8 +209,8 @@ def test_bad_input_that_needs_the_model_is_one_line_too(capsys, model, tmp_path)
     assert_refused(capsys, ["generate", "x", "--model", str(tmp_path)], "pickled weights (pytorch_model.bin)")
     assert_refused(
         capsys,
-        ["generate", "a short one", "--model", model, "--budget", "50%"],
-        "budget=50% of a prompt of 11 tokens is 6 slots: budget=6 must exceed window=32",
+        ["generate", "a short one", "--model", model, "--method", "streaming_llm", "--budget", "5%"],
+        "budget=5% of 64 tokens is 3 slots: budget=3 must exceed sinks=4",
     )
     assert_refused(capsys, ["plot", PROMPT, "--model", model, "--highlight", "absent"], "'absent' is not in the prompt")
 

@@ -30,7 +30,7 @@ def test_a_grid_comes_from_a_file_and_the_command_line_goes_before(tmp_path):
     ]
     made = policies(grid, 1024)
     assert [policy.budget for policy in made.values()] == [None, 20, 64]
-    assert [policy.window for policy in made.values()][1:] == [10, 32]
+    assert [policy.window for policy in made.values()][1:] == [10, 32], "half of the budget where it would not fit"
     assert options.batch_size == 10
 
 

@@ -18,9 +18,8 @@ from restkv_jax.evaluate.grid import Grid, check_grid, parse_method, policies
         ({"tasks": ("single", "single")}, "tasks are given twice"),
         ({"methods": ("restkv(use_output_projection=no)",)}, "use_output_projection='no' must be true or false"),
         ({"dtype": "bf16"}, "dtype 'bf16' is unknown; did you mean bfloat16"),
-        ({"budgets": ("2000",)}, "budget 2000 is above the context of 1024 tokens"),
         ({"budgets": ("much",)}, "budget='much' is not a budget"),
-        ({"budgets": ("0.1%",)}, "budget=0.1% of a prompt of 1,024 tokens is 1 slots: budget=1 must exceed"),
+        ({"budgets": ("0.1%",)}, "budget=0.1% of 1,024 tokens is 1 slots: budget=1 must exceed sinks=4"),
         ({"depths": (1.5,)}, "depth 1.5 must be between 0"),
         ({"prompts": 0}, "prompts=0 must be at least 1"),
         ({"lengths": ()}, "lengths is empty"),
@@ -40,3 +39,14 @@ def test_options_of_methods_are_names_or_python_values():
     refitted, laprox = policies(grid, 1024).values()
     assert refitted == rk.restkv(64, window=8).replace(refit=rk.LeastSquares(0.1))
     assert laprox == rk.laprox(64).replace(candidates=300, page_size=8)
+
+
+def test_budgets_follow_the_one_rule():
+    grid = Grid(methods=("full", "snapkv", "laprox(window=300)"), budgets=("2%", "10%", "2000"))
+    check_grid(grid)
+    made = {config.label: policy for config, policy in policies(grid, 1100).items()}  # of which 1,280 is the bucket
+    assert made["full"] == rk.full()
+    assert made["snapkv 2%"] == rk.snapkv(26, window=13)
+    assert made["snapkv 10%"] == rk.snapkv(128, window=32)
+    assert made["snapkv 2000"] == rk.snapkv(2000)
+    assert made["laprox(window=300) 10%"] == rk.laprox(128, window=64)

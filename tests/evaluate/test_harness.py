@@ -18,7 +18,7 @@ import restkv_jax as rk
 from restkv_jax.commands.cli import main
 from restkv_jax.evaluate.harness import model as harness
 from restkv_jax.evaluate.harness.model import EMBEDDED, RestKV
-from restkv_jax.evaluate.harness.model_args import parse_model_args, policy_for
+from restkv_jax.evaluate.harness.model_args import parse_model_args
 from restkv_jax.models import logits, read
 
 SENTENCE = "The sky is blue. Here we go. There and back again. "
@@ -234,7 +234,8 @@ def test_options_of_generation_that_have_no_effect_are_refused(evicted, options,
         ({"method": "restk"}, "method='restk' is unknown; did you mean restkv"),
         ({"budgt": 3}, "budgt is not an option of method=restkv; did you mean budget"),
         ({"budget": "x%"}, "budget='x%' is not a budget; give a number of tokens such as 128"),
-        ({"budget": 10}, "budget=10 must exceed window=32"),
+        ({"budget": 0}, "budget='0' is not a budget"),
+        ({"method": "streaming_llm", "budget": 4}, "budget=4 must exceed sinks=4"),
         ({"method": "full", "budget": 64}, "budget is not an option of method=full"),
         ({"pooling": "median"}, "pooling='median' is unknown"),
         ({"batch_size": "auto"}, "batch_size='auto' must be an integer"),
@@ -247,18 +248,27 @@ def test_bad_model_arguments_are_named(args, message):
         RestKV(**args)
 
 
-def test_percentages_refer_to_each_prompt():
-    parsed = parse_model_args({"method": "snapkv", "budget": "10%"})
-    assert policy_for(parsed, 1000) == rk.snapkv(budget=96)  # a multiple of 8
-    for tokens in (500, 1023, 4111):
-        assert 7 / 8 * 0.1 * tokens - 1 < policy_for(parsed, tokens).budget <= 0.1 * tokens + 0.5
-    assert policy_for(parsed, 100) == rk.snapkv(budget=33)  # the window and one more
-    assert policy_for(parse_model_args({"budget": 1024}), 100) == rk.restkv(budget=1024)
+def test_percentages_are_of_each_prompts_bucket(directory):
+    model = RestKV(pretrained=directory, method="snapkv", budget="25%", batch_size=2)
+    prompts = [(PROMPTS[0] * 9)[:length] for length in (70, 200)]
+    said = generate(model, prompts, max_gen_toks=12)
+    for text, length, answer in zip(prompts, (80, 224), said, strict=True):
+        tokens = [model.tok_encode(text)]
+        assert rk.bucket_length(len(tokens[0])) == length
+        policy = rk.snapkv(budget=length // 4)
+        out = rk.generate(model.model, model.params, tokens, policy=policy, max_new_tokens=12)
+        assert answer == model.tokenizer.decode(out.tokens[0, : out.lengths[0]].tolist(), skip_special_tokens=True)
+
+
+def test_a_policy_that_some_prompt_refuses_is_refused_before_anything_runs(directory):
+    model = RestKV(pretrained=directory, method="streaming_llm", budget="5%")
+    with pytest.raises(ValueError, match="budget=5% of 64 tokens is 3 slots: budget=3 must exceed sinks=4"):
+        generate(model, [PROMPTS[0] * 9, "short"])
 
 
 def test_types_that_the_harness_parses():
     parsed = parse_model_args({"budget": 64, "while_generating": True, "use_output_projection": False, "alpha": 1})
-    assert policy_for(parsed, 1) == rk.restkv(64, while_generating=True, use_output_projection=False, alpha=1.0)
+    assert parsed.policy == rk.restkv(64, while_generating=True, use_output_projection=False, alpha=1.0)
 
 
 def test_chat_needs_a_template(evicted):

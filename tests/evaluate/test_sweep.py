@@ -145,6 +145,7 @@ def start(output, *args, devices=1):
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
     }
     return subprocess.Popen(
         [*command, "--compilation-cache", str(output) + "-programs"], env=environment, stderr=subprocess.PIPE, text=True

@@ -308,7 +308,6 @@ def test_adakv_keeps_a_prompt_that_fits_and_the_whole_budget_beside_it(window):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: rk.laprox(33, window=32).replace(page_size=64), "budget=33 is less than one page"),
         (lambda: rk.laprox(128, candidates=100), "candidates=100 must be at least budget=128"),
         (lambda: rk.laprox(128).replace(page_size=12), "page_size=12"),
         (lambda: rk.restkv(128, allocation="model", while_generating=True), "exclude each other"),

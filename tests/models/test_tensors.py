@@ -2,7 +2,7 @@
 
 import json
 
-import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_names_with_a_prefix(name, tmp_path):
     edit_tensors(tmp_path, lambda tensors: {NAMES[name](stored): x for stored, x in tensors.items()})
     prefixed = rk.load_model(tmp_path)
     assert plain[0] == prefixed[0]
-    chex.assert_trees_all_equal(plain[1], prefixed[1])
+    jax.tree.map(np.testing.assert_array_equal, plain[1], prefixed[1])
 
 
 def test_stored_names_are_those_of_messages(tmp_path):

@@ -60,6 +60,7 @@ def test_killed_at_random_moments_and_resumed(command, whole, tmp_path):
     rng = random.Random(0)
     output, cache = tmp_path / "run", tmp_path / "compiled"
     environment = os.environ | {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

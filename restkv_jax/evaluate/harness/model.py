@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from restkv_jax.evaluate.harness.blocks import stream_blocks
 from restkv_jax.evaluate.harness.likelihood import score_continuation, score_text
-from restkv_jax.evaluate.harness.model_args import ModelArgs, parse_model_args, policy_for
-from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.evaluate.harness.model_args import ModelArgs, parse_model_args
 from restkv_jax.generation.checks import check_sampling
 from restkv_jax.generation.encoding import pad_left
 from restkv_jax.generation.reading import bucket_length
@@ -62,8 +61,7 @@ class RestKV(TemplateLM):
 
     Contexts and prompts are read with the method's eviction; answers are generated, and continuations scored token by
     token, on what is left. Whole texts (`loglikelihood_rolling`) have no context to evict and are read with plain
-    attention. A budget in percent refers to each prompt's own tokens, rounded down by less than an eighth and at
-    least the method's window and one slot more. Prompts of one `bucket_length` and budget go through one compiled
+    attention. A budget in percent is of each prompt's `bucket_length`. Prompts of one bucket go through one compiled
     program, longest first, in batches that give what each prompt gives alone. Prompts that leave no room for the
     answer within `max_length` are cut from the left.
 
@@ -141,8 +139,8 @@ class RestKV(TemplateLM):
         items = [self._fit(Scored(i, *request)) for i, request in enumerate(requests)]
         batches = self._batches(items, lambda item: (_power(len(item.continuation)),), lambda item: item.context)
         results: list[Any] = [None] * len(items)
-        for policy, batch in self._progress(batches, len(items), disable_tqdm):
-            for item, result in zip(batch, self._score(batch, policy), strict=True):
+        for batch in self._progress(batches, len(items), disable_tqdm):
+            for item, result in zip(batch, self._score(batch), strict=True):
                 results[item.index] = result
                 self.cache_hook.add_partial("loglikelihood", item.texts, result)
         return results
@@ -154,14 +152,14 @@ class RestKV(TemplateLM):
         context, _ = maybe_truncate(item.context or [self.prefix_token_id], len(continuation) - 1, self.max_length)
         return item._replace(context=context, continuation=continuation)
 
-    def _score(self, batch: Sequence[Scored], policy: EvictionPolicy) -> Iterable[tuple[float, bool]]:
+    def _score(self, batch: Sequence[Scored]) -> Iterable[tuple[float, bool]]:
         length = bucket_length(max(len(item.context) for item in batch))
         rows = _filled(batch, self.batch_size)
         tokens, mask = pad_left([item.context for item in rows], length)
         continuation = np.zeros((len(rows), _power(max(len(item.continuation) for item in rows))), np.int32)
         for row, item in zip(continuation, rows, strict=True):
             row[: len(item.continuation)] = item.continuation
-        found = score_continuation(self.model, self.params, tokens, mask, jnp.asarray(continuation), policy)
+        found = score_continuation(self.model, self.params, tokens, mask, jnp.asarray(continuation), self.parsed.policy)
         log_probabilities, is_greedy = (np.asarray(x) for x in found)
         for b, item in enumerate(batch):
             count = len(item.continuation)
@@ -183,7 +181,7 @@ class RestKV(TemplateLM):
             group_by="gen_kwargs",
         )
         totals = [0.0] * len(requests)
-        for batch in self._progress(collator.get_batched(self.batch_size), len(windows), disable_tqdm, count=len):
+        for batch in self._progress(collator.get_batched(self.batch_size), len(windows), disable_tqdm):
             for item, total in zip(batch, self._score_windows(batch), strict=True):
                 totals[item.index] += total
         for request, total in zip(requests, totals, strict=True):
@@ -205,8 +203,8 @@ class RestKV(TemplateLM):
         items = [self._prompted(i, *request.args) for i, request in enumerate(requests)]
         batches = self._batches(items, lambda item: (item.max_new_tokens, repr(item.options)), lambda item: item.tokens)
         texts = [""] * len(items)
-        for policy, batch in self._progress(batches, len(items), disable_tqdm):
-            for item, text in zip(batch, self._generate(batch, policy), strict=True):
+        for batch in self._progress(batches, len(items), disable_tqdm):
+            for item, text in zip(batch, self._generate(batch), strict=True):
                 texts[item.index] = text
                 self.cache_hook.add_partial("generate_until", item.arguments, text)
         return texts
@@ -223,7 +221,7 @@ class RestKV(TemplateLM):
         tokens, _ = maybe_truncate(self.tok_encode(text) or [self.prefix_token_id], room, self.max_length)
         return Prompted(index, (text, given), tokens, options, room)
 
-    def _generate(self, batch: Sequence[Prompted], policy: EvictionPolicy) -> list[str]:
+    def _generate(self, batch: Sequence[Prompted]) -> list[str]:
         length = bucket_length(max(len(item.tokens) for item in batch))
         rows = _filled(batch, self.batch_size)
         tokens, mask = pad_left([item.tokens for item in rows], length)
@@ -234,9 +232,10 @@ class RestKV(TemplateLM):
             keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray([item.index for item in rows]))
             sampling = {name: options.get(name) for name in SAMPLING}
         so_far = np.zeros((len(rows), 0), np.int32)
-        for block in stream_blocks(
-            self.model, self.params, tokens, mask, policy, batch[0].max_new_tokens, keys, sampling
-        ):
+        blocks = stream_blocks(
+            self.model, self.params, tokens, mask, self.parsed.policy, batch[0].max_new_tokens, keys, sampling
+        )
+        for block in blocks:
             so_far = np.concatenate([so_far, block], axis=1)
             answers = [self._cut(row, options["until"]) for row in so_far[: len(batch)]]
             if all(ended for _, ended in answers):
@@ -253,21 +252,26 @@ class RestKV(TemplateLM):
         return cut, bool(places.size) or cut != text
 
     def _batches(self, items: Sequence[Any], also: Callable[[Any], tuple], tokens_of: Callable[[Any], list[int]]):
-        """Batches of one policy, one bucket and one `also`, each with its policy."""
-        policies = [policy_for(self.parsed, len(tokens_of(item))) for item in items]
+        """Batches of one bucket and one `also`, the longest first; the policy is tried on all before anything runs."""
+
+        def bucket(item: Any) -> int:
+            return bucket_length(len(tokens_of(item)))
+
+        for length in sorted(set(map(bucket, items))):
+            self.parsed.policy.resolved(length)
         collator = Collator(
             items,
             lambda item: (-len(tokens_of(item)), item.index),
-            lambda item: (bucket_length(len(tokens_of(item))), policies[item.index], *also(item)),
+            lambda item: (bucket(item), *also(item)),
             group_by="gen_kwargs",
         )
-        return ((policies[batch[0].index], batch) for batch in collator.get_batched(self.batch_size))
+        return collator.get_batched(self.batch_size)
 
-    def _progress(self, batches: Iterable[Any], total: int, disable: bool, count=lambda pair: len(pair[1])):
+    def _progress(self, batches: Iterable[Any], total: int, disable: bool):
         with tqdm(total=total, disable=disable or self.rank != 0, desc="Running requests") as bar:
             for batch in batches:
                 yield batch
-                bar.update(count(batch))
+                bar.update(len(batch))
 
 
 def load_model_of(args: ModelArgs) -> Loaded:

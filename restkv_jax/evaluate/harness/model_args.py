@@ -1,16 +1,13 @@
 """What `--model_args` of lm-evaluation-harness say: the model, the method and the method's options."""
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
-from restkv_jax.eviction.policy import EvictionPolicy, check_integer
-from restkv_jax.eviction.presets import budget_slots, check_options, find_preset, is_percentage, make_policy, suggest
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.presets import check_options, make_policy, suggest
 from restkv_jax.loading import DType
-
-FINENESS = 3
-"""Bits of a percentage budget that count after the first: slots are rounded down by less than 1 in 2 ** FINENESS."""
+from restkv_jax.models.arguments import check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +39,10 @@ class ModelArgs:
 
 
 class ParsedArgs(NamedTuple):
-    """The general arguments and the options of the method's preset."""
+    """The general arguments and the policy of the method."""
 
     general: ModelArgs
-    method_options: dict[str, Any]
+    policy: EvictionPolicy
 
 
 def parse_model_args(given: Mapping[str, Any]) -> ParsedArgs:
@@ -63,13 +60,11 @@ def parse_model_args(given: Mapping[str, Any]) -> ParsedArgs:
         values["batch_size"] = int(values["batch_size"])  # the harness's own `--batch_size` is text
     try:
         general = ModelArgs(**{name: values.pop(name) for name in general_names & values.keys()})
-        parsed = ParsedArgs(general, values)
         check_options(general.method, values, general_names)
         _check_general(general)
-        policy_for(parsed, least_slots(parsed))
+        return ParsedArgs(general, make_policy(general.method, values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"model_args: {error}") from error
-    return parsed
 
 
 def _check_general(general: ModelArgs) -> None:
@@ -79,28 +74,3 @@ def _check_general(general: ModelArgs) -> None:
     check_integer("seed", general.seed, 0, "of random draws")
     if general.dtype not in get_args(DType):
         raise ValueError(f"dtype={general.dtype!r} is unknown; {suggest(str(general.dtype), get_args(DType))}")
-
-
-def policy_for(parsed: ParsedArgs, num_tokens: int) -> EvictionPolicy:
-    """The policy for a prompt of this many tokens.
-
-    A percentage refers to the prompt's own tokens. It is rounded down by less than an eighth, so that prompts of
-    about one length have one policy and share a compiled program; and it is at least `least_slots`.
-
-    Raises:
-      ValueError: options that the method does not have, or that exclude each other.
-    """
-    options = parsed.method_options
-    if is_percentage(options.get("budget", "")):
-        slots = budget_slots(options["budget"], num_tokens)
-        step = max(1, 1 << max(0, slots.bit_length() - FINENESS - 1))
-        options = options | {"budget": max(slots // step * step, least_slots(parsed))}
-    return make_policy(parsed.general.method, options)
-
-
-def least_slots(parsed: ParsedArgs) -> int:
-    """The fewest slots of a percentage budget: one more than what is always kept, and a page of the paged cache."""
-    parameters = inspect.signature(find_preset(parsed.general.method)).parameters
-    defaults = {name: parameters[name].default for name in ("window", "sinks") if name in parameters}
-    always_kept = max((defaults | parsed.method_options).get(name, 0) for name in ("window", "sinks"))
-    return max(always_kept + 1, EvictionPolicy.page_size)

@@ -14,7 +14,7 @@ from restkv_jax.evaluate.grid import CacheConfig, cache_configs
 from restkv_jax.evaluate.report.summary import Estimate, Scenario, base_configs, collect, depth_cells, estimate_all
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, unit_for
 from restkv_jax.evaluate.results import Results
-from restkv_jax.eviction.presets import budget_slots
+from restkv_jax.eviction.budgets import budget_slots, parse_budget
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 """Okabe and Ito's colours for all kinds of colour vision; black is the full cache's, and yellow too faint on white."""
@@ -222,7 +222,7 @@ def _costs_of(results: Results, values: Mapping[str, float], method: str) -> Ser
 def _draw_lines(axis: Axes, series: Mapping[str, Series], styles: Mapping[str, Style], length: int) -> None:
     """A line per method over the logarithm of its budgets' shares of the prompt."""
     budgets = list(dict.fromkeys(budget for one in series.values() for budget in one.budgets))
-    x_of = {budget: np.log(budget_slots(budget, length) / length) for budget in budgets}
+    x_of = {budget: np.log(budget_slots(parse_budget(budget), length) / length) for budget in budgets}
     low, high = (min(x_of.values()), max(x_of.values())) if x_of else (0.0, 1.0)
     width = max(high - low, 0.5)
     for i, (method, one) in enumerate(series.items()):

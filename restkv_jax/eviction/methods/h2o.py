@@ -43,7 +43,7 @@ class AccumulatedAttention:
 
 
 def h2o(
-    budget: int = 128,
+    budget: int | str = 128,
     window: int = 32,
     group_reduce: Literal["mean", "max"] = "mean",
 ) -> EvictionPolicy:

@@ -23,7 +23,7 @@ class NegativeKeyNorm:
         return -jnp.linalg.norm(keys, axis=-1)
 
 
-def knorm(budget: int = 128, window: int = 32) -> EvictionPolicy:
+def knorm(budget: int | str = 128, window: int = 32) -> EvictionPolicy:
     """Key norm: keys of smallest L2 norm (arXiv 2406.11430).
 
     Args:

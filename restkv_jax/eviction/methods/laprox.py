@@ -27,7 +27,7 @@ class ColumnRowNorm:
 
 
 def laprox(
-    budget: int = 128,
+    budget: int | str = 128,
     window: int = 32,
     pooling: Literal["avg", "max", "none"] = "avg",
     kernel_size: int = 7,

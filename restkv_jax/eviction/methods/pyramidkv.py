@@ -8,7 +8,7 @@ from restkv_jax.eviction.policy import EvictionPolicy
 
 
 def pyramidkv(
-    budget: int = 128,
+    budget: int | str = 128,
     window: int = 32,
     pooling: Literal["avg", "max", "none"] = "avg",
     kernel_size: int = 5,

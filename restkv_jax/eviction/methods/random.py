@@ -32,7 +32,7 @@ class RandomScores:
         return jax.vmap(jax.vmap(of_head), in_axes=(None, 0))(jnp.arange(num_kv_heads), positions)[:, :, None]
 
 
-def random(budget: int = 128, window: int = 32, seed: int = 0) -> EvictionPolicy:
+def random(budget: int | str = 128, window: int = 32, seed: int = 0) -> EvictionPolicy:
     """Random keys before the window: the baseline that looks at nothing.
 
     Args:

@@ -53,7 +53,7 @@ class Reconstruction:
 
 
 def restkv(
-    budget: int = 128,
+    budget: int | str = 128,
     window: int = 32,
     criterion: Literal["reconstruction", "attention"] = "reconstruction",
     temporal: Literal["ema", "mean"] = "ema",

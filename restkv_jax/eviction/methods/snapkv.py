@@ -35,7 +35,7 @@ class WindowAttention:
 
 
 def snapkv(
-    budget: int = 128,
+    budget: int | str = 128,
     window: int = 32,
     pooling: Literal["avg", "max", "none"] = "avg",
     kernel_size: int = 5,

@@ -23,21 +23,21 @@ class SinksAndRecency:
     def __post_init__(self):
         check_integer("sinks", self.sinks, 0, "first tokens of the prompt")
 
+    def check_budget(self, budget: int) -> None:
+        if budget <= self.sinks:
+            raise ValueError(f"budget={budget} must exceed sinks={self.sinks}; raise the budget or keep fewer sinks")
+
     def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
         positions = pairs.positions[:, :, None, : pairs.keys.shape[2] - window].astype(jnp.float32)
         scores = jnp.where(positions < self.sinks, 2.0**31 - positions, positions)
         return jnp.broadcast_to(scores, (*pairs.keys.shape[:2], *scores.shape[2:]))
 
 
-def streaming_llm(budget: int = 128, sinks: int = 4) -> EvictionPolicy:
+def streaming_llm(budget: int | str = 128, sinks: int = 4) -> EvictionPolicy:
     """StreamingLLM: attention sinks and the most recent tokens (arXiv 2309.17453).
 
     Args:
       budget: slots kept per layer and KV head.
       sinks: first tokens of the prompt that are kept; the rest of the budget goes to the last ones.
     """
-    check_integer("budget", budget, 1, "slots per layer and KV head")
-    check_integer("sinks", sinks, 0, "first tokens of the prompt")
-    if budget <= sinks:
-        raise ValueError(f"budget={budget} must exceed sinks={sinks}; raise the budget or keep fewer sinks")
     return EvictionPolicy(budget=budget, window=1, scorer=SinksAndRecency(sinks))

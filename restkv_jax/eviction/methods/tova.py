@@ -25,7 +25,7 @@ class LastAttention:
         return jnp.broadcast_to(mean, (*pairs.keys.shape[:2], *mean.shape[2:]))
 
 
-def tova(budget: int = 128, window: int = 1) -> EvictionPolicy:
+def tova(budget: int | str = 128, window: int = 1) -> EvictionPolicy:
     """TOVA: attention received from the last token, one set of positions per layer (arXiv 2401.06104).
 
     Args:
