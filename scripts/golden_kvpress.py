@@ -18,6 +18,7 @@ themselves compute in float32. An array `CASE/NAME` in float32:
 
 `meta` is a JSON string: per case its `method`, the `options` of the press and the budget `C`.
 """
+# pyright: reportMissingImports=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 import json
 import math

@@ -142,11 +142,11 @@ class DenseKeeper(Keeper):
         return empty_cache(self.model.config, lengths, num_slots, dtype)
 
     def add(self, cache: KVCache, view: LayerView, memory: PairMemory, scored: dict) -> KVCache:
-        return self.write(cache, view, self.choose(view, memory, scored))
+        return self.write(cache, view, self.choose(view, memory.pairs, scored))
 
-    def choose(self, view: LayerView, memory: PairMemory, scored: dict) -> Pairs:
+    def choose(self, view: LayerView, pairs: Pairs, scored: dict) -> Pairs:
         """The pairs of a layer that are kept, [B, K, C]."""
-        policy, pairs, view = self.evicting, memory.pairs, view.last(self.num_queries)
+        policy, view = self.evicting, view.last(self.num_queries)
         scores = score_once(scored, policy, view, pairs)
         slots, num_layers = self.policy.slots(self.total), self.model.config.num_hidden_layers
         kept = evict(policy, view, pairs, slots, num_layers, scores)

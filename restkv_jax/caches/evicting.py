@@ -139,7 +139,7 @@ class EvictingKeeper(DenseKeeper):
         )
 
     def add(self, cache: KVCache, view: LayerView, memory: PairMemory | SeenMemory, scored: dict) -> KVCache:
-        kept = self.choose(view, memory, scored)
+        kept = self.choose(view, memory.pairs, scored)
         gram = self.policy.query_scorer.gram(view.output_projection)
         is_known = isinstance(memory, SeenMemory)
         before = memory.importance_at(kept.positions) if is_known else jnp.full(kept.positions.shape, UNSEEN)

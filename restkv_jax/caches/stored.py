@@ -63,19 +63,17 @@ class Header(NamedTuple):
     """What a file says besides its arrays.
 
     `kind` of the cache; `static`, its fields that are not arrays; `config` of the model, as plain data; `weights`, the
-    checksum of its parameters, or None; `source`, a note of the caller such as the model's name, or None.
+    checksum of its parameters, or None; `note`, plain data of the caller's.
     """
 
     kind: str
     static: dict[str, Any]
     config: dict[str, Any]
     weights: str | None
-    source: str | None
+    note: Any
 
 
-def save_cache(
-    path: str | os.PathLike, cache: Cache, model: Decoder, params: Any = None, source: str | None = None
-) -> int:
+def save_cache(path: str | os.PathLike, cache: Cache, model: Decoder, params: Any = None, note: Any = None) -> int:
     """Writes a cache to a file of safetensors, without the empty slots that a dense cache has behind the others.
 
     Args:
@@ -83,7 +81,7 @@ def save_cache(
       cache: as `prefill`, `extend` or `generate` return it.
       model: whose cache it is; `load_cache` refuses others.
       params: its parameters, whose checksum is stored, so that other weights of the same shape are refused too.
-      source: a note that comes back with `read_header`, such as where the model is.
+      note: plain data that comes back with `read_header`, such as where the model is.
 
     Returns:
       the size of the file in bytes.
@@ -98,7 +96,7 @@ def save_cache(
         raise ValueError(f"a cache of type {kind} cannot be stored; those that can: {', '.join(KINDS)}")
     cache = _without_room(cache)
     weights = None if params is None else checksum(params)
-    header = Header(kind, _static_fields(cache), _relevant(model.config), weights, source)
+    header = Header(kind, _static_fields(cache), _relevant(model.config), weights, note)
     arrays = {name: jnp.asarray(jax.device_get(x)) for name, x in _named_arrays(cache).items()}
     path = pathlib.Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -206,7 +204,7 @@ def _header(path: str | os.PathLike, metadata: dict[str, str] | None) -> Header:
         raise ValueError(f"{path} does not say what it holds: {error}") from error
 
 
-def _read(path: str | os.PathLike) -> tuple[Header, dict[str, np.ndarray]]:
+def _read(path: str | os.PathLike) -> tuple[Header, dict[str, Any]]:
     with _opened(path) as file:
         header = _header(path, file.metadata())
         return header, {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
@@ -220,7 +218,7 @@ def _check_config(path: str | os.PathLike, header: Header, model: Decoder) -> No
             raise ValueError(f"{path} holds a cache of another model: its {name} is {stored}, the model's {ours[name]}")
 
 
-def _assemble(header: Header, arrays: dict[str, np.ndarray]) -> Any:
+def _assemble(header: Header, arrays: dict[str, Any]) -> Any:
     kind = KINDS[header.kind]
     static = {name: _from_static(name, value) for name, value in header.static.items()}
     if kind is SharedCache:

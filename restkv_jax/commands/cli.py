@@ -23,6 +23,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command("generate from a prompt on a small cache and print the answer as it comes"),
+    "read": Command("read a document once into a small cache that is kept in a file"),
+    "ask": Command("ask questions about a document that was read, all at once"),
+    "chat": Command("chat on one cache that never exceeds its budget"),
     "methods": Command("list the methods, their references and their options", compiles=False),
     "plot": Command("draw which positions of a prompt are kept and which are evicted", "plot"),
     "evaluate": Command("measure tasks x methods x budgets x lengths in one sweep, with a report", "eval"),

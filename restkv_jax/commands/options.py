@@ -37,23 +37,37 @@ def print_notice(text: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """Prompt and model.
+class ModelOptions:
+    """The model.
 
     Args:
-      prompt: the prompt; read from --file or from standard input if left out.
-      file: text file that holds the prompt.
       model: directory of a checkpoint in Hugging Face's layout, a GGUF file, or id of a model on the hub; the model
         that comes with the package if left out.
       dtype: of weights and cache; "auto" is bfloat16, on a CPU float32.
       dense: leave out the sharing of keys that the model was adapted to.
     """
 
-    prompt: str | None = dataclasses.field(default=None, kw_only=False)
-    file: pathlib.Path | None = None
     model: str | None = None
     dtype: DType = "auto"
     dense: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """The prompt.
+
+    Args:
+      prompt: the prompt; read from --file or from standard input if left out.
+      file: text file that holds the prompt.
+    """
+
+    prompt: str | None = dataclasses.field(default=None, kw_only=False)
+    file: pathlib.Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOptions(ModelOptions, TextOptions):
+    """Prompt and model; the prompt first, so that it may stand without its name."""
 
 
 def parse(

@@ -10,6 +10,9 @@ from jax import Array
 
 ROLES = ("system", "user", "assistant", "tool")
 
+MARK = "\u2402MARK\u2403"
+"""Stands for a place in a conversation while a chat template is filled in; no text has it."""
+
 
 def encode_prompts(tokenizer: Any, prompts: Any) -> tuple[Array, Array]:
     """Encodes one prompt or several, each a text or a conversation.
@@ -79,22 +82,88 @@ def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], name:
         that refuses the messages.
     """
     _check_messages(messages, name)
-    if not getattr(tokenizer, "chat_template", None):
+    goes_on = messages[-1]["role"] == "assistant"
+    options = dict(add_generation_prompt=not goes_on, continue_final_message=goes_on, return_dict=True)
+    return _apply_template(tokenizer, messages, name, **options)["input_ids"]
+
+
+def encode_opening(tokenizer: Any, document: str, system: str | None = None) -> list[int]:
+    """The tokens of a user's turn that begins with a document and is not over, for `encode_question` to go on with.
+
+    Without a chat template they are those of the document as it is.
+
+    Raises:
+      ValueError: a system prompt without a template, or a template that refuses.
+    """
+    if not has_template(tokenizer) and system is None:
+        return encode_text(tokenizer, document)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    opened = _render(tokenizer, [*messages, {"role": "user", "content": document + MARK}]).partition(MARK)[0]
+    return encode_continuation(tokenizer, opened)
+
+
+def encode_question(tokenizer: Any, question: str) -> list[int]:
+    """The tokens that follow those of `encode_opening`: the question, the end of the turn, and where the answer begins.
+
+    Raises:
+      ValueError: an empty question.
+    """
+    _check_turn(question, "question")
+    if not has_template(tokenizer):
+        return encode_continuation(tokenizer, question)
+    rendered = _render(tokenizer, [{"role": "user", "content": f"{MARK}\n\n{question}"}], add_generation_prompt=True)
+    return encode_continuation(tokenizer, rendered.partition(MARK)[2])
+
+
+def encode_next_turn(tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str) -> list[int]:
+    """The tokens that follow the assistant's last answer: the end of that turn, the user's, and the next beginning.
+
+    Args:
+      tokenizer: a tokenizer of `transformers` with a chat template.
+      messages: the conversation so far; the last one is the assistant's.
+      text: of the user's turn.
+
+    Raises:
+      ValueError: an empty turn, or a template that refuses, or that leaves out earlier answers.
+    """
+    _check_turn(text, "the user's turn")
+    turns = [*messages[:-1], {**messages[-1], "content": MARK}, {"role": "user", "content": text}]
+    _, mark, following = _render(tokenizer, turns, add_generation_prompt=True).rpartition(MARK)
+    if not mark:
+        raise ValueError("the tokenizer's chat template leaves earlier answers out, so that a chat cannot go on in it")
+    return encode_continuation(tokenizer, following)
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode_continuation(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that goes on after another, without those that the tokenizer puts before every text."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    return _apply_template(tokenizer, messages, "messages", tokenize=False, **options)
+
+
+def _apply_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], name: str, **options: Any) -> Any:
+    _check_messages(messages, name)
+    if not has_template(tokenizer):
         raise ValueError(
             f"{name} needs a chat template, which the tokenizer does not have; pass the prompt as a text, or set "
             "tokenizer.chat_template"
         )
-    goes_on = messages[-1]["role"] == "assistant"
     try:
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=not goes_on,
-            continue_final_message=goes_on,
-            return_dict=True,
-        )
+        return tokenizer.apply_chat_template([dict(message) for message in messages], **options)
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise ValueError(f"the tokenizer's chat template refuses {name}: {error}") from error
-    return encoded["input_ids"]
+
+
+def _check_turn(text: str, name: str) -> None:
+    if not text.strip():
+        raise ValueError(f"{name} is empty; give some text")
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]], name: str) -> None:
@@ -110,7 +179,7 @@ def _check_messages(messages: Sequence[Mapping[str, Any]], name: str) -> None:
             continue  # a turn that calls tools may say nothing
         if not isinstance(content, str):
             raise TypeError(f"{name}[{i}]: content={content!r:.60} must be a text")
-        if not content.strip() and role in ("user", "assistant"):
+        if not content.strip() and role == "user":  # a model may have answered nothing
             raise ValueError(f"{name}[{i}]: the content of this turn ({role}) is empty; give some text or leave it out")
 
 

@@ -11,6 +11,7 @@ from restkv_jax.caches.base import Cache
 from restkv_jax.caches.keepers import keeper_of
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.pairs import Pairs, largest_divisor
+from restkv_jax.models.config import UNLIMITED
 from restkv_jax.models.decoder import Decoder, Hooks, LayerView, logits, positions_of, read
 from restkv_jax.models.memory import Memory
 
@@ -96,12 +97,11 @@ def _read_segments(
 ) -> tuple[Array, tuple[Cache, ...]]:
     """One segment after the other onto a cache of one shape, so that memory follows the segment and not the prompt."""
     (policy,), size = plan.policies, plan.segment_size
-    assert size is not None
+    assert size is not None and policy is not None
     batch, length = tokens.shape
-    keeper = keeper_of(model, policy or EvictionPolicy(), length, plan.total, plan.max_new_tokens)
-    empty = keeper.finish(keeper.start(None, jnp.zeros(batch, jnp.int32), params["embedding"].dtype))
-    appends = keeper.policy.budget is None and empty.extending_policy is None
-    of_segment = plan._replace(segment_size=None, policies=(None if appends else keeper.policy,))
+    empty = empty_cache(model, params["embedding"].dtype, policy, plan.total, plan.max_new_tokens, batch)
+    appends = policy.budget is None and empty.extending_policy is None
+    of_segment = plan._replace(segment_size=None, policies=(None if appends else policy,))
 
     def step(index: Array, state: tuple[Array, Cache]) -> tuple[Array, Cache]:
         part = [jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=1) for x in (tokens, mask)]
@@ -112,6 +112,23 @@ def _read_segments(
     nothing = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
     logits, cache = jax.lax.fori_loop(first, length // size, step, (nothing, empty))
     return logits, (cache,)
+
+
+def empty_cache(
+    model: Decoder, dtype: Any, policy: EvictionPolicy, total: int | None, max_new_tokens: int, batch: int
+) -> Cache:
+    """A cache of no tokens, of the kind and size that a policy keeps of sequences of `total` tokens.
+
+    Args:
+      model: whose layers it is of.
+      dtype: of keys and values.
+      policy: with a number of slots for a budget where `total` is None, sequences without end.
+      total: bound on the tokens of a sequence.
+      max_new_tokens: slots to reserve.
+      batch: rows.
+    """
+    keeper = keeper_of(model, policy, policy.window, UNLIMITED if total is None else total, max_new_tokens)
+    return keeper.finish(keeper.start(None, jnp.zeros(batch, jnp.int32), dtype))
 
 
 def append(

@@ -47,11 +47,11 @@ def cache_of(kind, new=4):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_goes_on_from_its_file(kind, tmp_path):
     model, cache = cache_of(kind)
-    size = rk.save_cache(tmp_path / "a.cache", cache, model, weights(), source="a model")
+    size = rk.save_cache(tmp_path / "a.cache", cache, model, weights(), note={"model": "a model"})
     assert size == (tmp_path / "a.cache").stat().st_size < rk.cache_bytes(cache) + 20_000
     again = rk.load_cache(tmp_path / "a.cache", model, weights())
     assert jax.tree.structure(again) == jax.tree.structure(cache)
-    assert read_header(tmp_path / "a.cache").source == "a model"
+    assert read_header(tmp_path / "a.cache").note == {"model": "a model"}
     questions = np.random.default_rng(1).integers(0, 61, (2, 9))
     expected = rk.generate(model, weights(), questions, None, None, 6, cache=cache)
     out = rk.generate(model, weights(), questions, None, None, 6, cache=again)
