@@ -73,6 +73,7 @@ class GenerateOptions(PromptOptions):
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+"""Options of drawing, by their names in `generate`."""
 
 
 class Timing(NamedTuple):

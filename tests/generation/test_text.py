@@ -36,9 +36,8 @@ def decoded(tokens, lengths):
 
 @pytest.mark.parametrize("options", [{}, {"key": jax.random.key(3), "temperature": 0.9, "top_p": 0.9, "min_p": 0.01}])
 def test_text_is_that_of_generate(options):
-    out = rk.generate(
-        *random_model()[:2], *encode_prompts(random_model()[2], PROMPTS), policy=POLICY, max_new_tokens=NEW, **options
-    )
+    model, params, tokenizer = random_model()
+    out = rk.generate(model, params, *encode_prompts(tokenizer, PROMPTS), POLICY, NEW, **options)
     texts = rk.generate_text(*random_model(), PROMPTS, POLICY, NEW, **options)
     assert texts == decoded(out.tokens, out.lengths)
     assert len(set(texts)) == 3 and all(texts)
