@@ -12,6 +12,7 @@ from restkv_jax.generation.detokenising import check_stop
 from restkv_jax.models.sampling_defaults import SamplingDefaults
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+"""Options of drawing, by their names in `generate`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
