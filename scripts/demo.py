@@ -1,19 +1,50 @@
-"""Asks the embedded model for what is hidden in long texts, with the full cache and with ReST-KV's small one."""
+"""Asks models about texts, with the full cache and with ReST-KV's small one.
+
+First SmolLM2, a chat model, about a short essay, if `fetch_smollm2.py` has downloaded it; then the embedded model,
+which is tiny, for what is hidden in long texts.
+"""
 
 import os
+import pathlib
 import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fetch_smollm2 import path_of_smollm2
 from rich.console import Console
 from rich.table import Table
 
 import restkv_jax as rk
 from restkv_jax.commands.options import parse
+from restkv_jax.commands.programs import keep_programs
+from restkv_jax.commands.progress import show_while
+from restkv_jax.commands.prompts import encode_turn
 from restkv_jax.evaluate import Prompt, make_prompts
+from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.timing import CompilationClock
+
+ESSAY = """\
+The lighthouse of Skerrymore stands on a rock eleven miles off the coast. It was built in 1844 by the engineer Alan \
+Moffat, who spent six summers on the rock with a hundred and fifty masons. In winter the sea was too rough to land, so \
+the stone was cut on the island of Tarvie and brought over by steamer in spring. The tower is 48 metres high, and its \
+walls are three metres thick at the base.
+
+Three keepers lived there at a time. They trimmed the lamp, polished the lens and wrote down the weather every four \
+hours. Letters came once a fortnight, if the boat could land at all; in the winter of 1881 nobody could for nine \
+weeks, and the keepers lived on biscuits and fish. The best known of them was Margaret Sinclair, who kept bees on the \
+rock and sold the honey in the village of Portbeg.
+
+In 1954 a fire destroyed the living quarters. The light was out for five years and was then rebuilt with electric \
+lamps. Since 1994 nobody has lived in the tower: a computer in Portbeg switches the light on at dusk and off at dawn. \
+Visitors can still take the boat from Portbeg between May and September, when the weather is calm. The crossing takes \
+two hours, and the captain tells everybody the story of the bees."""
+QUESTIONS = (
+    "Who built the lighthouse?",
+    "What destroyed the living quarters in 1954?",
+    "How long does the crossing take?",
+)
 
 
 class Run(NamedTuple):
@@ -40,17 +71,47 @@ def main(
       task: what is asked: "single", one hidden number; "multikey", one of eight; "haystack", one of a text of nothing
         else; "multivalue" and "multiquery", four at once; "tracking", the names on a chain of assignments.
       num_tokens: size of each prompt.
-      percent: budget of ReST-KV, in percent of the prompt.
+      percent: budget of ReST-KV, in percent of a prompt with something hidden.
       num_prompts: how many fresh prompts to ask.
       seed: of the prompts.
-      model: directory of another model; the one that comes with the package by default.
+      model: directory of a model to ask for what is hidden; the one that comes with the package by default.
     """
+    keep_programs()
     console = Console(highlight=False)
+    path = path_of_smollm2()
+    if path.is_file():
+        show_chat(console, path)
+    else:
+        console.print(
+            "With a chat model (98 MB) this begins with questions about an essay: "
+            "[bold]python scripts/fetch_smollm2.py[/bold] downloads it.\n"
+        )
+    show_hidden(console, task, num_tokens, percent, num_prompts, seed, model)
+
+
+def show_chat(console: Console, path: pathlib.Path) -> None:
+    """Asks a chat model about the essay; half of it stays in the small cache."""
+    with show_while("loading SmolLM2"):
+        decoder, params, tokenizer = rk.load_model(path, dtype=jnp.float32)
+    rows = [encode_turn(tokenizer, f"{ESSAY}\n\n{question}") for question in QUESTIONS]
+    batch = pad_batch(rows, len(rows))
+    runs = answer_with_both(decoder, params, tokenizer, batch, "50%")
+    table = Table("question", *runs, title="SmolLM2, a chat model of 135 million weights, about an essay")
+    for i, question in enumerate(QUESTIONS):
+        table.add_row(question, *(run.answers[i] for run in runs.values()))
+    console.print(table)
+    console.print(cost_table(runs, max(map(len, rows)), len(rows)), "\n")
+
+
+def show_hidden(
+    console: Console, task: str, num_tokens: int, percent: float, num_prompts: int, seed: int, model: str | None
+) -> None:
+    """Asks a model for what is hidden in long texts."""
     decoder, params, tokenizer = rk.load_model(model, dtype=jnp.float32)
     prompts = make_prompts(task, tokenizer, num_tokens, num_prompts, seed)
     show_prompt(console, prompts[0])
-    policies = {"full": rk.full(), "restkv": rk.restkv(budget=round(num_tokens * percent / 100))}
-    runs = {name: answer(decoder, params, tokenizer, prompts, policy) for name, policy in policies.items()}
+    rows = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
+    runs = answer_with_both(decoder, params, tokenizer, pad_batch(rows, len(rows)), f"{percent}%")
     console.print(answer_table(prompts, runs))
     console.print(cost_table(runs, num_tokens, num_prompts))
 
@@ -64,14 +125,17 @@ def show_prompt(console: Console, prompt: Prompt) -> None:
     console.print("\n".join([*shown, f"[{len(lines) - needle - 2} lines]", lines[-1]]), "\n")
 
 
-def answer(decoder: Any, params: Any, tokenizer: Any, prompts: list[Prompt], policy: rk.EvictionPolicy) -> Run:
-    """Runs all prompts as one batch."""
-    batch = tokenizer([prompt.text for prompt in prompts], padding=True, return_tensors="np")
-    with CompilationClock() as clock:
+def answer_with_both(decoder: Any, params: Any, tokenizer: Any, batch: Any, budget: str) -> dict[str, Run]:
+    """Runs the prompts with the full cache and with a budget."""
+    policies = {"full": rk.full(), "restkv": rk.restkv(budget=budget)}
+    return {name: answer(decoder, params, tokenizer, batch, policy) for name, policy in policies.items()}
+
+
+def answer(decoder: Any, params: Any, tokenizer: Any, batch: Any, policy: rk.EvictionPolicy) -> Run:
+    """Runs all prompts as one batch of tokens and mask."""
+    with CompilationClock() as clock, show_while("reading and answering, which compiles what is new"):
         start = time.perf_counter()
-        out = rk.generate(
-            decoder, params, batch["input_ids"], batch["attention_mask"], policy=policy, max_new_tokens=32
-        )
+        out = rk.generate(decoder, params, *batch, policy=policy, max_new_tokens=48)
         jax.block_until_ready(out)
         seconds = time.perf_counter() - start
     texts = tokenizer.batch_decode(np.asarray(out.tokens), skip_special_tokens=True)

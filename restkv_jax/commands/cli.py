@@ -1,5 +1,6 @@
 """The command line: finds the command, imports it and runs it."""
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *rest, **options: print_notice(f"warning: {message}")
+            say_once = functools.cache(lambda text: print_notice(f"warning: {text}"))
+            warnings.showwarning = lambda message, *rest, **options: say_once(str(message))
             run_command(args)
     except UsageError as error:
         print_notice(f"error: {error}")

@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
@@ -87,6 +88,17 @@ def test_the_terminal_says_what_is_being_done(model):
     assert "loading the model" in said and "reading the prompt" in said
     answer, nothing = run("--quiet")
     assert answer and out.startswith(answer) and nothing == ""
+
+
+def test_a_warning_is_said_once(monkeypatch, capsys):
+    def run(args):
+        for text in ("a", "b", "a"):
+            with warnings.catch_warnings():  # after which Python forgets what it has shown
+                warnings.warn(text, stacklevel=1)
+
+    monkeypatch.setattr("restkv_jax.commands.methods.run", run)
+    assert main(["methods"]) == 0
+    assert capsys.readouterr().err == "restkv: warning: a\nrestkv: warning: b\n"
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
