@@ -27,6 +27,8 @@ from restkv_jax.models.decoder import LayerView
 HEADS, KV_HEADS, LENGTH, DIM, MODEL_DIM = 4, 2, 48, 8, 20
 BUDGET, WINDOW = 20, 6
 EVICTING = sorted(set(rk.METHODS) - {"full"})
+CROSSES_ZERO = {"keydiff", "compactor"}
+"""Methods whose scores have both signs, so that near zero only an absolute error means something."""
 EVENLY = sorted(set(EVICTING) - {"adakv", "laprox", "pyramidkv"})
 
 
@@ -196,7 +198,7 @@ def test_permuting_heads_permutes_the_result(name, seed):
     swapped = evict(
         policy_of(name), queries[:, swapped_heads], keys[:, ::-1], values[:, ::-1], projection[swapped_heads]
     )
-    np.testing.assert_allclose(swapped.scores[:, ::-1], ev.scores, rtol=1e-5)
+    np.testing.assert_allclose(swapped.scores[:, ::-1], ev.scores, rtol=1e-5, atol=1e-5 * (name in CROSSES_ZERO))
     np.testing.assert_array_equal(swapped.positions[:, ::-1], ev.positions)
 
 
@@ -214,7 +216,8 @@ def test_padding_changes_nothing(name, padding, seed):
     padded = rk.evict_layer(policy_of(name), queries, garbage(keys), garbage(values), projection, mask)
     np.testing.assert_array_equal(padded.positions, alone.positions)
     np.testing.assert_array_equal(padded.keys, alone.keys)
-    np.testing.assert_allclose(padded.scores[..., padding:], alone.scores, rtol=1e-5)
+    atol = 1e-5 * (name in CROSSES_ZERO)
+    np.testing.assert_allclose(padded.scores[..., padding:], alone.scores, rtol=1e-5, atol=atol)
     assert (padded.scores[..., :padding] == -np.inf).all()
 
 
