@@ -26,6 +26,7 @@ from restkv_jax.eviction.methods.registry import (
 )
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import LeastSquares
+from restkv_jax.generation.conversation import Answer, Conversation, answer, start_conversation
 from restkv_jax.generation.generating import Generation, decode_step, generate, generate_each, stream
 from restkv_jax.generation.reading import bucket_length, extend, prefill, prefill_each
 from restkv_jax.generation.text import generate_text, stream_text
@@ -34,6 +35,8 @@ from restkv_jax.models import build_model, init_params, load_model, read, save_m
 __all__ = [
     "METHODS",
     "AdaptiveHeads",
+    "Answer",
+    "Conversation",
     "Eviction",
     "EvictionPolicy",
     "Generation",
@@ -44,6 +47,7 @@ __all__ = [
     "Pyramid",
     "Uniform",
     "adakv",
+    "answer",
     "bucket_length",
     "build_model",
     "cache_bytes",
@@ -75,6 +79,7 @@ __all__ = [
     "save_cache",
     "save_model",
     "snapkv",
+    "start_conversation",
     "stream",
     "stream_text",
     "streaming_llm",

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from restkv_jax.caches.base import Cache
@@ -65,8 +64,7 @@ def start_conversation(
             f"budget={policy.budget!r} is a percentage of one prompt; give a conversation a number of slots"
         )
     with beside(params) as placed:
-        make = jax.jit(empty_cache, static_argnums=(0, 2, 3, 4, 5))
-        cache = make(model, placed["embedding"].dtype, policy, None, max_new_tokens, 1)
+        cache = empty_cache(model, placed["embedding"].dtype, policy, None, max_new_tokens, 1)
     return Conversation(messages, cache)
 
 

@@ -114,6 +114,7 @@ def _read_segments(
     return logits, (cache,)
 
 
+@functools.partial(jax.jit, static_argnames=("model", "dtype", "policy", "total", "max_new_tokens", "batch"))
 def empty_cache(
     model: Decoder, dtype: Any, policy: EvictionPolicy, total: int | None, max_new_tokens: int, batch: int
 ) -> Cache:

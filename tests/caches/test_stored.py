@@ -135,7 +135,8 @@ def tampered(saved, header=lambda x: None, **arrays):
     ("positions", lambda x: x + 500),
     ("positions", lambda x: x.astype(np.float32)),
     ("keys", lambda x: x[..., :4]),
-    ("keys", lambda x: x.astype(np.float64)),
+    ("keys", lambda x: x.astype(np.int32)),
+    ("values", lambda x: x.astype(np.float16)),
     ("next_positions", lambda x: x - 10**4),
     ("next_positions", lambda x: x[None]),
 ])  # fmt: skip
