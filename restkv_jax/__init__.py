@@ -4,6 +4,7 @@ from restkv_jax import pod
 from restkv_jax.caches.base import cache_bytes, kept_positions, repeat_rows
 from restkv_jax.caches.dense import KVCache
 from restkv_jax.caches.paged import PagedCache
+from restkv_jax.caches.quantised import QuantisedCache
 from restkv_jax.caches.stored import load_cache, save_cache
 from restkv_jax.eviction.allocation import AdaptiveHeads, ModelWide, Pyramid, Uniform
 from restkv_jax.eviction.layer import Eviction, evict_layer
@@ -30,6 +31,7 @@ from restkv_jax.generation.conversation import Answer, Conversation, answer, sta
 from restkv_jax.generation.generating import Generation, decode_step, generate, generate_each, stream
 from restkv_jax.generation.reading import bucket_length, extend, prefill, prefill_each
 from restkv_jax.generation.text import generate_text, stream_text
+from restkv_jax.kernels.quantised import Quantisation
 from restkv_jax.models import build_model, init_params, load_model, read, save_model
 
 __all__ = [
@@ -45,6 +47,8 @@ __all__ = [
     "ModelWide",
     "PagedCache",
     "Pyramid",
+    "Quantisation",
+    "QuantisedCache",
     "Uniform",
     "adakv",
     "answer",

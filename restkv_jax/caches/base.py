@@ -11,6 +11,7 @@ from jax import Array
 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.pairs import Pairs, join_pairs
+from restkv_jax.kernels.quantised import Quantisation
 from restkv_jax.models.arguments import check_integer
 from restkv_jax.models.decoder import Decoder, LayerView
 from restkv_jax.models.key_groups import Sharing
@@ -49,6 +50,11 @@ class Cache(flax.struct.PyTreeNode):
         raise NotImplementedError
 
     @property
+    def quantisation(self) -> Quantisation | None:
+        """How pairs are stored; None: as they are."""
+        return None
+
+    @property
     def own_sharing(self) -> Sharing | None:
         """How the layers share keys; None where each has its own."""
         return None
@@ -66,6 +72,11 @@ class Cache(flax.struct.PyTreeNode):
             room is dropped. Caches that overwrite or displace pairs take one at a time, `T = 1`.
         """
         raise NotImplementedError
+
+    def enter(self, layer: Array, new: Pairs) -> tuple[Memory, Self]:
+        """Puts new pairs into a layer, and what its queries attend to: these and what was there."""
+        cache = self.append(layer, new)
+        return cache.memory(layer), cache
 
     def observe(self, view: LayerView, memory: Any) -> Self:
         """Takes note of what new tokens' queries, those not at position -1, saw in a layer: of nothing."""
@@ -142,6 +153,7 @@ class Keeper:
       total: bound on the pairs of a sequence once all is read, which sizes follow; at least `length` unless the cache
         that is read onto has empty places.
       max_new_tokens: slots to reserve.
+      quantisation: how the cache stores pairs; None leaves them as they are.
     """
 
     model: Decoder
@@ -149,6 +161,7 @@ class Keeper:
     length: int
     total: int
     max_new_tokens: int
+    quantisation: Quantisation | None = None
 
     @staticmethod
     def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:

@@ -4,15 +4,38 @@ from restkv_jax.caches.base import Keeper
 from restkv_jax.caches.candidates import PagedKeeper
 from restkv_jax.caches.dense import DenseKeeper
 from restkv_jax.caches.evicting import EvictingKeeper
+from restkv_jax.caches.quantised import QuantisedKeeper
 from restkv_jax.caches.shared_keeper import SharedKeeper
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.kernels.quantised import Quantisation
 from restkv_jax.models.decoder import Decoder
 
 KEEPERS: list[type[Keeper]] = [SharedKeeper, EvictingKeeper, PagedKeeper, DenseKeeper]
 """The first one that takes a model and a policy builds the cache."""
 
+QUANTISED: dict[type[Keeper], type[Keeper]] = {DenseKeeper: QuantisedKeeper}
+"""Who builds the same kind of cache with quantised pairs."""
 
-def keeper_of(model: Decoder, policy: EvictionPolicy, length: int, total: int, max_new_tokens: int) -> Keeper:
-    """The keeper for what `Keeper` describes."""
+
+def keeper_of(
+    model: Decoder,
+    policy: EvictionPolicy,
+    length: int,
+    total: int,
+    max_new_tokens: int,
+    quantisation: Quantisation | None = None,
+) -> Keeper:
+    """The keeper for what `Keeper` describes.
+
+    Raises:
+      ValueError: a kind of cache that is not quantised.
+    """
     chosen = next(keeper for keeper in KEEPERS if keeper.takes(model, policy, total))
-    return chosen(model, policy, length, total, max_new_tokens)
+    if quantisation is not None:
+        if chosen not in QUANTISED:
+            raise ValueError(
+                f"cache_dtype={quantisation.dtype!r} is not for the cache that {chosen.__name__} builds for this model "
+                "and policy; leave cache_dtype out, or take a policy of equal budgets such as restkv_jax.restkv"
+            )
+        chosen = QUANTISED[chosen]
+    return chosen(model, policy, length, total, max_new_tokens, quantisation)

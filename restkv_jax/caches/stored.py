@@ -18,8 +18,10 @@ from restkv_jax.caches.base import Cache
 from restkv_jax.caches.dense import KVCache
 from restkv_jax.caches.evicting import EvictingCache
 from restkv_jax.caches.paged import PagedCache
+from restkv_jax.caches.quantised import QuantisedCache
 from restkv_jax.caches.shared import SharedCache, Skips
 from restkv_jax.eviction.described import describe, from_description
+from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, code_dtype, empty_pairs
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.digest import checksum
@@ -27,7 +29,9 @@ from restkv_jax.models.key_groups import LayerGroups, Sharing
 
 FORMAT = "restkv-jax cache, version 1"
 
-KINDS: dict[str, type[Cache]] = {kind.__name__: kind for kind in (KVCache, EvictingCache, PagedCache, SharedCache)}
+KINDS: dict[str, type[Cache]] = {
+    kind.__name__: kind for kind in (KVCache, QuantisedCache, EvictingCache, PagedCache, SharedCache)
+}
 
 IRRELEVANT = {
     "initializer_range",
@@ -44,6 +48,11 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 DENSE = {"keys": "l b k n d", "values": "l b k n d", "positions": "l b k n", "lengths": "l b k"}
 AXES = {
     "KVCache": DENSE,
+    "QuantisedCache": {
+        "stored.keys": "l b k q e", "stored.key_scales": "l b k g d", "stored.values": "l b k q e",
+        "stored.value_scales": "l b k q v", "recent_keys": "l b k w d", "recent_values": "l b k w d",
+        "positions": "l b k n", "lengths": "l b k",
+    },
     "EvictingCache": DENSE | {"importance": "l b k n", "gram": "l k g d d"},
     "PagedCache": {
         "keys": "a m p s d", "values": "a m p s d", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
@@ -149,10 +158,12 @@ def read_header(path: str | os.PathLike) -> Header:
         return _header(path, file.metadata())
 
 
-def _without_room(cache: C) -> C:
-    if type(cache) is not KVCache:
+def _without_room(cache: Any) -> Any:
+    if type(cache) not in (KVCache, QuantisedCache):
         return cache
     used = max(int(cache.lengths.max()), 1)
+    if isinstance(cache, QuantisedCache):
+        return cache.resized(used)
     return jax.tree.map(lambda x: x[:, :, :, :used] if x.ndim > 3 else x, cache)
 
 
@@ -161,12 +172,16 @@ def _static_fields(cache: Cache) -> dict[str, Any]:
         return {"policy": describe(cache.policy)}
     if isinstance(cache, PagedCache):
         return {"is_windowed": cache.is_windowed}
+    if cache.quantisation is not None:
+        return {"quantisation": dataclasses.asdict(cache.quantisation)}
     return {"sharing": dataclasses.asdict(cache.sharing)} if isinstance(cache, SharedCache) else {}
 
 
 def _from_static(name: str, value: Any) -> Any:
     if name == "policy":
         return from_description(value)
+    if name == "quantisation":
+        return Quantisation(**value)
     if name == "sharing":
         return Sharing(**{**value, "groups": LayerGroups(value["groups"]["leader"])})
     return bool(value)
@@ -224,6 +239,10 @@ def _assemble(header: Header, arrays: dict[str, Any]) -> Any:
     if kind is SharedCache:
         skips = {name: arrays.pop(f"skips.{name}", None) for name in ("gates", "skipped", "total")}
         static["skips"] = None if any(x is None for x in skips.values()) else Skips(**skips)
+    if kind is QuantisedCache:
+        names = [name for name in arrays if name.startswith("stored.")]
+        stored = {name.removeprefix("stored."): arrays.pop(name) for name in names}
+        static["stored"] = QuantisedPairs(quantisation=static.pop("quantisation"), **stored)
     return kind(**static, **arrays)
 
 
@@ -231,8 +250,10 @@ def _check_contents(cache: Any, config: ModelConfig) -> None:
     """Refuses arrays of other shapes and dtypes than the cache's kind has, and numbers that point outside of it."""
     arrays, sizes = _named_arrays(cache), {}
     expected = {"l": config.num_hidden_layers, "k": config.num_key_value_heads, "d": config.head_dim}
-    if cache.keys.dtype not in FLOATS:
-        raise ValueError(f"keys has dtype {cache.keys.dtype}")
+    if cache.dtype not in FLOATS:
+        raise ValueError(f"keys and values have dtype {cache.dtype}")
+    if isinstance(cache, QuantisedCache):
+        expected |= _quantised_sizes(cache, config.head_dim)
     for name, axes in (AXES[type(cache).__name__] | OF_ALL).items():
         array = arrays.pop(name, None)
         if array is None and name.startswith("skips."):
@@ -275,9 +296,22 @@ def _check_ranges(cache: Any, sizes: dict[str, int]) -> None:
             raise ValueError(f"distant_keys has shape {cache.distant_keys.shape}, not that of the sharing's blocks")
 
 
+def _quantised_sizes(cache: QuantisedCache, dim: int) -> dict[str, int]:
+    q, slots = cache.quantisation, cache.num_slots
+    q.check_dim(dim)
+    grouped = q.num_grouped(slots)
+    stored = jax.eval_shape(lambda: empty_pairs((grouped, dim), q))
+    return {
+        "q": grouped, "g": stored.key_scales.shape[0], "e": stored.keys.shape[1], "v": stored.value_scales.shape[1],
+        "w": q.num_recent(slots),
+    }  # fmt: skip
+
+
 def _dtype_of(name: str, cache: Any) -> Any:
+    if name.startswith("stored."):
+        return jnp.dtype(jnp.bfloat16) if name.endswith("scales") else code_dtype(cache.quantisation)
     if name.split("_")[-1] in ("keys", "values"):
-        return cache.keys.dtype
+        return cache.dtype
     return np.dtype(np.float32 if name in ("importance", "gram", "skips.gates") else np.int32)
 
 

@@ -11,11 +11,15 @@ from jax import Array
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.kernels.quantised import Quantisation
 from restkv_jax.models.arguments import as_array, check_integer, check_mask, check_number, is_known
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.saving import check_params
 from restkv_jax.models.tensors import flatten, parameter_shapes
+
+CacheDType = str | Quantisation | None
+"""What `cache_dtype` may be."""
 
 
 def check_policies(policies: Any) -> tuple[EvictionPolicy, ...]:
@@ -212,6 +216,42 @@ def check_cache(model: Any, params: Any, cache: Any, sharing: Sharing | None) ->
             "read the prompt again"
         )
     return model if cache.own_sharing is None else model.clone(sharing=cache.own_sharing)
+
+
+def check_cache_dtype(cache_dtype: CacheDType, model: Decoder, cache: Cache | None = None) -> Quantisation | None:
+    """How a cache stores pairs: what is asked for, and where tokens are read onto a cache, what that does.
+
+    Raises:
+      TypeError, ValueError: neither a known name nor a `Quantisation`; groups that the model's heads do not fill; a
+        cache that stores its pairs in another way.
+    """
+    asked = Quantisation(cache_dtype) if isinstance(cache_dtype, str) else cache_dtype
+    if not isinstance(asked, Quantisation | None):
+        raise TypeError(f"cache_dtype={cache_dtype!r} must be a name such as 'int8', or a restkv_jax.Quantisation")
+    if cache is not None:
+        if asked is not None and asked != cache.quantisation:
+            held = "pairs as they are" if cache.quantisation is None else str(cache.quantisation)
+            raise ValueError(
+                f"cache_dtype={cache_dtype!r}, but the cache stores {held}; leave cache_dtype out, or read the prompt "
+                "again with it"
+            )
+        return cache.quantisation
+    if asked is not None:
+        asked.check_dim(model.config.head_dim)
+    return asked
+
+
+def check_residual(quantisation: Quantisation | None, policies: Sequence[EvictionPolicy]) -> None:
+    """Refuses resolved budgets of which nothing would be quantised."""
+    for policy in policies if quantisation is not None else ():
+        budget, least = policy.budget, quantisation.residual + quantisation.group_size
+        if budget is not None and policy.slots_given < least:
+            raise ValueError(
+                f"budget={budget} holds no whole group of group_size={quantisation.group_size} tokens beside "
+                f"residual={quantisation.residual} in full precision: nothing would be {quantisation.dtype}; take a "
+                f"budget of at least {least}, or cache_dtype=restkv_jax.Quantisation({quantisation.dtype!r}, "
+                "group_size=16, residual=16)"
+            )
 
 
 def check_extending(policies: Sequence[EvictionPolicy]) -> None:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from restkv_jax.caches.base import Cache, join_rows, joins, split_rows
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.checks import check_decoding, check_eos, check_sampling
+from restkv_jax.generation.checks import CacheDType, check_decoding, check_eos, check_sampling
 from restkv_jax.generation.decoding import Decoding, advance, begin, feed, run_from
 from restkv_jax.generation.passes import Plan, read_prompt
 from restkv_jax.generation.reading import CHUNK_SIZE, Prompt, check_and_pad, read_each
@@ -92,6 +92,7 @@ def generate(
     sharing: Sharing | None = None,
     cache: Cache | None = None,
     segment_size: int | None = None,
+    cache_dtype: CacheDType = None,
 ) -> Generation:
     """Generates from prompts on a small cache, prefill and the whole decode loop in one compiled program.
 
@@ -116,6 +117,7 @@ def generate(
       cache: what was read before, from `prefill`, `extend`, `generate` or `load_cache`: the tokens are read onto it, as
         `extend` says; it stays as it is.
       segment_size: reads the prompt in segments; see `prefill`.
+      cache_dtype: what keys and values are stored in, as they are by default; see `prefill`.
 
     Returns:
       a `Generation`.
@@ -123,7 +125,7 @@ def generate(
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    options = max_new_tokens, chunk_size, sharing, cache, segment_size
+    options = max_new_tokens, chunk_size, sharing, cache, segment_size, cache_dtype
     prompt = check_and_pad(model, params, tokens, mask, (policy,), *options)
     sampling = make_sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, min_p, eos_token_ids)
     with beside(params) as params:
@@ -143,6 +145,7 @@ def generate_each(
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
     cache: Cache | None = None,
+    cache_dtype: CacheDType = None,
 ) -> tuple[Generation, ...]:
     """Generates greedily with every policy from one reading of the prompts: for comparisons.
 
@@ -162,11 +165,13 @@ def generate_each(
       sharing: whose keys each layer reads distant tokens by; see `prefill`.
       cache: what was read before, from `prefill`, `extend`, `generate` or `load_cache`: the tokens are read onto it, as
         `extend` says; it stays as it is.
+      cache_dtype: what keys and values are stored in, as they are by default; see `prefill`.
 
     Raises:
       ValueError, TypeError: arguments that make no sense, each named.
     """
-    prompt = check_and_pad(model, params, tokens, mask, policies, max_new_tokens, chunk_size, sharing, cache)
+    options = max_new_tokens, chunk_size, sharing, cache
+    prompt = check_and_pad(model, params, tokens, mask, policies, *options, cache_dtype=cache_dtype)
     logits, caches = read_each(params, prompt)
     model = prompt.model
     sampling = make_sampling(model, logits.shape[0], eos_token_ids=eos_token_ids)
@@ -218,13 +223,14 @@ def stream(
     sharing: Sharing | None = None,
     cache: Cache | None = None,
     segment_size: int | None = None,
+    cache_dtype: CacheDType = None,
 ) -> Iterator[np.ndarray]:
     """Yields tokens as they come, for people who watch: those of `generate`, one int32 numpy array [B] per step.
 
     Arguments as for `generate`, checked at the call. Rows that have ended yield padding; the stream ends with the
     last of them.
     """
-    options = max_new_tokens, chunk_size, sharing, cache, segment_size
+    options = max_new_tokens, chunk_size, sharing, cache, segment_size, cache_dtype
     prompt = check_and_pad(model, params, tokens, mask, (policy,), *options)
     sampling = make_sampling(model, prompt.tokens.shape[0], key, temperature, top_k, top_p, min_p, eos_token_ids)
     return (np.array(now.token) for now in decode_prompt(prompt, params, sampling))

@@ -11,6 +11,7 @@ from restkv_jax.caches.base import Cache
 from restkv_jax.caches.keepers import keeper_of
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.pairs import Pairs, largest_divisor
+from restkv_jax.kernels.quantised import Quantisation
 from restkv_jax.models.config import UNLIMITED
 from restkv_jax.models.decoder import Decoder, Hooks, LayerView, logits, positions_of, read
 from restkv_jax.models.memory import Memory
@@ -26,6 +27,7 @@ class Plan(NamedTuple):
       total: bound on the pairs of a sequence once all is read, which the sizes of new caches follow.
       room: slots that a cache which is appended to has to be given first.
       segment_size: tokens that are read before the next eviction; None reads all at once.
+      quantisation: how new caches store pairs; None: as they are.
     """
 
     policies: tuple[EvictionPolicy | None, ...]
@@ -34,6 +36,7 @@ class Plan(NamedTuple):
     total: int
     room: int = 0
     segment_size: int | None = None
+    quantisation: Quantisation | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
@@ -69,7 +72,7 @@ def _read_whole(
     batch, num_new = tokens.shape
     before = jnp.zeros(batch, jnp.int32) if past is None else past.next_positions
     length = num_new if past is None else past.num_places + num_new
-    sizes = length, plan.total, plan.max_new_tokens
+    sizes = length, plan.total, plan.max_new_tokens, plan.quantisation
     keepers = [keeper_of(model, policy or EvictionPolicy(), *sizes) for policy in plan.policies]
 
     def make_memory(index: Array, new: Pairs, state: Any) -> tuple[Memory, Any]:
@@ -99,7 +102,8 @@ def _read_segments(
     (policy,), size = plan.policies, plan.segment_size
     assert size is not None and policy is not None
     batch, length = tokens.shape
-    empty = empty_cache(model, params["embedding"].dtype, policy, plan.total, plan.max_new_tokens, batch)
+    sizes = plan.total, plan.max_new_tokens, batch, plan.quantisation
+    empty = empty_cache(model, params["embedding"].dtype, policy, *sizes)
     appends = policy.budget is None and empty.extending_policy is None
     of_segment = plan._replace(segment_size=None, policies=(None if appends else policy,))
 
@@ -116,7 +120,13 @@ def _read_segments(
 
 @functools.partial(jax.jit, static_argnames=("model", "dtype", "policy", "total", "max_new_tokens", "batch"))
 def empty_cache(
-    model: Decoder, dtype: Any, policy: EvictionPolicy, total: int | None, max_new_tokens: int, batch: int
+    model: Decoder,
+    dtype: Any,
+    policy: EvictionPolicy,
+    total: int | None,
+    max_new_tokens: int,
+    batch: int,
+    quantisation: Quantisation | None = None,
 ) -> Cache:
     """A cache of no tokens, of the kind and size that a policy keeps of sequences of `total` tokens.
 
@@ -127,8 +137,10 @@ def empty_cache(
       total: bound on the tokens of a sequence.
       max_new_tokens: slots to reserve.
       batch: rows.
+      quantisation: how it stores pairs.
     """
-    keeper = keeper_of(model, policy, policy.window, UNLIMITED if total is None else total, max_new_tokens)
+    bound = UNLIMITED if total is None else total
+    keeper = keeper_of(model, policy, policy.window, bound, max_new_tokens, quantisation)
     return keeper.finish(keeper.start(None, jnp.zeros(batch, jnp.int32), dtype))
 
 
@@ -138,8 +150,7 @@ def append(
     """Puts tokens int32 [B, T], padded on the left, into a cache: the next logits, float32 [B, V], and the cache."""
 
     def make_memory(index: Array, new: Pairs, cache: Cache) -> tuple[Memory, Cache]:
-        cache = cache.append(index, new)
-        return cache.memory(index), cache
+        return cache.enter(index, new)
 
     def observe(view: LayerView, memory: Memory, cache: Cache) -> Cache:
         return cache.observe(view, memory)

@@ -13,11 +13,14 @@ from jax.typing import ArrayLike
 from restkv_jax.caches.base import Cache
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import (
+    CacheDType,
     check_cache,
+    check_cache_dtype,
     check_extending,
     check_model,
     check_policies,
     check_prompt,
+    check_residual,
     check_segments,
 )
 from restkv_jax.generation.passes import Plan, read_prompt
@@ -63,6 +66,7 @@ def prefill(
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
     segment_size: int | None = None,
+    cache_dtype: CacheDType = None,
 ) -> tuple[Array, Cache]:
     """Reads prompts and keeps what the policy chooses of their keys and values.
 
@@ -84,6 +88,8 @@ def prefill(
       segment_size: reads the prompt in segments of so many tokens and evicts after each, so that memory follows the
         segment and the budget, not the prompt; later segments see what was kept of earlier ones. None reads all at
         once.
+      cache_dtype: what keys and values are stored in: "int8", "int4" or "float8_e4m3fn", or a `Quantisation` with its
+        groups and residual window; None stores them as they are. They are judged in full precision, before.
 
     Returns:
       the next token's logits, float32 [B, vocabulary], and the cache.
@@ -92,7 +98,8 @@ def prefill(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     options = max_new_tokens, chunk_size, sharing
-    prompt = check_and_pad(model, params, tokens, mask, (policy,), *options, segment_size=segment_size)
+    stored = {"segment_size": segment_size, "cache_dtype": cache_dtype}
+    prompt = check_and_pad(model, params, tokens, mask, (policy,), *options, **stored)
     logits, (cache,) = read_each(params, prompt)
     return logits, cache
 
@@ -108,6 +115,7 @@ def extend(
     max_new_tokens: int = 64,
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
+    cache_dtype: CacheDType = None,
 ) -> tuple[Array, Cache]:
     """Reads further tokens onto what a cache holds.
 
@@ -126,6 +134,7 @@ def extend(
       max_new_tokens: slots to reserve for tokens to come.
       chunk_size: bound on the tokens of a chunk; the result is the same to rounding.
       sharing: that of the cache; not needed, and another one is refused.
+      cache_dtype: that of the cache; likewise.
 
     Returns:
       the next token's logits, float32 [B, vocabulary], and the next cache. Outside of `jax.jit` a cache without policy
@@ -135,7 +144,10 @@ def extend(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     options = max_new_tokens, chunk_size, sharing
-    logits, (cache,) = read_each(params, check_and_pad(model, params, tokens, mask, (policy,), *options, cache=cache))
+    prompt = check_and_pad(
+        model, params, tokens, mask, (policy,), *options, cache=cache, cache_dtype=cache_dtype
+    )
+    logits, (cache,) = read_each(params, prompt)
     return logits, cache
 
 
@@ -149,6 +161,7 @@ def prefill_each(
     max_new_tokens: int = 64,
     chunk_size: int = CHUNK_SIZE,
     sharing: Sharing | None = None,
+    cache_dtype: CacheDType = None,
 ) -> tuple[Array, tuple[Cache, ...]]:
     """Reads prompts once and keeps what each of several policies chooses; arguments as for `prefill`.
 
@@ -161,7 +174,7 @@ def prefill_each(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     options = max_new_tokens, chunk_size, sharing
-    return read_each(params, check_and_pad(model, params, tokens, mask, policies, *options))
+    return read_each(params, check_and_pad(model, params, tokens, mask, policies, *options, cache_dtype=cache_dtype))
 
 
 def read_each(params: Any, prompt: "Prompt") -> tuple[Array, tuple[Cache, ...]]:
@@ -196,6 +209,7 @@ def check_and_pad(
     sharing: Sharing | None,
     cache: Cache | None = None,
     segment_size: int | None = None,
+    cache_dtype: CacheDType = None,
 ) -> Prompt:
     """Checks what users pass, before anything is compiled; tokens are padded to their bucket, budgets become slots."""
     if cache is not None:
@@ -205,6 +219,7 @@ def check_and_pad(
     kept = check_policies(policies)
     model = check_model(model, params, sharing, kept)
     tokens, mask = check_prompt(model, tokens, mask, max_new_tokens, chunk_size, cache)
+    quantisation = check_cache_dtype(cache_dtype, model, cache)
     if segment_size is not None:
         check_segments(segment_size, cache, kept)
     length = bucket_length(tokens.shape[1])
@@ -214,12 +229,15 @@ def check_and_pad(
         segment_size = None
     if cache is None:
         kept = tuple(policy.resolved(length) for policy in kept)
-        plan = Plan(kept, max_new_tokens, chunk_size, length, segment_size=segment_size)
+        check_residual(quantisation, kept)
+        plan = Plan(kept, max_new_tokens, chunk_size, length, segment_size=segment_size, quantisation=quantisation)
         return Prompt(model, *pad_left(tokens, mask, length), None, plan)
     check_extending(kept)
+    check_residual(quantisation, kept)
     longest = int(np.asarray(mask).sum(1).max()) if is_known(mask) else mask.shape[1]
     length = bucket_length(max(length, *(policy.window for policy in kept)))  # the queries of a whole window
-    plan = Plan(kept, max_new_tokens, chunk_size, _total(cache, kept, longest, length))
+    total = _total(cache, kept, longest, length)
+    plan = Plan(kept, max_new_tokens, chunk_size, total, quantisation=quantisation)
     if appends:
         plan = plan._replace(policies=(None,), room=_room(cache, longest, length, max_new_tokens))
     return Prompt(model, *pad_left(tokens, mask, length), cache, plan)
@@ -248,11 +266,12 @@ def cache_shapes(
     mask: ArrayLike | None = None,
     policy: EvictionPolicy | None = None,
     max_new_tokens: int = 64,
+    cache_dtype: CacheDType = None,
 ) -> Cache:
     """The cache that `prefill` would return, as shapes and dtypes: nothing is computed or allocated."""
 
     def shapes(params, tokens, mask):
-        return prefill(model, params, tokens, mask, policy, max_new_tokens)[1]
+        return prefill(model, params, tokens, mask, policy, max_new_tokens, cache_dtype=cache_dtype)[1]
 
     with warnings.catch_warnings(action="ignore"):
         return jax.eval_shape(shapes, params, tokens, mask)

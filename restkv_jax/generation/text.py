@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.generation.checks import CacheDType
 from restkv_jax.generation.decoding import Decoding
 from restkv_jax.generation.detokenising import RowText, check_stop
 from restkv_jax.generation.encoding import encode_prompts, is_one_prompt
@@ -39,6 +40,7 @@ def generate_text(
     sharing: Sharing | None = None,
     cache: Cache | None = None,
     segment_size: int | None = None,
+    cache_dtype: CacheDType = None,
 ) -> Any:
     """Answers prompts, texts or conversations, on a small cache.
 
@@ -64,6 +66,7 @@ def generate_text(
       sharing: whose keys each layer reads distant tokens by; see `prefill`.
       cache: what was read before, of as many rows as there are prompts, which go on from it; see `extend`.
       segment_size: reads the prompts in segments; see `prefill`.
+      cache_dtype: what keys and values are stored in, as they are by default; see `prefill`.
 
     Returns:
       the answer, a str, to one prompt; a list of answers to a list of prompts.
@@ -83,6 +86,7 @@ def generate_text(
         sharing=sharing,
         cache=cache,
         segment_size=segment_size,
+        cache_dtype=cache_dtype,
         key=key,
         temperature=temperature,
         top_k=top_k,
@@ -116,6 +120,7 @@ def stream_text(
     sharing: Sharing | None = None,
     cache: Cache | None = None,
     segment_size: int | None = None,
+    cache_dtype: CacheDType = None,
 ) -> Iterator[Any]:
     """Yields answers as they come, in pieces that joined are those of `generate_text`.
 
@@ -141,6 +146,7 @@ def stream_text(
         sharing=sharing,
         cache=cache,
         segment_size=segment_size,
+        cache_dtype=cache_dtype,
         key=key,
         temperature=temperature,
         top_k=top_k,
@@ -166,6 +172,7 @@ def decode_text(
     sharing: Sharing | None = None,
     cache: Cache | None = None,
     segment_size: int | None = None,
+    cache_dtype: CacheDType = None,
     **sampling: Any,
 ) -> "TextStream":
     """The text that follows encoded prompts, decoded as it is iterated over.
@@ -173,7 +180,7 @@ def decode_text(
     Arguments as for `generate_text`, checked at the call; `tokens` and `mask` as for `generate`.
     """
     stop = check_stop(stop)
-    options = max_new_tokens, chunk_size, sharing, cache, segment_size
+    options = max_new_tokens, chunk_size, sharing, cache, segment_size, cache_dtype
     prompt = check_and_pad(model, params, tokens, mask, (policy,), *options)
     batch = prompt.tokens.shape[0]
     states = decode_prompt(prompt, params, make_sampling(model, batch, **sampling))

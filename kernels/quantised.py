@@ -1,0 +1,232 @@
+"""Pairs in 8 or 4 bits: keys per channel in groups of tokens, values per token (KIVI, arXiv 2402.02750).
+
+With the largest magnitude `m` of a group and the largest code `c`, 127, 7 or 448: `scale = m / c` and
+`code = round(x / scale)`, so that an integer code is at most half a scale away. Scales are bfloat16, which has float32's
+range: where float16's would overflow, they do not.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from restkv_jax.kernels.pairs import Pairs, Queries, take_columns, visible
+from restkv_jax.kernels.scores import fold_places
+from restkv_jax.kernels.softmax import Softmax, join, read_keys
+
+LARGEST_CODES = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
+"""By the names of the types that pairs are stored in."""
+
+SLOTS_AT_ONCE = 1024
+"""Slots of every row and KV head that are in full precision at one time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantisation:
+    """How a cache stores pairs, static under `jax.jit`.
+
+    Attributes:
+      dtype: of the codes, "int8", "int4" or "float8_e4m3fn".
+      group_size: tokens whose keys share a scale per channel, and channels of a token's value that share one; at most
+        the head's dimension.
+      residual: the newest tokens, which stay in full precision; up to `group_size - 1` more wait with them until their
+        group is whole.
+    """
+
+    dtype: str
+    group_size: int = 64
+    residual: int = 32
+
+    def __post_init__(self):
+        if self.dtype not in LARGEST_CODES:
+            choices = ", ".join(map(repr, LARGEST_CODES))
+            raise ValueError(f"cache_dtype={self.dtype!r} is unknown; choose from {choices}, or None for the model's")
+        for name, least in (("group_size", 2), ("residual", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} must be an integer")
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+
+    def num_grouped(self, length: Array | int) -> Array | int:
+        """How many of `length` tokens are in whole groups; the others stay in full precision."""
+        over = length - self.residual
+        return over * (over > 0) // self.group_size * self.group_size
+
+    def num_recent(self, slots: int) -> int:
+        """Most tokens in full precision of a cache of `slots`."""
+        return min(self.residual + self.group_size - 1, slots)
+
+    def channels(self, dim: int) -> int:
+        """Channels of a value that share a scale."""
+        return min(self.group_size, dim)
+
+    def check_dim(self, dim: int) -> None:
+        """Refuses a head dimension that groups and bytes do not divide."""
+        if dim % self.channels(dim):
+            fits = ", ".join(str(x) for x in range(2, dim + 1) if dim % x == 0 and x >= 8) or str(dim)
+            raise ValueError(
+                f"group_size={self.group_size} does not divide the head dimension {dim}, whose channels it groups; "
+                f"choose from {fits}, or more"
+            )
+        if self.dtype == "int4" and dim % 2:
+            raise ValueError(
+                f"cache_dtype='int4' puts two channels into a byte, but the head dimension is {dim}; take 'int8'"
+            )
+
+
+class QuantisedPairs(flax.struct.PyTreeNode):
+    """Codes and scales of pairs, axes `...` before those of tokens `N`, a multiple of `group_size`, and channels `D`.
+
+    `keys`, `values` [..., N, D] int8 or float8, of int4 uint8 [..., N, D / 2]; `key_scales` bfloat16
+    [..., N / group_size, D]; `value_scales` bfloat16 [..., N, D / channels]; `quantisation` static.
+    """
+
+    keys: Array
+    key_scales: Array
+    values: Array
+    value_scales: Array
+    quantisation: Quantisation = flax.struct.field(pytree_node=False)
+
+    def dequantised(self, dtype: jnp.dtype) -> tuple[Array, Array]:
+        """Keys and values, [..., N, D]."""
+        keys, values = (decode(x, self.quantisation) for x in (self.keys, self.values))
+        keys, values = groups(keys, self.key_scales.shape[-2], -2), groups(values, self.value_scales.shape[-1], -1)
+        keys = keys * self.key_scales[..., None, :].astype(jnp.float32)
+        values = values * self.value_scales[..., None].astype(jnp.float32)
+        return tuple(ungroup(x, axis).astype(dtype) for x, axis in ((keys, -2), (values, -1)))
+
+    def tile(self, layer: Array, start: Array, size: int) -> "QuantisedPairs":
+        """Slots of one layer from `start` on, whole groups: of axes [L, B, K, N, D]."""
+        group = self.quantisation.group_size
+
+        def take(x: Array, start: Array, size: int) -> Array:
+            rest = x.shape[1:3], x.shape[4:]
+            return jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), (1, *rest[0], size, *rest[1]))[0]
+
+        return self.replace(
+            keys=take(self.keys, start, size),
+            values=take(self.values, start, size),
+            value_scales=take(self.value_scales, start, size),
+            key_scales=take(self.key_scales, start // group, size // group),
+        )
+
+
+def quantise(keys: Array, values: Array, quantisation: Quantisation) -> QuantisedPairs:
+    """Keys and values [..., N, D], `N` a multiple of the group's size, as codes and scales."""
+    q, (*_, length, dim) = quantisation, keys.shape
+    keys = groups(keys.astype(jnp.float32), length // q.group_size, -2)
+    values = groups(values.astype(jnp.float32), dim // q.channels(dim), -1)
+    key_scales, value_scales = scales_of(keys, -2, q), scales_of(values, -1, q)
+    return QuantisedPairs(
+        keys=pack(ungroup(encode(keys, key_scales, q), -2), q),
+        key_scales=key_scales[..., 0, :],
+        values=pack(ungroup(encode(values, value_scales, q), -1), q),
+        value_scales=value_scales[..., 0],
+        quantisation=q,
+    )
+
+
+def empty_pairs(shape: tuple[int, ...], quantisation: Quantisation) -> QuantisedPairs:
+    """Zeros for keys and values of a shape [..., N, D], `N` a multiple of the group's size."""
+    *before, length, dim = shape
+    packed = (*before, length, dim // 2 if quantisation.dtype == "int4" else dim)
+    codes = jnp.zeros(packed, code_dtype(quantisation))
+    return QuantisedPairs(
+        keys=codes,
+        key_scales=jnp.zeros((*before, length // quantisation.group_size, dim), jnp.bfloat16),
+        values=codes,
+        value_scales=jnp.zeros((*before, length, dim // quantisation.channels(dim)), jnp.bfloat16),
+        quantisation=quantisation,
+    )
+
+
+def code_dtype(quantisation: Quantisation) -> jnp.dtype:
+    """Of the arrays that hold codes: jnp.int4 takes a whole byte on a CPU, so two of them stand in a uint8."""
+    return jnp.dtype("uint8" if quantisation.dtype == "int4" else quantisation.dtype)
+
+
+def groups(x: Array, count: int, axis: int) -> Array:
+    """Cuts one of the last two axes into `count` groups: [..., N, D] to [..., count, N / count, D] or its like."""
+    axis %= x.ndim
+    return x.reshape(*x.shape[:axis], count, x.shape[axis] // max(count, 1), *x.shape[axis + 1 :])
+
+
+def ungroup(x: Array, axis: int) -> Array:
+    """The reverse of `groups`; `axis` is that of the members."""
+    axis %= x.ndim
+    return x.reshape(*x.shape[: axis - 1], x.shape[axis - 1] * x.shape[axis], *x.shape[axis + 1 :])
+
+
+def scales_of(x: Array, axis: int, quantisation: Quantisation) -> Array:
+    """The scale of every group along an axis of float32 numbers, bfloat16, the axis kept."""
+    largest = jnp.abs(x).max(axis, keepdims=True)
+    # a product, not a quotient: a compiler may turn a quotient into it, which rounds differently
+    exact = largest * np.float32(1 / LARGEST_CODES[quantisation.dtype])
+    return jnp.minimum(exact, largest_scale(quantisation.dtype)).astype(jnp.bfloat16)
+
+
+def largest_scale(dtype: str) -> float:
+    """The largest bfloat16 whose product with every code is finite in float32."""
+    exact = np.finfo(np.float32).max / np.float32(LARGEST_CODES[dtype])
+    return float((exact.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))
+
+
+def encode(x: Array, scales: Array, quantisation: Quantisation) -> Array:
+    """Codes of float32 numbers, int8 or float8; 0 where the scale is below float32's normal numbers."""
+    largest, scales = LARGEST_CODES[quantisation.dtype], scales.astype(jnp.float32)
+    is_normal = scales >= np.finfo(np.float32).tiny
+    quotients = jnp.where(is_normal, x / jnp.where(is_normal, scales, 1), 0)
+    if quantisation.dtype == "float8_e4m3fn":
+        return jnp.clip(quotients, -largest, largest).astype(jnp.float8_e4m3fn)
+    return jnp.clip(jnp.round(quotients), -largest, largest).astype(jnp.int8)
+
+
+def pack(codes: Array, quantisation: Quantisation) -> Array:
+    """int4 codes int8 [..., D] as uint8 [..., D / 2]: channel `i` in the low half of byte `i`, `i + D / 2` above it."""
+    if quantisation.dtype != "int4":
+        return codes
+    low, high = jnp.split(codes.astype(jnp.uint8), 2, axis=-1)
+    return (low & 15) | (high << 4)
+
+
+def decode(codes: Array, quantisation: Quantisation) -> Array:
+    """Codes as float32 numbers, [..., D]."""
+    if quantisation.dtype != "int4":
+        return codes.astype(jnp.float32)
+    signed = jax.lax.bitcast_convert_type(codes, jnp.int8)
+    return jnp.concatenate([(signed << 4) >> 4, signed >> 4], axis=-1).astype(jnp.float32)
+
+
+def read_quantised(
+    state: Softmax, queries: Queries, stored: QuantisedPairs, layer: Array, positions: Array
+) -> Softmax:
+    """Adds the quantised pairs of one layer to the softmax of its queries, dequantised tile by tile.
+
+    Args:
+      state: of [B, K, G, T] queries, what has been read so far.
+      queries: [B, K, G, T, D].
+      stored: [L, B, K, N, D] of all layers, read where they stand.
+      layer: int32 scalar.
+      positions: int32 [B, K, N], -1 where a slot is empty.
+    """
+    length, group = positions.shape[-1], stored.quantisation.group_size
+    if not length:
+        return state
+    size = min(length, -(-SLOTS_AT_ONCE // group) * group)
+
+    def read(state: Softmax, start: Array, is_new: Array) -> Softmax:
+        keys, values = stored.tile(layer, start, size).dequantised(queries.vectors.dtype)
+        seen = visible(queries, take_columns(positions, start, size, axis=2))[:, :, None] & is_new
+        return join(state, read_keys(queries, keys, values, seen))
+
+    return fold_places(read, state, length, size)
+
+
+def read_pairs(state: Softmax, queries: Queries, pairs: Pairs) -> Softmax:
+    """Adds pairs in full precision to the softmax of the queries, all at once."""
+    seen = visible(queries, pairs.positions)[:, :, None]
+    return join(state, read_keys(queries, pairs.keys, pairs.values, seen))

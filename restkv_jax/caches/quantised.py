@@ -1,0 +1,258 @@
+"""The dense cache in 8 or 4 bits, but for the newest tokens."""
+
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.caches.base import Cache, check_shape, check_unshared
+from restkv_jax.caches.dense import DenseKeeper, put_layer, put_pairs
+from restkv_jax.kernels.attention import attend
+from restkv_jax.kernels.pairs import Pairs, Queries, take_places
+from restkv_jax.kernels.partition import on_mesh
+from restkv_jax.kernels.quantised import (
+    Quantisation,
+    QuantisedPairs,
+    empty_pairs,
+    quantise,
+    read_pairs,
+    read_quantised,
+)
+from restkv_jax.kernels.softmax import empty_softmax
+from restkv_jax.models.decoder import Decoder, LayerView
+from restkv_jax.models.memory import Memory, PairMemory
+
+
+class QuantisedCache(Cache):
+    """As `KVCache`, whose `S` slots per layer, row and KV head hold pairs in the order of their tokens.
+
+    Of `n` pairs the first `quantisation.num_grouped(n)` are in whole groups of codes, the others, the newest, in a ring
+    in full precision: the pair of slot `i` is at its place `i % W`. A token that comes enters the ring; once a whole
+    group is older than the residual window, the group is quantised.
+
+    Attributes:
+      stored: [L, B, K, Q, D], `Q` the slots of whole groups.
+      recent_keys: [L, B, K, W, D], after RoPE.
+      recent_values: [L, B, K, W, D].
+      positions: int32 [L, B, K, S], of the token in its sequence; -1 where a slot is empty.
+      lengths: int32 [L, B, K], slots in use.
+    """
+
+    stored: QuantisedPairs
+    recent_keys: Array
+    recent_values: Array
+    positions: Array
+    lengths: Array
+
+    @property
+    def quantisation(self) -> Quantisation:
+        return self.stored.quantisation
+
+    @property
+    def num_slots(self) -> int:
+        """`S`."""
+        return self.positions.shape[3]
+
+    @property
+    def num_recent(self) -> int:
+        """`W`."""
+        return self.recent_keys.shape[3]
+
+    @property
+    def num_grouped(self) -> int:
+        """`Q`."""
+        return self.stored.values.shape[3]
+
+    @property
+    def dtype(self) -> Any:
+        return self.recent_keys.dtype
+
+    def held(self, layer: Array) -> Pairs:
+        stored = jax.tree.map(lambda x: x[layer], self.stored).dequantised(self.dtype)
+        slots = jnp.arange(self.num_slots)
+        is_recent = (slots >= self.quantisation.num_grouped(self.lengths[layer])[..., None])[..., None]
+        rest = [(0, 0), (0, 0), (0, self.num_slots - self.num_grouped), (0, 0)]
+
+        def join(recent: Array, grouped: Array) -> Array:
+            return jnp.where(is_recent, recent[layer][:, :, slots % self.num_recent], jnp.pad(grouped, rest))
+
+        recent = self.recent_keys, self.recent_values
+        return Pairs(*(join(*both) for both in zip(recent, stored, strict=True)), self.positions[layer])
+
+    def memory(self, layer: Array) -> "QuantisedMemory":
+        return QuantisedMemory(self, layer)
+
+    def enter(self, layer: Array, new: Pairs) -> tuple[Memory, Self]:
+        if new.keys.shape[2] == 1:
+            return super().enter(layer, new)
+        memory, _ = self.memory_beside(layer, new, None)  # new tokens see each other in full precision
+        return memory, self.append(layer, new)
+
+    def recent(self, layer: Array) -> Pairs:
+        """The pairs in the ring, [B, K, W, D], at position -1 where a place is not in use."""
+        slots = ring_slots(self.lengths[layer], self.num_recent)
+        in_use = slots >= self.quantisation.num_grouped(self.lengths[layer])[..., None]
+        positions = jnp.where(in_use, take_places(self.positions[layer], jnp.maximum(slots, 0)), -1)
+        return Pairs(self.recent_keys[layer], self.recent_values[layer], positions)
+
+    def append(self, layer: Array, new: Pairs) -> Self:
+        is_new = jnp.broadcast_to(new.positions >= 0, new.keys.shape[:3])
+        before = self.lengths[layer]
+        after = jnp.minimum(before + is_new.sum(-1, dtype=jnp.int32), self.num_slots)
+        slots = before[..., None] + jnp.cumsum(is_new, axis=-1, dtype=jnp.int32) - 1
+        enters = is_new & (slots < self.num_slots)
+        cache = self._quantise_groups(layer, new, before, after)
+        in_ring = enters & (slots >= self.quantisation.num_grouped(after)[..., None])
+        places = unless(in_ring, slots % self.num_recent, self.num_recent)
+        slots = unless(enters, slots, self.num_slots)
+        return cache.replace(
+            recent_keys=put_pairs(cache.recent_keys, layer, places, new.keys),
+            recent_values=put_pairs(cache.recent_values, layer, places, new.values),
+            positions=put_pairs(cache.positions, layer, slots, jnp.broadcast_to(new.positions, is_new.shape)),
+            lengths=jax.lax.dynamic_update_index_in_dim(cache.lengths, after, layer, 0),
+        )
+
+    def _quantise_groups(self, layer: Array, new: Pairs, before: Array, after: Array) -> Self:
+        """Quantises the groups that `new` pairs, padded on the left, complete; int32 [B, K] slots in use."""
+        q, num_new = self.quantisation, new.keys.shape[2]
+        most = min((q.group_size - 1 + num_new) // q.group_size * q.group_size, self.num_grouped)
+        if not most:
+            return self
+        first, last = q.num_grouped(before), q.num_grouped(after)
+        slots = first[..., None] + jnp.arange(most)
+        behind = slots - before[..., None] + num_new - (new.positions >= 0).sum(-1)[..., None]
+        places = jnp.where(slots < before[..., None], slots % self.num_recent, self.num_recent + behind)
+        places = jnp.clip(places, 0, self.num_recent + num_new - 1)
+
+        def take(recent: Array, new: Array) -> Array:
+            return take_places(jnp.concatenate([recent[layer], new], axis=2), places)
+
+        codes = quantise(take(self.recent_keys, new.keys), take(self.recent_values, new.values), q)
+        is_whole = slots < last[..., None]
+        of_tokens = unless(is_whole, slots, self.num_grouped)
+        groups = unless(is_whole[..., :: q.group_size], of_tokens[..., :: q.group_size] // q.group_size, self.num_grouped)
+        return self.replace(
+            stored=jax.tree.map(
+                lambda whole, part, at: put_pairs(whole, layer, at, part),
+                self.stored,
+                codes,
+                self.stored.replace(keys=of_tokens, values=of_tokens, value_scales=of_tokens, key_scales=groups),
+            )
+        )
+
+    def room(self) -> Array:
+        return self.num_slots - self.lengths.max()
+
+    def with_room(self, count: int) -> Self:
+        return self.resized(self.num_slots + count)
+
+    def resized(self, slots: int) -> Self:
+        """The same with another number of slots, the first of which hold all that is there."""
+        q = self.quantisation
+
+        def fitted(x: Array, size: int, empty: int = 0) -> Array:
+            widths = [(0, max(0, size - x.shape[3]) if axis == 3 else 0) for axis in range(x.ndim)]
+            return jnp.pad(x[:, :, :, :size], widths, constant_values=empty)
+
+        grouped, recent = q.num_grouped(slots), q.num_recent(slots)
+        stored = self.stored
+        return self.replace(
+            stored=stored.replace(
+                keys=fitted(stored.keys, grouped),
+                values=fitted(stored.values, grouped),
+                value_scales=fitted(stored.value_scales, grouped),
+                key_scales=fitted(stored.key_scales, grouped // q.group_size),
+            ),
+            # a ring of another size has not come round, so slot and place are the same
+            recent_keys=fitted(self.recent_keys, recent),
+            recent_values=fitted(self.recent_values, recent),
+            positions=fitted(self.positions, slots, -1),
+        )
+
+    def slot_positions(self) -> Array:
+        return self.positions
+
+    def row_axes(self) -> "QuantisedCache | None":
+        return jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self)
+
+    def check_model(self, model: Decoder) -> None:
+        num_layers, _, num_kv_heads, _, dim = self.recent_keys.shape
+        check_shape(model, num_layers, num_kv_heads, dim)
+        check_unshared(model)
+
+
+class QuantisedMemory(NamedTuple):
+    """What the queries of a layer attend to, read by tiles."""
+
+    cache: QuantisedCache
+    layer: Array
+
+    def attend(self, queries: Queries) -> tuple[Array, None]:
+        cache, layer = self.cache, self.layer
+        if queries.vectors.shape[3] > 1:
+            return attend(queries, cache.held(layer)), None
+        grouped = cache.quantisation.num_grouped(cache.lengths[layer])
+        positions = cache.positions[layer, :, :, : cache.num_grouped]
+        positions = jnp.where(jnp.arange(cache.num_grouped) < grouped[..., None], positions, -1)
+        state = read_quantised(empty_softmax(queries.vectors), queries, cache.stored, layer, positions)
+        state = read_pairs(state, queries, cache.recent(layer))
+        return state.context().astype(queries.vectors.dtype), None
+
+
+def ring_slots(lengths: Array, size: int) -> Array:
+    """Whose pair is at each place of a ring once `lengths` int32 [B, K] are in use: int32 [B, K, size], or less than 0."""
+    newest = lengths[..., None] - 1
+    return newest - (newest - jnp.arange(size)) % size
+
+
+def unless(condition: Array, slots: Array, size: int) -> Array:
+    """Slots int32 [B, K, T], and where the condition fails such as `put_pairs` drops: one each, it wants them unique."""
+    return jnp.where(condition, slots, size + jnp.arange(slots.shape[-1]))
+
+
+class QuantisedKeeper(DenseKeeper):
+    """What the policy chooses of a layer is quantised as it is kept, from full precision."""
+
+    def start(self, past: Cache | None, lengths: Array, dtype: Any) -> QuantisedCache:
+        assert self.quantisation is not None
+        config, q = self.model.config, self.quantisation
+        slots = self.policy.slots(self.total) + self.max_new_tokens
+        heads = config.num_hidden_layers, lengths.shape[0], config.num_key_value_heads
+
+        def laid(x: Array) -> Array:
+            return on_mesh(x, rows=1, heads=2)
+
+        recent = laid(jnp.zeros((*heads, q.num_recent(slots), config.head_dim), dtype))
+        return QuantisedCache(
+            stored=jax.tree.map(laid, empty_pairs((*heads, q.num_grouped(slots), config.head_dim), q)),
+            recent_keys=recent,
+            recent_values=recent,
+            positions=laid(jnp.full((*heads, slots), -1, jnp.int32)),
+            lengths=laid(jnp.zeros(heads, jnp.int32)),
+            prompt_lengths=lengths,
+            next_positions=lengths,
+        )
+
+    def write(self, cache: QuantisedCache, view: LayerView, kept: Pairs) -> QuantisedCache:
+        layer, lengths = view.index, (kept.positions >= 0).sum(-1, dtype=jnp.int32)
+        slots = jnp.maximum(ring_slots(lengths, cache.num_recent), 0)
+        recent = (take_places(x, jnp.minimum(slots, x.shape[2] - 1)) for x in (kept.keys, kept.values))
+        arrays = dict(zip(("recent_keys", "recent_values"), recent, strict=True))
+        arrays |= {"positions": kept.positions, "lengths": lengths}
+        parts = {name: put_layer(getattr(cache, name), layer, part) for name, part in arrays.items()}
+        return cache.replace(stored=put_groups(cache.stored, layer, kept), **parts)
+
+
+def put_groups(stored: QuantisedPairs, layer: Array | int, kept: Pairs) -> QuantisedPairs:
+    """Quantises pairs [B, K, C, D] into the first slots of a layer, as far as these reach."""
+    q, length = stored.quantisation, kept.keys.shape[2]
+    count = min(stored.values.shape[3], -(-length // q.group_size) * q.group_size)
+    if not count:
+        return stored
+
+    def fitted(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, max(0, count - length)), (0, 0)))[:, :, :count]
+
+    codes = quantise(fitted(kept.keys), fitted(kept.values), q)
+    return jax.tree.map(lambda whole, part: put_layer(whole, layer, part), stored, codes)
