@@ -81,7 +81,7 @@ class Quantisation:
 class QuantisedPairs(flax.struct.PyTreeNode):
     """Codes and scales of pairs, axes `...` before those of tokens `N`, a multiple of `group_size`, and channels `D`.
 
-    `keys`, `values` [..., N, D] int8 or float8, of int4 uint8 [..., N, D / 2]; `key_scales` bfloat16
+    `keys`, `values` [..., N, D] int8, the bits of float8 as uint8, or two int4 in a uint8 [..., N, D / 2]; `key_scales` bfloat16
     [..., N / group_size, D]; `value_scales` bfloat16 [..., N, D / channels]; `quantisation` static.
     """
 
@@ -145,8 +145,11 @@ def empty_pairs(shape: tuple[int, ...], quantisation: Quantisation) -> Quantised
 
 
 def code_dtype(quantisation: Quantisation) -> jnp.dtype:
-    """Of the arrays that hold codes: jnp.int4 takes a whole byte on a CPU, so two of them stand in a uint8."""
-    return jnp.dtype("uint8" if quantisation.dtype == "int4" else quantisation.dtype)
+    """Of the arrays that hold codes: uint8 but for int8.
+
+    `jnp.int4` takes a whole byte on a CPU, and writing into arrays of float8 converts all of them there.
+    """
+    return jnp.dtype("int8" if quantisation.dtype == "int8" else "uint8")
 
 
 def groups(x: Array, count: int, axis: int) -> Array:
@@ -163,7 +166,7 @@ def ungroup(x: Array, axis: int) -> Array:
 
 def scales_of(x: Array, axis: int, quantisation: Quantisation) -> Array:
     """The scale of every group along an axis of float32 numbers, bfloat16, the axis kept."""
-    largest = jnp.abs(x).max(axis, keepdims=True)
+    largest = jnp.abs(x).max(axis, keepdims=True, initial=0)
     # a product, not a quotient: a compiler may turn a quotient into it, which rounds differently
     exact = largest * np.float32(1 / LARGEST_CODES[quantisation.dtype])
     return jnp.minimum(exact, largest_scale(quantisation.dtype)).astype(jnp.bfloat16)
@@ -186,19 +189,20 @@ def encode(x: Array, scales: Array, quantisation: Quantisation) -> Array:
 
 
 def pack(codes: Array, quantisation: Quantisation) -> Array:
-    """int4 codes int8 [..., D] as uint8 [..., D / 2]: channel `i` in the low half of byte `i`, `i + D / 2` above it."""
+    """Codes [..., D] as they are stored; of int4 channel `i` in the low half of byte `i`, `i + D / 2` above it."""
     if quantisation.dtype != "int4":
-        return codes
+        return jax.lax.bitcast_convert_type(codes, code_dtype(quantisation))
     low, high = jnp.split(codes.astype(jnp.uint8), 2, axis=-1)
     return (low & 15) | (high << 4)
 
 
 def decode(codes: Array, quantisation: Quantisation) -> Array:
-    """Codes as float32 numbers, [..., D]."""
+    """Codes as they are stored, as float32 numbers [..., D]."""
     if quantisation.dtype != "int4":
-        return codes.astype(jnp.float32)
-    signed = jax.lax.bitcast_convert_type(codes, jnp.int8)
-    return jnp.concatenate([(signed << 4) >> 4, signed >> 4], axis=-1).astype(jnp.float32)
+        return jax.lax.bitcast_convert_type(codes, jnp.dtype(quantisation.dtype)).astype(jnp.float32)
+    # both halves by one shift of 32 bits: a CPU has vectors of these, and needs none for a concatenation
+    halves = (codes.astype(jnp.int32)[..., None, :] << jnp.array([28, 24])[:, None]) >> 28
+    return ungroup(halves, -1).astype(jnp.float32)
 
 
 def read_quantised(

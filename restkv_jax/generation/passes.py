@@ -118,7 +118,7 @@ def _read_segments(
     return logits, (cache,)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "dtype", "policy", "total", "max_new_tokens", "batch"))
+@functools.partial(jax.jit, static_argnames=("model", "dtype", "policy", "total", "max_new_tokens", "batch", "quantisation"))
 def empty_cache(
     model: Decoder,
     dtype: Any,

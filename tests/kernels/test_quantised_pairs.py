@@ -34,7 +34,7 @@ def in_numpy(x, axis, dtype):
 
 def packed(codes, dtype):
     if dtype != "int4":
-        return codes
+        return codes.view(np.int8 if dtype == "int8" else np.uint8)
     low, high = np.split(codes.astype(np.int16), 2, axis=-1)
     return (low % 16 + 16 * (high % 16)).astype(np.uint8)
 
