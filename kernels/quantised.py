@@ -1,8 +1,8 @@
 """Pairs in 8 or 4 bits: keys per channel in groups of tokens, values per token (KIVI, arXiv 2402.02750).
 
 With the largest magnitude `m` of a group and the largest code `c`, 127, 7 or 448: `scale = m / c` and
-`code = round(x / scale)`, so that an integer code is at most half a scale away. Scales are bfloat16, which has float32's
-range: where float16's would overflow, they do not.
+`code = round(x / scale)`, so that an integer code is at most half a scale away. Scales are bfloat16, which has the range
+of float32: where float16's would overflow, they do not.
 """
 
 import dataclasses
@@ -81,8 +81,9 @@ class Quantisation:
 class QuantisedPairs(flax.struct.PyTreeNode):
     """Codes and scales of pairs, axes `...` before those of tokens `N`, a multiple of `group_size`, and channels `D`.
 
-    `keys`, `values` [..., N, D] int8, the bits of float8 as uint8, or two int4 in a uint8 [..., N, D / 2]; `key_scales` bfloat16
-    [..., N / group_size, D]; `value_scales` bfloat16 [..., N, D / channels]; `quantisation` static.
+    `keys`, `values` [..., N, D] int8, the bits of float8 as uint8, or two int4 in a uint8 [..., N, D / 2];
+    `key_scales` bfloat16 [..., N / group_size, D]; `value_scales` bfloat16 [..., N, D / channels]; `quantisation`
+    static.
     """
 
     keys: Array
@@ -127,6 +128,30 @@ def quantise(keys: Array, values: Array, quantisation: Quantisation) -> Quantise
         values=pack(ungroup(encode(values, value_scales, q), -1), q),
         value_scales=value_scales[..., 0],
         quantisation=q,
+    )
+
+
+def put_into_group(group: QuantisedPairs, member: Array, key: Array, value: Array) -> QuantisedPairs:
+    """Puts one pair into a group; a channel's scale grows where the key exceeds it, and other codes follow it.
+
+    Args:
+      group: [..., group_size, D].
+      member: int32 [...], its place.
+      key: [..., 1, D].
+      value: [..., 1, D].
+    """
+    q, dim = group.quantisation, key.shape[-1]
+    wide = key.astype(jnp.float32)
+    scales = jnp.maximum(group.key_scales, scales_of(wide, -2, q))
+    is_member = (jnp.arange(q.group_size) == member[..., None])[..., None]
+    keys = decode(group.keys, q) * group.key_scales.astype(jnp.float32)
+    by_channels = groups(value.astype(jnp.float32), dim // q.channels(dim), -1)
+    value_scales = scales_of(by_channels, -1, q)
+    return group.replace(
+        keys=pack(encode(jnp.where(is_member, wide, keys), scales, q), q),
+        key_scales=scales,
+        values=jnp.where(is_member, pack(ungroup(encode(by_channels, value_scales, q), -1), q), group.values),
+        value_scales=jnp.where(is_member, value_scales[..., 0], group.value_scales),
     )
 
 
@@ -205,9 +230,7 @@ def decode(codes: Array, quantisation: Quantisation) -> Array:
     return ungroup(halves, -1).astype(jnp.float32)
 
 
-def read_quantised(
-    state: Softmax, queries: Queries, stored: QuantisedPairs, layer: Array, positions: Array
-) -> Softmax:
+def read_quantised(state: Softmax, queries: Queries, stored: QuantisedPairs, layer: Array, positions: Array) -> Softmax:
     """Adds the quantised pairs of one layer to the softmax of its queries, dequantised tile by tile.
 
     Args:

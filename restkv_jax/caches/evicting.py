@@ -16,6 +16,7 @@ from restkv_jax.kernels.attention import attend
 from restkv_jax.kernels.pairs import Pairs, Queries, ascending, concatenate, take_places, visible
 from restkv_jax.kernels.partition import on_mesh
 from restkv_jax.kernels.scores import removal_errors
+from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder, LayerView
 from restkv_jax.models.memory import PairMemory
 
@@ -23,35 +24,23 @@ UNSEEN = -1.0
 """Importance of a slot that no query has seen; errors are not negative."""
 
 
-class EvictingCache(KVCache):
-    """A `KVCache` of a fixed number of slots, for any number of new tokens.
+class ByImportance(Cache):
+    """What caches of a fixed number of slots, for any number of new tokens, have in common, as `EvictingCache`."""
 
-    Attributes:
-      importance: float32 [L, B, K, N], moving average of each slot's removal error; `UNSEEN` until it is first seen.
-      gram: float32 [L, K, G, D, D], the quadratic forms of the errors, of the output projection.
-      policy: static; its scorer measures the errors, its window is never overwritten.
-    """
-
+    positions: Array
+    lengths: Array
     importance: Array
     gram: Array
     policy: EvictionPolicy = flax.struct.field(pytree_node=False)
 
-    def append(self, layer: Array, new: Pairs) -> Self:
-        """Puts one new pair per row and KV head into a layer, `T = 1`."""
-        slots = jnp.where(new.positions >= 0, self.next_slots(layer)[..., None], self.num_slots)
-        importance = put_pairs(self.importance, layer, slots, jnp.full(slots.shape, UNSEEN))
-        return super().append(layer, new).replace(importance=importance)
+    def least_important(self, layer: Array) -> Array:
+        """The slot of least importance outside the policy's window, int32 [B, K]."""
+        is_recent = self.positions[layer] > self.next_positions[:, None, None] - self.policy.window
+        return jnp.argmin(jnp.where(is_recent, jnp.inf, self.importance[layer]), axis=-1)
 
-    def next_slots(self, layer: Array) -> Array:
-        """The first free slot, else that of least importance outside the policy's window."""
-        used, positions = self.lengths[layer], self.positions[layer]
-        is_recent = positions > self.next_positions[:, None, None] - self.policy.window
-        candidates = jnp.where(is_recent, jnp.inf, self.importance[layer])
-        return jnp.where(used < self.num_slots, used, jnp.argmin(candidates, axis=-1))
-
-    def observe(self, view: LayerView, memory: PairMemory) -> Self:
-        before = self.importance[view.index]
-        importance = update_importance(before, view.queries, memory.pairs, self.gram[view.index], self.policy)
+    def observe(self, view: LayerView, memory: Any) -> Self:
+        before, pairs = self.importance[view.index], self.held(view.index)
+        importance = update_importance(before, view.queries, pairs, self.gram[view.index], self.policy)
         return self.replace(importance=put_layer(self.importance, view.index, importance))
 
     def room(self) -> Array:
@@ -75,9 +64,30 @@ class EvictingCache(KVCache):
         if policy != self.policy:
             raise ValueError("policy is not the one that the cache was made with; pass the prefill's, or none")
 
-    def row_axes(self) -> "EvictingCache":
+    def row_axes(self) -> Any:
         axes = jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self)
         return axes.replace(gram=WHOLE)
+
+
+class EvictingCache(ByImportance, KVCache):
+    """A `KVCache` of a fixed number of slots, for any number of new tokens.
+
+    Attributes:
+      importance: float32 [L, B, K, N], moving average of each slot's removal error; `UNSEEN` until it is first seen.
+      gram: float32 [L, K, G, D, D], the quadratic forms of the errors, of the output projection.
+      policy: static; its scorer measures the errors, its window is never overwritten.
+    """
+
+    def append(self, layer: Array, new: Pairs) -> Self:
+        """Puts one new pair per row and KV head into a layer, `T = 1`."""
+        slots = jnp.where(new.positions >= 0, self.next_slots(layer)[..., None], self.num_slots)
+        importance = put_pairs(self.importance, layer, slots, jnp.full(slots.shape, UNSEEN))
+        return super().append(layer, new).replace(importance=importance)
+
+    def next_slots(self, layer: Array) -> Array:
+        """The first free slot, else that of least importance."""
+        used = self.lengths[layer]
+        return jnp.where(used < self.num_slots, used, self.least_important(layer))
 
 
 class SeenMemory(NamedTuple):
@@ -125,20 +135,17 @@ class EvictingKeeper(DenseKeeper):
     def takes(model: Decoder, policy: EvictionPolicy, length: int) -> bool:
         return policy.while_generating
 
-    def start(self, past: Cache | None, lengths: Array, dtype: Any) -> EvictingCache:
-        config = self.model.config
-        num_slots = self.policy.slots(self.policy.slots(self.total) + self.max_new_tokens)
-        dense = empty_cache(config, lengths, num_slots, dtype)
-        num_kv_heads, dim = config.num_key_value_heads, config.head_dim
-        gram_shape = config.num_hidden_layers, num_kv_heads, config.num_attention_heads // num_kv_heads, dim, dim
-        return EvictingCache(
-            **{field.name: getattr(dense, field.name) for field in dataclasses.fields(KVCache)},
-            importance=on_mesh(jnp.full(dense.positions.shape, UNSEEN, jnp.float32), rows=1, heads=2),
-            gram=jnp.zeros(gram_shape, jnp.float32),
-            policy=self.policy,
-        )
+    @property
+    def num_slots(self) -> int:
+        """Of the cache, tokens to come included."""
+        return self.policy.slots(self.policy.slots(self.total) + self.max_new_tokens)
 
-    def add(self, cache: KVCache, view: LayerView, memory: PairMemory | SeenMemory, scored: dict) -> KVCache:
+    def start(self, past: Cache | None, lengths: Array, dtype: Any) -> Any:
+        dense = empty_cache(self.model.config, lengths, self.num_slots, dtype)
+        fields = {field.name: getattr(dense, field.name) for field in dataclasses.fields(KVCache)}
+        return EvictingCache(**fields, **empty_importance(self.model.config, dense.positions, self.policy))
+
+    def add(self, cache: Any, view: LayerView, memory: PairMemory | SeenMemory, scored: dict) -> Any:
         kept = self.choose(view, memory.pairs, scored)
         gram = self.policy.query_scorer.gram(view.output_projection)
         is_known = isinstance(memory, SeenMemory)
@@ -146,8 +153,19 @@ class EvictingKeeper(DenseKeeper):
         queries = view.queries.last(self.num_queries)
         importance = update_importance(before, queries, kept, gram, self.policy)
         cache = self.write(cache, view, kept)
-        assert isinstance(cache, EvictingCache)
+        assert isinstance(cache, ByImportance)
         return cache.replace(
             importance=put_layer(cache.importance, view.index, importance),
             gram=put_layer(cache.gram, view.index, gram),
         )
+
+
+def empty_importance(config: ModelConfig, positions: Array, policy: EvictionPolicy) -> dict[str, Any]:
+    """The fields of a `ByImportance` cache besides those of its pairs, for slots int32 [L, B, K, N]."""
+    num_kv_heads, dim = config.num_key_value_heads, config.head_dim
+    gram_shape = config.num_hidden_layers, num_kv_heads, config.num_attention_heads // num_kv_heads, dim, dim
+    return {
+        "importance": on_mesh(jnp.full(positions.shape, UNSEEN, jnp.float32), rows=1, heads=2),
+        "gram": jnp.zeros(gram_shape, jnp.float32),
+        "policy": policy,
+    }

@@ -5,6 +5,7 @@ from restkv_jax.caches.candidates import PagedKeeper
 from restkv_jax.caches.dense import DenseKeeper
 from restkv_jax.caches.evicting import EvictingKeeper
 from restkv_jax.caches.quantised import QuantisedKeeper
+from restkv_jax.caches.quantised_evicting import QuantisedEvictingKeeper
 from restkv_jax.caches.shared_keeper import SharedKeeper
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.quantised import Quantisation
@@ -13,7 +14,10 @@ from restkv_jax.models.decoder import Decoder
 KEEPERS: list[type[Keeper]] = [SharedKeeper, EvictingKeeper, PagedKeeper, DenseKeeper]
 """The first one that takes a model and a policy builds the cache."""
 
-QUANTISED: dict[type[Keeper], type[Keeper]] = {DenseKeeper: QuantisedKeeper}
+QUANTISED: dict[type[Keeper], type[Keeper]] = {
+    DenseKeeper: QuantisedKeeper,
+    EvictingKeeper: QuantisedEvictingKeeper,
+}
 """Who builds the same kind of cache with quantised pairs."""
 
 

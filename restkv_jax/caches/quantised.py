@@ -20,8 +20,9 @@ from restkv_jax.kernels.quantised import (
     read_quantised,
 )
 from restkv_jax.kernels.softmax import empty_softmax
+from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder, LayerView
-from restkv_jax.models.memory import Memory, PairMemory
+from restkv_jax.models.memory import Memory
 
 
 class QuantisedCache(Cache):
@@ -64,6 +65,11 @@ class QuantisedCache(Cache):
         """`Q`."""
         return self.stored.values.shape[3]
 
+    @staticmethod
+    def layout(quantisation: Quantisation, slots: int) -> tuple[int, int]:
+        """`Q` and `W` of caches of `slots`."""
+        return quantisation.num_grouped(slots), quantisation.num_recent(slots)
+
     @property
     def dtype(self) -> Any:
         return self.recent_keys.dtype
@@ -95,6 +101,11 @@ class QuantisedCache(Cache):
         in_use = slots >= self.quantisation.num_grouped(self.lengths[layer])[..., None]
         positions = jnp.where(in_use, take_places(self.positions[layer], jnp.maximum(slots, 0)), -1)
         return Pairs(self.recent_keys[layer], self.recent_values[layer], positions)
+
+    def grouped_positions(self, layer: Array) -> Array:
+        """int32 [B, K, Q], -1 where no whole group is."""
+        in_use = jnp.arange(self.num_grouped) < self.quantisation.num_grouped(self.lengths[layer])[..., None]
+        return jnp.where(in_use, self.positions[layer][:, :, : self.num_grouped], -1)
 
     def append(self, layer: Array, new: Pairs) -> Self:
         is_new = jnp.broadcast_to(new.positions >= 0, new.keys.shape[:3])
@@ -131,7 +142,9 @@ class QuantisedCache(Cache):
         codes = quantise(take(self.recent_keys, new.keys), take(self.recent_values, new.values), q)
         is_whole = slots < last[..., None]
         of_tokens = unless(is_whole, slots, self.num_grouped)
-        groups = unless(is_whole[..., :: q.group_size], of_tokens[..., :: q.group_size] // q.group_size, self.num_grouped)
+        groups = unless(
+            is_whole[..., :: q.group_size], of_tokens[..., :: q.group_size] // q.group_size, self.num_grouped
+        )
         return self.replace(
             stored=jax.tree.map(
                 lambda whole, part, at: put_pairs(whole, layer, at, part),
@@ -155,7 +168,7 @@ class QuantisedCache(Cache):
             widths = [(0, max(0, size - x.shape[3]) if axis == 3 else 0) for axis in range(x.ndim)]
             return jnp.pad(x[:, :, :, :size], widths, constant_values=empty)
 
-        grouped, recent = q.num_grouped(slots), q.num_recent(slots)
+        grouped, recent = self.layout(q, slots)
         stored = self.stored
         return self.replace(
             stored=stored.replace(
@@ -192,22 +205,20 @@ class QuantisedMemory(NamedTuple):
         cache, layer = self.cache, self.layer
         if queries.vectors.shape[3] > 1:
             return attend(queries, cache.held(layer)), None
-        grouped = cache.quantisation.num_grouped(cache.lengths[layer])
-        positions = cache.positions[layer, :, :, : cache.num_grouped]
-        positions = jnp.where(jnp.arange(cache.num_grouped) < grouped[..., None], positions, -1)
+        positions = cache.grouped_positions(layer)
         state = read_quantised(empty_softmax(queries.vectors), queries, cache.stored, layer, positions)
         state = read_pairs(state, queries, cache.recent(layer))
         return state.context().astype(queries.vectors.dtype), None
 
 
 def ring_slots(lengths: Array, size: int) -> Array:
-    """Whose pair is at each place of a ring once `lengths` int32 [B, K] are in use: int32 [B, K, size], or less than 0."""
+    """Whose pair is at each place of a ring once `lengths` int32 [B, K] are in use: int32 [B, K, size], or below 0."""
     newest = lengths[..., None] - 1
     return newest - (newest - jnp.arange(size)) % size
 
 
 def unless(condition: Array, slots: Array, size: int) -> Array:
-    """Slots int32 [B, K, T], and where the condition fails such as `put_pairs` drops: one each, it wants them unique."""
+    """Slots int32 [B, K, T], and where the condition fails such as `put_pairs` drops, one each: they must be unique."""
     return jnp.where(condition, slots, size + jnp.arange(slots.shape[-1]))
 
 
@@ -218,21 +229,7 @@ class QuantisedKeeper(DenseKeeper):
         assert self.quantisation is not None
         config, q = self.model.config, self.quantisation
         slots = self.policy.slots(self.total) + self.max_new_tokens
-        heads = config.num_hidden_layers, lengths.shape[0], config.num_key_value_heads
-
-        def laid(x: Array) -> Array:
-            return on_mesh(x, rows=1, heads=2)
-
-        recent = laid(jnp.zeros((*heads, q.num_recent(slots), config.head_dim), dtype))
-        return QuantisedCache(
-            stored=jax.tree.map(laid, empty_pairs((*heads, q.num_grouped(slots), config.head_dim), q)),
-            recent_keys=recent,
-            recent_values=recent,
-            positions=laid(jnp.full((*heads, slots), -1, jnp.int32)),
-            lengths=laid(jnp.zeros(heads, jnp.int32)),
-            prompt_lengths=lengths,
-            next_positions=lengths,
-        )
+        return QuantisedCache(**empty_fields(config, q, lengths, slots, QuantisedCache.layout(q, slots), dtype))
 
     def write(self, cache: QuantisedCache, view: LayerView, kept: Pairs) -> QuantisedCache:
         layer, lengths = view.index, (kept.positions >= 0).sum(-1, dtype=jnp.int32)
@@ -242,6 +239,28 @@ class QuantisedKeeper(DenseKeeper):
         arrays |= {"positions": kept.positions, "lengths": lengths}
         parts = {name: put_layer(getattr(cache, name), layer, part) for name, part in arrays.items()}
         return cache.replace(stored=put_groups(cache.stored, layer, kept), **parts)
+
+
+def empty_fields(
+    config: ModelConfig, quantisation: Quantisation, lengths: Array, slots: int, layout: tuple[int, int], dtype: Any
+) -> dict[str, Any]:
+    """The fields of a `QuantisedCache` of empty slots, for sequences of the given lengths, int32 [B]."""
+    heads = config.num_hidden_layers, lengths.shape[0], config.num_key_value_heads
+    grouped, num_recent = layout
+
+    def laid(x: Array) -> Array:
+        return on_mesh(x, rows=1, heads=2)
+
+    recent = laid(jnp.zeros((*heads, num_recent, config.head_dim), dtype))
+    return {
+        "stored": jax.tree.map(laid, empty_pairs((*heads, grouped, config.head_dim), quantisation)),
+        "recent_keys": recent,
+        "recent_values": recent,
+        "positions": laid(jnp.full((*heads, slots), -1, jnp.int32)),
+        "lengths": laid(jnp.zeros(heads, jnp.int32)),
+        "prompt_lengths": lengths,
+        "next_positions": lengths,
+    }
 
 
 def put_groups(stored: QuantisedPairs, layer: Array | int, kept: Pairs) -> QuantisedPairs:

@@ -16,9 +16,10 @@ from safetensors.flax import save_file
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.caches.dense import KVCache
-from restkv_jax.caches.evicting import EvictingCache
+from restkv_jax.caches.evicting import ByImportance, EvictingCache
 from restkv_jax.caches.paged import PagedCache
 from restkv_jax.caches.quantised import QuantisedCache
+from restkv_jax.caches.quantised_evicting import QuantisedEvictingCache
 from restkv_jax.caches.shared import SharedCache, Skips
 from restkv_jax.eviction.described import describe, from_description
 from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, code_dtype, empty_pairs
@@ -30,7 +31,8 @@ from restkv_jax.models.key_groups import LayerGroups, Sharing
 FORMAT = "restkv-jax cache, version 1"
 
 KINDS: dict[str, type[Cache]] = {
-    kind.__name__: kind for kind in (KVCache, QuantisedCache, EvictingCache, PagedCache, SharedCache)
+    kind.__name__: kind
+    for kind in (KVCache, EvictingCache, PagedCache, SharedCache, QuantisedCache, QuantisedEvictingCache)
 }
 
 IRRELEVANT = {
@@ -46,14 +48,17 @@ IRRELEVANT = {
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 DENSE = {"keys": "l b k n d", "values": "l b k n d", "positions": "l b k n", "lengths": "l b k"}
+QUANTISED = {
+    "stored.keys": "l b k q e", "stored.key_scales": "l b k r d", "stored.values": "l b k q e",
+    "stored.value_scales": "l b k q v", "recent_keys": "l b k w d", "recent_values": "l b k w d",
+    "positions": "l b k n", "lengths": "l b k",
+}  # fmt: skip
+IMPORTANCE = {"importance": "l b k n", "gram": "l k g d d"}
 AXES = {
     "KVCache": DENSE,
-    "QuantisedCache": {
-        "stored.keys": "l b k q e", "stored.key_scales": "l b k g d", "stored.values": "l b k q e",
-        "stored.value_scales": "l b k q v", "recent_keys": "l b k w d", "recent_values": "l b k w d",
-        "positions": "l b k n", "lengths": "l b k",
-    },
-    "EvictingCache": DENSE | {"importance": "l b k n", "gram": "l k g d d"},
+    "QuantisedCache": QUANTISED,
+    "EvictingCache": DENSE | IMPORTANCE,
+    "QuantisedEvictingCache": QUANTISED | IMPORTANCE,
     "PagedCache": {
         "keys": "a m p s d", "values": "a m p s d", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
     },
@@ -162,19 +167,22 @@ def _without_room(cache: Any) -> Any:
     if type(cache) not in (KVCache, QuantisedCache):
         return cache
     used = max(int(cache.lengths.max()), 1)
-    if isinstance(cache, QuantisedCache):
+    if type(cache) is QuantisedCache:
         return cache.resized(used)
     return jax.tree.map(lambda x: x[:, :, :, :used] if x.ndim > 3 else x, cache)
 
 
 def _static_fields(cache: Cache) -> dict[str, Any]:
-    if isinstance(cache, EvictingCache):
-        return {"policy": describe(cache.policy)}
+    fields: dict[str, Any] = {}
+    if isinstance(cache, ByImportance):
+        fields["policy"] = describe(cache.policy)
     if isinstance(cache, PagedCache):
-        return {"is_windowed": cache.is_windowed}
+        fields["is_windowed"] = cache.is_windowed
+    if isinstance(cache, SharedCache):
+        fields["sharing"] = dataclasses.asdict(cache.sharing)
     if cache.quantisation is not None:
-        return {"quantisation": dataclasses.asdict(cache.quantisation)}
-    return {"sharing": dataclasses.asdict(cache.sharing)} if isinstance(cache, SharedCache) else {}
+        fields["quantisation"] = dataclasses.asdict(cache.quantisation)
+    return fields
 
 
 def _from_static(name: str, value: Any) -> Any:
@@ -239,7 +247,7 @@ def _assemble(header: Header, arrays: dict[str, Any]) -> Any:
     if kind is SharedCache:
         skips = {name: arrays.pop(f"skips.{name}", None) for name in ("gates", "skipped", "total")}
         static["skips"] = None if any(x is None for x in skips.values()) else Skips(**skips)
-    if kind is QuantisedCache:
+    if "quantisation" in static:
         names = [name for name in arrays if name.startswith("stored.")]
         stored = {name.removeprefix("stored."): arrays.pop(name) for name in names}
         static["stored"] = QuantisedPairs(quantisation=static.pop("quantisation"), **stored)
@@ -299,11 +307,11 @@ def _check_ranges(cache: Any, sizes: dict[str, int]) -> None:
 def _quantised_sizes(cache: QuantisedCache, dim: int) -> dict[str, int]:
     q, slots = cache.quantisation, cache.num_slots
     q.check_dim(dim)
-    grouped = q.num_grouped(slots)
+    grouped, recent = cache.layout(q, slots)
     stored = jax.eval_shape(lambda: empty_pairs((grouped, dim), q))
     return {
-        "q": grouped, "g": stored.key_scales.shape[0], "e": stored.keys.shape[1], "v": stored.value_scales.shape[1],
-        "w": q.num_recent(slots),
+        "q": grouped, "r": stored.key_scales.shape[0], "e": stored.keys.shape[1], "v": stored.value_scales.shape[1],
+        "w": recent,
     }  # fmt: skip
 
 

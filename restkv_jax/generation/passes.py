@@ -118,7 +118,9 @@ def _read_segments(
     return logits, (cache,)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "dtype", "policy", "total", "max_new_tokens", "batch", "quantisation"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "dtype", "policy", "total", "max_new_tokens", "batch", "quantisation")
+)
 def empty_cache(
     model: Decoder,
     dtype: Any,

@@ -144,9 +144,7 @@ def extend(
       ValueError, TypeError: arguments that make no sense, each named.
     """
     options = max_new_tokens, chunk_size, sharing
-    prompt = check_and_pad(
-        model, params, tokens, mask, (policy,), *options, cache=cache, cache_dtype=cache_dtype
-    )
+    prompt = check_and_pad(model, params, tokens, mask, (policy,), *options, cache=cache, cache_dtype=cache_dtype)
     logits, (cache,) = read_each(params, prompt)
     return logits, cache
 

@@ -93,14 +93,46 @@ def test_a_step_reads_what_is_held(dtype):
     np.testing.assert_allclose(logits, rk.decode_step(MODEL, weights(), token, plain)[0], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("policy", [rk.full(), rk.restkv(60, 8)], ids=["full", "evicted"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_evicts_while_generating_what_a_plain_cache_does(dtype):
+    """Every pair held is that of its token: to the last bit in the residual window, else within the scale's reach."""
+    q, policy = of(dtype), rk.restkv(40, 6, while_generating=True, pooling="max")
+    states = [rk.prefill(MODEL, weights(), *texts(LENGTHS), policy, 200, cache_dtype=x)[1] for x in (q, None)]
+    _, full = rk.prefill(MODEL, weights(), *texts(LENGTHS), None, 100)
+    ours, plain = states
+    np.testing.assert_array_equal(rk.kept_positions(ours), rk.kept_positions(plain))
+    for token in texts((70,) * 3, seed=1)[0].T:
+        ours, plain, full = (rk.decode_step(MODEL, weights(), token, cache)[1] for cache in (ours, plain, full))
+    held, true, recent = ours.held(FIRST), full.held(FIRST), ours.recent(FIRST)
+    positions = np.asarray(held.positions)
+    assert ours.num_slots == 40 and (positions.max(-1) == np.asarray(ours.next_positions)[:, None] - 1).all()
+    np.testing.assert_array_equal(recent.positions, positions[..., -8:])
+    places = np.argsort(np.where(true.positions < 0, 2**30, true.positions), -1)  # of the full cache, by position
+    places = np.take_along_axis(places, positions, -1)[..., None]
+    loose = {"int8": 0.03, "float8_e4m3fn": 0.1, "int4": 0.25}[dtype]
+    for x, y, newest in zip(held[:2], true[:2], recent[:2], strict=True):
+        exact = np.take_along_axis(np.asarray(y), places, 2)
+        np.testing.assert_array_equal(newest, exact[:, :, -8:])
+        np.testing.assert_allclose(x, exact, rtol=0, atol=loose * np.abs(exact).max())
+    if dtype == "int8":
+        both = [np.sort(cache.positions, -1) for cache in (ours, plain)]
+        common = [len(np.intersect1d(*(x[place] for x in both))) for place in np.ndindex(3, 3, 2)]
+        assert np.mean(common) >= 0.9 * 40
+
+
+POLICIES = {
+    "full": rk.full(),
+    "evicted": rk.restkv(60, 8),
+    "while generating": rk.restkv(60, 8, while_generating=True, pooling="max"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_every_row_is_generated_as_alone(policy):
     tokens, mask = texts(LENGTHS)
     out = rk.generate(MODEL, weights(), tokens, mask, policy, 40, cache_dtype=of("int8"))
     for row, length in enumerate(LENGTHS):
-        alone = rk.generate(
-            MODEL, weights(), tokens[row : row + 1, -length:], None, policy, 40, cache_dtype=of("int8")
-        )
+        alone = rk.generate(MODEL, weights(), tokens[row : row + 1, -length:], None, policy, 40, cache_dtype=of("int8"))
         np.testing.assert_array_equal(out.tokens[row], alone.tokens[0])
 
 
@@ -123,9 +155,9 @@ def test_segments_further_questions_and_several_policies():
         np.testing.assert_array_equal(one.tokens, alone.tokens)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_comes_back_from_a_file(dtype, tmp_path):
-    _, cache = rk.prefill(MODEL, weights(), *texts(LENGTHS), rk.restkv(60, 8), 30, cache_dtype=of(dtype))
+@pytest.mark.parametrize(("dtype", "kind"), [*((x, "evicted") for x in DTYPES), ("int4", "while generating")])
+def test_comes_back_from_a_file(dtype, kind, tmp_path):
+    _, cache = rk.prefill(MODEL, weights(), *texts(LENGTHS), POLICIES[kind], 30, cache_dtype=of(dtype))
     rk.save_cache(tmp_path / "a.cache", cache, MODEL, weights())
     loaded = rk.load_cache(tmp_path / "a.cache", MODEL, weights())
     assert loaded.num_slots == 60 and loaded.quantisation == cache.quantisation
@@ -136,7 +168,7 @@ def test_comes_back_from_a_file(dtype, tmp_path):
     expected = rk.generate(MODEL, weights(), *questions, max_new_tokens=8, cache=cache)
     again = rk.generate(MODEL, weights(), *questions, max_new_tokens=8, cache=loaded)
     np.testing.assert_array_equal(again.tokens, expected.tokens)
-    with pytest.raises(ValueError, match=r"cache_dtype='int8', but the cache stores Quantisation.*leave cache_dtype out"):
+    with pytest.raises(ValueError, match=r"the cache stores Quantisation.*leave cache_dtype out"):
         rk.extend(MODEL, weights(), *questions, loaded, cache_dtype="int8")
 
 
