@@ -1,7 +1,7 @@
 """Attention of one query per row over keys in pages, as many as each KV head holds."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import einops
 import jax
@@ -11,6 +11,7 @@ from jax import Array
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
 from restkv_jax.kernels.pairs import Pairs, Queries, visible
 from restkv_jax.kernels.partition import Parts, divide, each_part, undivide
+from restkv_jax.kernels.quantised import QuantisedPairs
 from restkv_jax.kernels.softmax import Softmax, empty_softmax, join_by_owner, read_keys
 
 SLOTS_AT_ONCE = 1024
@@ -37,20 +38,43 @@ class Pages(NamedTuple):
     table: Array
     lengths: Array
 
+    def take(self, page: Array, dtype: Any) -> tuple[Array, Array]:
+        """Keys and values of some pages of a part, [..., page_size, D]; of another one for pages that there are not."""
+        return self.keys[page].astype(dtype), self.values[page].astype(dtype)
 
-def pairs_of_pages(pages: Pages) -> Pairs:
+
+class QuantisedPages(NamedTuple):
+    """As `Pages`, each page a group of `stored` codes and scales, [A, M, pages, page_size, D]."""
+
+    stored: QuantisedPairs
+    positions: Array
+    table: Array
+    lengths: Array
+
+    def take(self, page: Array, dtype: Any) -> tuple[Array, Array]:
+        """As `Pages.take`, dequantised."""
+        return jax.tree.map(lambda x: x[page], self.stored).dequantised(dtype)
+
+
+AnyPages = Pages | QuantisedPages
+
+
+def pairs_of_pages(pages: AnyPages, dtype: Any) -> Pairs:
     """All pairs, taken out of their pages: [B, K, J * page_size, D], at position -1 where empty."""
 
-    def one_part(keys: Array, values: Array, positions: Array, table: Array) -> tuple[Array, ...]:
-        def take(pool: Array, empty: int) -> Array:
-            taken = pool.at[table].get(mode="fill", fill_value=empty)
-            return taken.reshape(*table.shape[:2], -1, *pool.shape[2:])
+    def one_part(pages: AnyPages) -> tuple[Array, ...]:
+        positions = pages.positions.at[pages.table].get(mode="fill", fill_value=-1)
+        is_page = (pages.table < len(pages.positions))[..., None, None]
+        pairs = (jnp.where(is_page, x, 0) for x in pages.take(pages.table, dtype))
+        taken = *pairs, positions
+        return tuple(x.reshape(*pages.table.shape[:2], -1, *x.shape[4:]) for x in taken)
 
-        return take(keys, 0), take(values, 0), take(positions, -1)
+    return Pairs(*(undivide(x) for x in each_part(one_part, _divided(pages))))
 
-    parts = Parts(*pages.keys.shape[:2])
-    taken = each_part(one_part, pages.keys, pages.values, pages.positions, divide(pages.table, parts))
-    return Pairs(*(undivide(x) for x in taken))
+
+def _divided(pages: AnyPages) -> AnyPages:
+    parts = Parts(*pages.positions.shape[:2])
+    return pages._replace(table=divide(pages.table, parts), lengths=divide(pages.lengths, parts))
 
 
 def _attend_pages(queries: Queries, pages: Pages, *, is_windowed: bool) -> Array:
@@ -68,30 +92,34 @@ def _attend_pages(queries: Queries, pages: Pages, *, is_windowed: bool) -> Array
       [B, K, G, 1, D] in the dtype of the queries; zeros where a query sees nothing. Softmax in float32.
     """
 
-    return _over_parts(lambda queries, pages: _attend_part(queries, pages, is_windowed), queries, pages)
+    return read_pages(queries, pages, is_windowed=is_windowed).context().astype(queries.vectors.dtype)
 
 
-def _over_parts(function: Callable[[Queries, Pages], Array], queries: Queries, pages: Pages) -> Array:
+def read_pages(queries: Queries, pages: AnyPages, *, is_windowed: bool) -> Softmax:
+    """The softmax of one query per row over the pairs in its pages; see `attend_pages`."""
+    return _over_parts(lambda queries, pages: _read_part(queries, pages, is_windowed), queries, pages)
+
+
+def _over_parts(function: Callable[[Queries, Any], Any], queries: Queries, pages: AnyPages) -> Any:
     """Applies a function of one part's queries, whose positions are int32 [b, k], and pages to all parts."""
-    parts = Parts(*pages.keys.shape[:2])
+    parts = Parts(*pages.positions.shape[:2])
     positions = jnp.broadcast_to(queries.positions, pages.lengths.shape)
     divided = queries.replace(
         vectors=divide(queries.vectors, parts),
         positions=divide(positions, parts),
         sliding_window=_of_all(queries.sliding_window, parts),
     )
-    table, lengths = divide(pages.table, parts), divide(pages.lengths, parts)
-    return undivide(each_part(function, divided, pages._replace(table=table, lengths=lengths)))
+    return jax.tree.map(undivide, each_part(function, divided, _divided(pages)))
 
 
 def _of_all(scalar: Array | int, parts: Parts) -> Array:
     return jnp.broadcast_to(jnp.asarray(scalar, jnp.int32), parts)
 
 
-def _attend_part(queries: Queries, pages: Pages, is_windowed: bool) -> Array:
-    """`attend_pages` of one part, [b, k, G, 1, D]; the queries' positions are int32 [b, k]."""
+def _read_part(queries: Queries, pages: AnyPages, is_windowed: bool) -> Softmax:
+    """`read_pages` of one part, of queries [b, k, G, 1, D]; their positions are int32 [b, k]."""
     batch, num_kv_heads, num_places = pages.table.shape
-    page_size, heads = pages.keys.shape[1], batch * num_kv_heads
+    page_size, heads = pages.positions.shape[1], batch * num_kv_heads
     vectors = einops.rearrange(queries.vectors, "b k g t d -> (b k) g t d")
     table, lengths, positions = (
         x.reshape(heads, *x.shape[2:]) for x in (pages.table, pages.lengths, queries.positions)
@@ -108,12 +136,11 @@ def _attend_part(queries: Queries, pages: Pages, is_windowed: bool) -> Array:
         one = queries.replace(vectors=vectors[owner], positions=positions[owner, None])
         if is_windowed:
             seen &= visible(one, pages.positions[page][:, None])[:, 0]
-        blocks = read_keys(one, pages.keys[page], pages.values[page], seen[:, None])
+        blocks = read_keys(one, *pages.take(page, queries.vectors.dtype), seen[:, None])
         return join_by_owner(state, blocks, owner)
 
     state = jax.lax.fori_loop(0, -(-last[-1] // at_once), read, empty_softmax(vectors))
-    context = einops.rearrange(state.context(), "(b k) g t d -> b k g t d", b=batch)
-    return context.astype(queries.vectors.dtype)
+    return jax.tree.map(lambda x: x.reshape(batch, num_kv_heads, *x.shape[1:]), state)
 
 
 def _attend_pages_tpu(queries: Queries, pages: Pages, *, is_windowed: bool) -> Array:

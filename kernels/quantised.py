@@ -1,8 +1,8 @@
 """Pairs in 8 or 4 bits: keys per channel in groups of tokens, values per token (KIVI, arXiv 2402.02750).
 
 With the largest magnitude `m` of a group and the largest code `c`, 127, 7 or 448: `scale = m / c` and
-`code = round(x / scale)`, so that an integer code is at most half a scale away. Scales are bfloat16, which has the range
-of float32: where float16's would overflow, they do not.
+`code = round(x / scale)`, so that an integer code is at most half a scale away. Scales are bfloat16, of the range of
+float32: where float16's would overflow, they do not.
 """
 
 import dataclasses

@@ -106,27 +106,35 @@ class PagedKeeper(Keeper):
 
     def finish(self, candidates: Candidates) -> PagedCache:
         """Shares the budget among layers and KV heads and packs what they keep into pages."""
-        c, policy, config = candidates, self.policy, self.model.config
-        layers, batch, num_kv_heads, places, _ = c.keys.shape
-        keep = keep_shares(policy, c.scores, c.prefix_lengths, jnp.arange(layers), layers)
-        values = c.values if policy.refit is None else self._refitted(c, keep)
+        layers = candidates.keys.shape[0]
+        keep = keep_shares(self.policy, candidates.scores, candidates.prefix_lengths, jnp.arange(layers), layers)
+        if self.policy.refit is not None:
+            candidates = candidates.replace(values=self._refitted(candidates, keep))
+        filled = self.fill(candidates, keep, self.policy.page_size)
+        return PagedCache(**filled, **self.of_sequences(candidates))
 
+    def of_sequences(self, candidates: Candidates) -> dict[str, Any]:
+        """The fields of a cache in pages besides those of its pairs."""
+        return {
+            "prompt_lengths": candidates.prompt_lengths,
+            "next_positions": candidates.prompt_lengths,
+            "is_windowed": min(self.model.config.sliding_windows) < UNLIMITED,
+        }
+
+    def fill(self, candidates: Candidates, keep: Array, page_size: int) -> dict[str, Array]:
+        """The fields of a `PagedCache` of the pairs to keep, bool [L, B, K, N]."""
+        c, policy = candidates, self.policy
+        layers, batch, num_kv_heads, places, _ = c.keys.shape
         parts = parts_of_mesh(batch, num_kv_heads)
         # A part holds all pairs that its KV heads may win, at most those of its rows.
         rows, heads = batch // parts.rows, layers * (batch // parts.rows) * (num_kv_heads // parts.heads)
         most = policy.allocation.most(policy.slots_given, self.window, layers, num_kv_heads)
         total = rows * (most + layers * num_kv_heads * self.window)
-        shape = pool_shape(min(total, heads * places), places, heads, self.max_new_tokens, policy.page_size)
+        shape = pool_shape(min(total, heads * places), places, heads, self.max_new_tokens, page_size)
         fill = functools.partial(fill_pages, shape, max_new_tokens=self.max_new_tokens)
-        filled = each_part(fill, *(divide(x, parts, "l") for x in (c.keys, values, c.positions, keep)))
+        filled = each_part(fill, *(divide(x, parts, "l") for x in (c.keys, c.values, c.positions, keep)))
         by_head = {name: undivide(filled.pop(name), "l") for name in ("page_table", "lengths")}
-        return PagedCache(
-            **filled,
-            **by_head,
-            prompt_lengths=c.prompt_lengths,
-            next_positions=c.prompt_lengths,
-            is_windowed=min(config.sliding_windows) < UNLIMITED,
-        )
+        return filled | by_head
 
     def _refitted(self, candidates: Candidates, keep: Array) -> Array:
         """The values of all layers, corrected for the loss of those that are not kept."""

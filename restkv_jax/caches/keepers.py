@@ -6,6 +6,7 @@ from restkv_jax.caches.dense import DenseKeeper
 from restkv_jax.caches.evicting import EvictingKeeper
 from restkv_jax.caches.quantised import QuantisedKeeper
 from restkv_jax.caches.quantised_evicting import QuantisedEvictingKeeper
+from restkv_jax.caches.quantised_paged import QuantisedPagedKeeper
 from restkv_jax.caches.shared_keeper import SharedKeeper
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.quantised import Quantisation
@@ -17,6 +18,7 @@ KEEPERS: list[type[Keeper]] = [SharedKeeper, EvictingKeeper, PagedKeeper, DenseK
 QUANTISED: dict[type[Keeper], type[Keeper]] = {
     DenseKeeper: QuantisedKeeper,
     EvictingKeeper: QuantisedEvictingKeeper,
+    PagedKeeper: QuantisedPagedKeeper,
 }
 """Who builds the same kind of cache with quantised pairs."""
 
@@ -38,8 +40,8 @@ def keeper_of(
     if quantisation is not None:
         if chosen not in QUANTISED:
             raise ValueError(
-                f"cache_dtype={quantisation.dtype!r} is not for the cache that {chosen.__name__} builds for this model "
-                "and policy; leave cache_dtype out, or take a policy of equal budgets such as restkv_jax.restkv"
+                f"cache_dtype={quantisation.dtype!r} is not for the cache that {chosen.__name__} builds; leave cache_dtype "
+                "out, or where the model shares keys read without, by model.clone(sharing=None) or --dense"
             )
         chosen = QUANTISED[chosen]
     return chosen(model, policy, length, total, max_new_tokens, quantisation)

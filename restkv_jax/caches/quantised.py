@@ -125,34 +125,18 @@ class QuantisedCache(Cache):
         )
 
     def _quantise_groups(self, layer: Array, new: Pairs, before: Array, after: Array) -> Self:
-        """Quantises the groups that `new` pairs, padded on the left, complete; int32 [B, K] slots in use."""
-        q, num_new = self.quantisation, new.keys.shape[2]
-        most = min((q.group_size - 1 + num_new) // q.group_size * q.group_size, self.num_grouped)
-        if not most:
+        """Quantises the groups that `new` pairs complete; int32 [B, K] slots in use before and after."""
+        q, group = self.quantisation, self.quantisation.group_size
+        slots, is_whole, places = whole_groups(q, before, after, new, self.num_recent, self.num_grouped)
+        if not slots.shape[-1]:
             return self
-        first, last = q.num_grouped(before), q.num_grouped(after)
-        slots = first[..., None] + jnp.arange(most)
-        behind = slots - before[..., None] + num_new - (new.positions >= 0).sum(-1)[..., None]
-        places = jnp.where(slots < before[..., None], slots % self.num_recent, self.num_recent + behind)
-        places = jnp.clip(places, 0, self.num_recent + num_new - 1)
-
-        def take(recent: Array, new: Array) -> Array:
-            return take_places(jnp.concatenate([recent[layer], new], axis=2), places)
-
-        codes = quantise(take(self.recent_keys, new.keys), take(self.recent_values, new.values), q)
-        is_whole = slots < last[..., None]
+        both = (self.recent_keys[layer], new.keys), (self.recent_values[layer], new.values)
+        codes = quantise(*(take_places(jnp.concatenate(x, axis=2), places) for x in both), q)
         of_tokens = unless(is_whole, slots, self.num_grouped)
-        groups = unless(
-            is_whole[..., :: q.group_size], of_tokens[..., :: q.group_size] // q.group_size, self.num_grouped
-        )
-        return self.replace(
-            stored=jax.tree.map(
-                lambda whole, part, at: put_pairs(whole, layer, at, part),
-                self.stored,
-                codes,
-                self.stored.replace(keys=of_tokens, values=of_tokens, value_scales=of_tokens, key_scales=groups),
-            )
-        )
+        of_groups = unless(is_whole[..., ::group], slots[..., ::group] // group, self.num_grouped)
+        where = self.stored.replace(keys=of_tokens, values=of_tokens, value_scales=of_tokens, key_scales=of_groups)
+        put = jax.tree.map(lambda whole, part, at: put_pairs(whole, layer, at, part), self.stored, codes, where)
+        return self.replace(stored=put)
 
     def room(self) -> Array:
         return self.num_slots - self.lengths.max()
@@ -215,6 +199,38 @@ def ring_slots(lengths: Array, size: int) -> Array:
     """Whose pair is at each place of a ring once `lengths` int32 [B, K] are in use: int32 [B, K, size], or below 0."""
     newest = lengths[..., None] - 1
     return newest - (newest - jnp.arange(size)) % size
+
+
+class WholeGroups(NamedTuple):
+    """Slots that new pairs may complete groups of, int32 [B, K, n], whether they do, and where their pairs come from.
+
+    `places` are among those of a ring and, behind them, of the new pairs.
+    """
+
+    slots: Array
+    is_whole: Array
+    places: Array
+
+
+def whole_groups(
+    quantisation: Quantisation, before: Array, after: Array, new: Pairs, num_recent: int, num_grouped: int
+) -> WholeGroups:
+    """The groups that are quantised once there are `after` pairs instead of `before`, int32 [B, K].
+
+    Args:
+      quantisation: says how many are.
+      before: as above.
+      after: as above.
+      new: [B, K, T], padded on the left.
+      num_recent: places of the ring.
+      num_grouped: slots of groups that there are.
+    """
+    q, num_new = quantisation, new.keys.shape[2]
+    most = min((q.group_size - 1 + num_new) // q.group_size * q.group_size, num_grouped)
+    slots = q.num_grouped(before)[..., None] + jnp.arange(most)
+    rank = slots - before[..., None] + num_new - (new.positions >= 0).sum(-1)[..., None]
+    places = jnp.where(slots < before[..., None], slots % num_recent, num_recent + rank)
+    return WholeGroups(slots, slots < q.num_grouped(after)[..., None], jnp.clip(places, 0, num_recent + num_new - 1))
 
 
 def unless(condition: Array, slots: Array, size: int) -> Array:

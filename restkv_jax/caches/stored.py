@@ -17,9 +17,10 @@ from safetensors.flax import save_file
 from restkv_jax.caches.base import Cache
 from restkv_jax.caches.dense import KVCache
 from restkv_jax.caches.evicting import ByImportance, EvictingCache
-from restkv_jax.caches.paged import PagedCache
+from restkv_jax.caches.paged import InPages, PagedCache
 from restkv_jax.caches.quantised import QuantisedCache
 from restkv_jax.caches.quantised_evicting import QuantisedEvictingCache
+from restkv_jax.caches.quantised_paged import QuantisedPagedCache
 from restkv_jax.caches.shared import SharedCache, Skips
 from restkv_jax.eviction.described import describe, from_description
 from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, code_dtype, empty_pairs
@@ -32,8 +33,10 @@ FORMAT = "restkv-jax cache, version 1"
 
 KINDS: dict[str, type[Cache]] = {
     kind.__name__: kind
-    for kind in (KVCache, EvictingCache, PagedCache, SharedCache, QuantisedCache, QuantisedEvictingCache)
-}
+    for kind in (
+        KVCache, EvictingCache, PagedCache, SharedCache, QuantisedCache, QuantisedEvictingCache, QuantisedPagedCache,
+    )
+}  # fmt: skip
 
 IRRELEVANT = {
     "initializer_range",
@@ -57,6 +60,11 @@ IMPORTANCE = {"importance": "l b k n", "gram": "l k g d d"}
 AXES = {
     "KVCache": DENSE,
     "QuantisedCache": QUANTISED,
+    "QuantisedPagedCache": {
+        "stored.keys": "a m p s e", "stored.key_scales": "a m p r d", "stored.values": "a m p s e",
+        "stored.value_scales": "a m p s v", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
+        "recent_keys": "l b k w d", "recent_values": "l b k w d", "recent_positions": "l b k w",
+    },
     "EvictingCache": DENSE | IMPORTANCE,
     "QuantisedEvictingCache": QUANTISED | IMPORTANCE,
     "PagedCache": {
@@ -176,7 +184,7 @@ def _static_fields(cache: Cache) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if isinstance(cache, ByImportance):
         fields["policy"] = describe(cache.policy)
-    if isinstance(cache, PagedCache):
+    if isinstance(cache, InPages):
         fields["is_windowed"] = cache.is_windowed
     if isinstance(cache, SharedCache):
         fields["sharing"] = dataclasses.asdict(cache.sharing)
@@ -260,7 +268,7 @@ def _check_contents(cache: Any, config: ModelConfig) -> None:
     expected = {"l": config.num_hidden_layers, "k": config.num_key_value_heads, "d": config.head_dim}
     if cache.dtype not in FLOATS:
         raise ValueError(f"keys and values have dtype {cache.dtype}")
-    if isinstance(cache, QuantisedCache):
+    if cache.quantisation is not None:
         expected |= _quantised_sizes(cache, config.head_dim)
     for name, axes in (AXES[type(cache).__name__] | OF_ALL).items():
         array = arrays.pop(name, None)
@@ -284,11 +292,12 @@ def _check_contents(cache: Any, config: ModelConfig) -> None:
 
 def _check_ranges(cache: Any, sizes: dict[str, int]) -> None:
     ends = int(cache.next_positions.max())
-    slots = sizes.get("j", 1) * sizes.get("s", 1) if "j" in sizes else sizes.get("n", 0)
+    slots = sizes["j"] * sizes["s"] + sizes.get("w", 0) if "j" in sizes else sizes.get("n", 0)
     bounds = {
         "next_positions": (0, 2**30),
         "prompt_lengths": (0, ends),
         "positions": (-1, ends - 1),
+        "recent_positions": (-1, ends - 1),
         "distant_positions": (-1, ends - 1),
         "lengths": (0, slots),
         "kept": (0, slots),
@@ -304,15 +313,18 @@ def _check_ranges(cache: Any, sizes: dict[str, int]) -> None:
             raise ValueError(f"distant_keys has shape {cache.distant_keys.shape}, not that of the sharing's blocks")
 
 
-def _quantised_sizes(cache: QuantisedCache, dim: int) -> dict[str, int]:
-    q, slots = cache.quantisation, cache.num_slots
+def _quantised_sizes(cache: QuantisedCache | QuantisedPagedCache, dim: int) -> dict[str, int]:
+    q = cache.quantisation
     q.check_dim(dim)
-    grouped, recent = cache.layout(q, slots)
+    if isinstance(cache, QuantisedPagedCache):
+        names, grouped, recent = "s", q.group_size, q.residual + q.group_size - 1
+    else:
+        names, (grouped, recent) = "q", cache.layout(q, cache.num_slots)
     stored = jax.eval_shape(lambda: empty_pairs((grouped, dim), q))
-    return {
-        "q": grouped, "r": stored.key_scales.shape[0], "e": stored.keys.shape[1], "v": stored.value_scales.shape[1],
-        "w": recent,
-    }  # fmt: skip
+    (groups, _), (_, packed), (_, by_channels) = (
+        x.shape for x in (stored.key_scales, stored.keys, stored.value_scales)
+    )
+    return {names: grouped, "r": groups, "e": packed, "v": by_channels, "w": recent}
 
 
 def _dtype_of(name: str, cache: Any) -> Any:

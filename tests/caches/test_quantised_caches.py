@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import restkv_jax as rk
+from restkv_jax.caches.quantised_paged import QuantisedPagedCache
 from restkv_jax.kernels.quantised import LARGEST_CODES, Quantisation, quantise
 
 CONFIG = dict(
@@ -120,7 +121,34 @@ def test_evicts_while_generating_what_a_plain_cache_does(dtype):
         assert np.mean(common) >= 0.9 * 40
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_pages_hold_what_was_kept_after_prefill_steps_and_extensions(dtype):
+    q, policy = of(dtype), rk.adakv(60, 8)
+    states = [rk.prefill(MODEL, weights(), *texts(LENGTHS), policy, 24, cache_dtype=x)[1] for x in (q, None)]
+    assert [type(cache) for cache in states] == [QuantisedPagedCache, rk.PagedCache]
+    assert_paged(*states)
+    for token in texts((20,) * 3, seed=1)[0].T:
+        states = [rk.decode_step(MODEL, weights(), token, cache)[1] for cache in states]
+    assert_paged(*states)
+    states = [rk.extend(MODEL, weights(), *texts((3, 40, 77)), cache, None, 7)[1] for cache in states]
+    assert_paged(*states)
+
+
+def assert_paged(ours, plain):
+    """As `assert_stored`, once the pairs of every row and KV head stand in their order."""
+    lengths, pairs = np.asarray(ours.lengths[FIRST]), [cache.held(FIRST) for cache in (ours, plain)]
+    np.testing.assert_array_equal(lengths, plain.lengths[FIRST])
+    for row, head in np.ndindex(lengths.shape):
+        positions = [np.asarray(x.positions[row, head]) for x in pairs]
+        places = [np.argsort(np.where(x < 0, 2**30, x), kind="stable")[: lengths[row, head]] for x in positions]
+        np.testing.assert_array_equal(*(x[place] for x, place in zip(positions, places, strict=True)))
+        (keys, values), theirs = ([x[row, head][place] for x in y[:2]] for y, place in zip(pairs, places, strict=True))
+        for x, y in zip((keys, values), as_stored(*map(np.asarray, theirs), ours.quantisation), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
 POLICIES = {
+    "in pages": rk.adakv(60, 8),
     "full": rk.full(),
     "evicted": rk.restkv(60, 8),
     "while generating": rk.restkv(60, 8, while_generating=True, pooling="max"),
@@ -155,15 +183,19 @@ def test_segments_further_questions_and_several_policies():
         np.testing.assert_array_equal(one.tokens, alone.tokens)
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [*((x, "evicted") for x in DTYPES), ("int4", "while generating")])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [*((x, "evicted") for x in DTYPES), ("int4", "while generating"), ("int4", "in pages")]
+)
 def test_comes_back_from_a_file(dtype, kind, tmp_path):
     _, cache = rk.prefill(MODEL, weights(), *texts(LENGTHS), POLICIES[kind], 30, cache_dtype=of(dtype))
     rk.save_cache(tmp_path / "a.cache", cache, MODEL, weights())
     loaded = rk.load_cache(tmp_path / "a.cache", MODEL, weights())
-    assert loaded.num_slots == 60 and loaded.quantisation == cache.quantisation
-    for layer in range(3):
-        for x, y in zip(loaded.held(layer), cache.held(layer), strict=True):
-            np.testing.assert_array_equal(x, y[:, :, :60])
+    assert loaded.quantisation == cache.quantisation
+    if kind == "evicted":
+        assert loaded.num_slots == 60
+        for layer in range(3):
+            for x, y in zip(loaded.held(layer), cache.held(layer), strict=True):
+                np.testing.assert_array_equal(x, y[:, :, :60])
     questions = texts((9, 4, 30), 2)
     expected = rk.generate(MODEL, weights(), *questions, max_new_tokens=8, cache=cache)
     again = rk.generate(MODEL, weights(), *questions, max_new_tokens=8, cache=loaded)
@@ -219,6 +251,12 @@ def test_a_step_never_holds_a_layer_in_full_precision(dtype):
 def test_what_makes_no_sense(options, error, words):
     with pytest.raises(error, match=words):
         rk.prefill(MODEL, weights(), *texts(LENGTHS), **options)
+
+
+def test_a_model_that_shares_keys_is_refused():
+    sharing = rk.pod.Sharing(rk.pod.LayerGroups([[0, 0], [0, 1], [0, 1]]), sink=3, recent=24)
+    with pytest.raises(ValueError, match=r"cache_dtype='int8' is not for the cache that SharedKeeper builds.*--dense"):
+        rk.prefill(MODEL, weights(), *texts(LENGTHS), sharing=sharing, cache_dtype="int8")
 
 
 def test_a_plain_cache_is_not_quantised_later():
