@@ -6,6 +6,7 @@ float32: where float16's would overflow, they do not.
 """
 
 import dataclasses
+import re
 
 import flax.struct
 import jax
@@ -76,6 +77,26 @@ class Quantisation:
             raise ValueError(
                 f"cache_dtype='int4' puts two channels into a byte, but the head dimension is {dim}; take 'int8'"
             )
+
+
+def parse_quantisation(text: str) -> Quantisation:
+    """A quantisation as it is written: "int8", or with options "int8(group_size=32, residual=16)".
+
+    Raises:
+      ValueError: an unknown dtype or option, or a value that is not a number.
+    """
+    found = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
+    if found is None:
+        raise ValueError(f"cache_dtype={text!r} is not written as int8 or int8(group_size=32, residual=16)")
+    options = {}
+    for option in re.split("[,;]", found[2] or ""):  # the harness's own arguments have commas between them
+        name, _, value = (part.strip() for part in option.partition("="))
+        if not name:
+            continue
+        if name not in ("group_size", "residual") or not value.isdecimal():
+            raise ValueError(f"cache_dtype={text!r}: {option.strip()!r} is not group_size=N or residual=N")
+        options[name] = int(value)
+    return Quantisation(found[1], **options)
 
 
 class QuantisedPairs(flax.struct.PyTreeNode):

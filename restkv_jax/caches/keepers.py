@@ -40,7 +40,7 @@ def keeper_of(
     if quantisation is not None:
         if chosen not in QUANTISED:
             raise ValueError(
-                f"cache_dtype={quantisation.dtype!r} is not for the cache that {chosen.__name__} builds; leave cache_dtype "
+                f"cache_dtype={quantisation.dtype!r} does not go with the cache that {chosen.__name__} builds; leave it "
                 "out, or where the model shares keys read without, by model.clone(sharing=None) or --dense"
             )
         chosen = QUANTISED[chosen]

@@ -15,7 +15,7 @@ from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.stored import load_cache, read_header, save_cache
 from restkv_jax.commands.answering import AnswerOptions, check_answer, with_own
 from restkv_jax.commands.method_options import parse_with_method
-from restkv_jax.commands.options import ModelOptions, UsageError, as_usage_error, print_notice
+from restkv_jax.commands.options import CacheOptions, ModelOptions, UsageError, as_usage_error, print_notice
 from restkv_jax.commands.progress import show_while
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.conversation import Conversation, answer, start_conversation
@@ -29,7 +29,7 @@ HELP = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatOptions(AnswerOptions, ModelOptions):
+class ChatOptions(AnswerOptions, CacheOptions, ModelOptions):
     """Chats on one cache that never exceeds its budget, however long the chat gets.
 
     Args:
@@ -60,13 +60,14 @@ class Chat:
         """Forgets what was said."""
         model, params, _ = self.loaded
         limits = self.policy, self.options.max_new_tokens, self.options.system
-        self.conversation = start_conversation(model, params, *limits)
+        self.conversation = start_conversation(model, params, *limits, self.options.cache_dtype)
 
     def answer(self, text: str) -> None:
         """Prints the answer to a turn as it comes; Ctrl-C ends it, and the chat goes on from there."""
         chosen = dict(self.chosen)
         if "key" in chosen:
             chosen["key"] = jax.random.fold_in(chosen["key"], self.conversation.num_tokens)
+        chosen["cache_dtype"] = self.options.cache_dtype
         coming = answer(*self.loaded, self.conversation, text, self.policy, self.options.max_new_tokens, **chosen)
         pieces = iter(coming)
         with _on_interrupt(coming.end):

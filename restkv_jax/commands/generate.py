@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from restkv_jax.caches.base import cache_bytes
-from restkv_jax.caches.paged import PagedCache
+from restkv_jax.caches.paged import InPages
 from restkv_jax.commands.answering import AnswerOptions, check_answer, describe_sampling, with_own
 from restkv_jax.commands.method_options import parse_with_method
-from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error
+from restkv_jax.commands.options import CacheOptions, PromptOptions, UsageError, as_usage_error
 from restkv_jax.commands.progress import show_while
 from restkv_jax.commands.prompts import LoadedPrompt, encode_turn, load_prompt
 from restkv_jax.eviction.methods.full import full
@@ -26,7 +26,7 @@ from restkv_jax.timing import CompilationClock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions(AnswerOptions, PromptOptions):
+class GenerateOptions(AnswerOptions, CacheOptions, PromptOptions):
     """Generates from a prompt on a small cache and prints the answer as it comes.
 
     Args:
@@ -76,7 +76,7 @@ def _print_answer(
     with CompilationClock() as clock:
         start = time.perf_counter()
         with as_usage_error():
-            text = decode_text(model, params, tokenizer, *encoded, **chosen)
+            text = decode_text(model, params, tokenizer, *encoded, cache_dtype=options.cache_dtype, **chosen)
         steps = iter(text)
         with show_while("reading the prompt, which compiles what is new", quiet=options.quiet):
             pieces = next(steps)
@@ -97,13 +97,16 @@ def _cost_table(
     length = prompt.tokens.shape[1]
     model, params, _ = prompt.loaded
     cache, everything = (
-        cache_shapes(model, params, prompt.tokens, None, one, options.max_new_tokens) for one in (policy, full())
+        cache_shapes(model, params, prompt.tokens, None, one, options.max_new_tokens, cache_dtype)
+        for one, cache_dtype in ((policy, options.cache_dtype), (full(), None))
     )
     bytes_, full_bytes = cache_bytes(cache), cache_bytes(everything)
     rest = timing.num_tokens - 1
-    on_average = " (on average)" if isinstance(cache, PagedCache) else ""
+    on_average = " (on average)" if isinstance(cache, InPages) else ""
     table = Table(show_header=False)
     table.add_row("method", options.method)
+    if options.cache_dtype is not None:
+        table.add_row("cache dtype", options.cache_dtype)
     table.add_row("sampling", sampling)
     table.add_row("prompt tokens", f"{length:,}")
     table.add_row("cache slots", f"{cache.num_slots:,} (full cache: {everything.num_slots:,})")

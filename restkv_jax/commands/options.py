@@ -53,6 +53,19 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """The cache.
+
+    Args:
+      cache_dtype: store keys and values in "int8", "int4" or "float8_e4m3fn", the newest tokens excepted;
+        "int4(group_size=32,residual=64)" says how many share a scale, and how many are the newest. In the model's dtype
+        if left out.
+    """
+
+    cache_dtype: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextOptions:
     """The prompt.
 

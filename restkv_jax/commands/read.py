@@ -12,7 +12,7 @@ from rich.progress import track
 from restkv_jax.caches.base import Cache
 from restkv_jax.caches.stored import save_cache
 from restkv_jax.commands.method_options import parse_with_method
-from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error
+from restkv_jax.commands.options import CacheOptions, PromptOptions, UsageError, as_usage_error
 from restkv_jax.commands.progress import show_while
 from restkv_jax.commands.prompts import LoadedPrompt, load_prompt
 from restkv_jax.eviction.policy import EvictionPolicy
@@ -21,7 +21,7 @@ from restkv_jax.generation.reading import bucket_length, extend, prefill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReadOptions(PromptOptions):
+class ReadOptions(CacheOptions, PromptOptions):
     """Reads a document into a small cache, which is written to a file for `restkv ask`.
 
     Args:
@@ -81,15 +81,16 @@ def _encode(options: ReadOptions, tokenizer, text: str) -> list[int]:
 
 def _read(prompt: LoadedPrompt, policy: EvictionPolicy, options: ReadOptions) -> Cache:
     (model, params, _), _, tokens = prompt
+    stored = {"max_new_tokens": 1, "cache_dtype": options.cache_dtype}
     if options.segment_size is None or options.segment_size >= tokens.shape[1]:
         with show_while("reading the document, which compiles what is new", quiet=options.quiet):
-            return prefill(model, params, tokens, None, policy, max_new_tokens=1)[1]
+            return prefill(model, params, tokens, None, policy, **stored)[1]
     if options.segment_size < policy.window:
         raise UsageError(f"--segment-size {options.segment_size} must be at least the method's window={policy.window}")
     segments = _segments(tokens, options.segment_size)
     console = Console(stderr=True)
     is_shown = console.is_terminal and not options.quiet
-    _, cache = prefill(model, params, segments[0], None, policy, max_new_tokens=1)
+    _, cache = prefill(model, params, segments[0], None, policy, **stored)
     for segment in track(segments[1:], "reading", console=console, disable=not is_shown):
         _, cache = extend(model, params, segment, None, cache, policy, max_new_tokens=1)
     return cache

@@ -49,26 +49,26 @@ def measure_costs(
         encoded = encode_prompts(grid, loaded.tokenizer, by_length[length])
         first = encoded.batches(settings.batch_size)[0]
         tokens, mask = pad_batch([encoded.tokens[i] for i in first], settings.batch_size)
-        found += _costs_at(loaded, policies(grid, length), length, tokens, mask, settings.together)
+        found += _costs_at(loaded, grid, length, tokens, mask, settings.together)
     rates = _rates(loaded, grid, by_length[min(by_length)], settings.batch_size) if by_length else ()
     return Costs(jax.devices()[0].device_kind, tuple(found), rates)
 
 
-def _costs_at(
-    loaded: Loaded, configs: dict[CacheConfig, EvictionPolicy], length: int, tokens, mask, together
-) -> list[Cost]:
+def _costs_at(loaded: Loaded, grid: Grid, length: int, tokens, mask, together) -> list[Cost]:
     """The costs of all configurations for one batch."""
-    model, params, _ = loaded
-    shapes = {e: cache_shapes(model, params, tokens, mask, policy, NEW_TOKENS) for e, policy in configs.items()}
+    (model, params, _), configs, stored = loaded, policies(grid, length), {"cache_dtype": grid.cache_dtype}
+    shapes = {
+        e: cache_shapes(model, params, tokens, mask, policy, NEW_TOKENS, **stored) for e, policy in configs.items()
+    }
     everything = cache_bytes(cache_shapes(model, params, tokens, mask, full(), NEW_TOKENS))
     plain = {config: policy for config, policy in configs.items() if not parse_method(config.method).options}
     seconds = _token_seconds(
-        loaded, {_structure(shapes[e]): policy for e, policy in plain.items()}, tokens, mask, together
+        loaded, {_structure(shapes[e]): policy for e, policy in plain.items()}, tokens, mask, together, stored
     )
     prefills = {}
     for config, policy in plain.items():
         if config.method not in {e.method for e in prefills}:
-            run = lambda policy=policy: prefill(model, params, tokens, mask, policy, NEW_TOKENS)  # noqa: E731
+            run = lambda policy=policy: prefill(model, params, tokens, mask, policy, NEW_TOKENS, **stored)  # noqa: E731
             prefills[config] = _median_seconds(run)
     return [
         Cost(
@@ -88,13 +88,13 @@ def _structure(shapes: Any) -> tuple:
     return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def _token_seconds(loaded: Loaded, by_structure: dict, tokens, mask, together: int) -> dict[tuple, float]:
+def _token_seconds(loaded: Loaded, by_structure: dict, tokens, mask, together: int, stored: dict) -> dict[tuple, float]:
     """Seconds of a generated token of a batch, by the structure of the cache, of which the policies each make one."""
     found, structures = {}, list(by_structure)
     for start in range(0, len(structures), together):
         group = structures[start : start + together]
         kept = tuple(by_structure[structure] for structure in group)
-        logits, caches = prefill_each(loaded.model, loaded.params, tokens, mask, kept, NEW_TOKENS)
+        logits, caches = prefill_each(loaded.model, loaded.params, tokens, mask, kept, NEW_TOKENS, **stored)
         token = logits.argmax(-1).astype(np.int32)
         for structure, policy, cache in zip(group, kept, caches, strict=True):
             found[structure] = _step_seconds(loaded, token, cache, policy)
@@ -124,19 +124,25 @@ def _rates(loaded: Loaded, grid: Grid, prompt_set: PromptSet, batch_size: int) -
 
     def one_by_one():
         for i in batch:
-            answer_batch(loaded, configs, encoded, [i], RunSettings(1), mesh)
+            answer_batch(loaded, configs, encoded, [i], RunSettings(1), mesh, grid.cache_dtype)
 
     def one_by_one_for_each():
         for policy in configs.values():
             for tokens, mask in lengths.values():
                 generate(
-                    loaded.model, loaded.params, tokens, mask, policy, encoded.max_new_tokens
+                    loaded.model,
+                    loaded.params,
+                    tokens,
+                    mask,
+                    policy,
+                    encoded.max_new_tokens,
+                    cache_dtype=grid.cache_dtype,
                 ).tokens.block_until_ready()
 
     names = f"{len(configs)} methods"
     ways = {
         f"batches of {len(batch)}, {names} from one prefill": lambda: answer_batch(
-            loaded, configs, encoded, batch, RunSettings(len(batch)), mesh
+            loaded, configs, encoded, batch, RunSettings(len(batch)), mesh, grid.cache_dtype
         ),
         f"one prompt at a time, {names} from one prefill": one_by_one,
         f"one prompt and one method at a time, {names}": one_by_one_for_each,

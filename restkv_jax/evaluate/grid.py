@@ -9,6 +9,7 @@ from restkv_jax.evaluate.tasks.making import TASKS
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import check_options, find_preset, make_policy, suggest, takes_budget
 from restkv_jax.generation.reading import bucket_length
+from restkv_jax.kernels.quantised import parse_quantisation
 from restkv_jax.loading import DType
 
 
@@ -29,6 +30,8 @@ class Grid:
         the package if left out.
       dtype: of weights and cache; "auto" is bfloat16, on a CPU float32.
       dense: leave out the sharing of keys that the model was adapted to.
+      cache_dtype: what all caches store keys and values in: "int8", "int4" or "float8_e4m3fn", or with the sizes of
+        groups and residual window "int4(group_size=32,residual=16)"; the model's dtype if left out.
     """
 
     tasks: tuple[str, ...] = ("single", "multikey", "haystack")
@@ -41,6 +44,7 @@ class Grid:
     model: str | None = None
     dtype: DType = "auto"
     dense: bool = False
+    cache_dtype: str | None = None
 
 
 class Method(NamedTuple):
@@ -81,6 +85,8 @@ def check_grid(grid: Grid) -> None:
             raise ValueError(f"{name} are given twice; leave one out")
     if grid.dtype not in get_args(DType):
         raise ValueError(f"dtype {grid.dtype!r} is unknown; {suggest(str(grid.dtype), get_args(DType))}")
+    if grid.cache_dtype is not None:
+        parse_quantisation(grid.cache_dtype)
     for depth in grid.depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"depth {depth} must be between 0, the beginning of the prompt, and 1, its end")

@@ -25,8 +25,10 @@ from restkv_jax.evaluate.results import PromptId, PromptResult, append_line, dro
 from restkv_jax.evaluate.tasks.making import make_prompts
 from restkv_jax.evaluate.tasks.prompts import Prompt
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.generation.checks import check_residual
 from restkv_jax.generation.generating import generate_each
 from restkv_jax.generation.reading import bucket_length
+from restkv_jax.kernels.quantised import parse_quantisation
 from restkv_jax.loading import Loaded
 
 ANSWER_STEP = 16
@@ -105,7 +107,8 @@ def run_sweep(
             encoded = encode_prompts(grid, loaded.tokenizer, prompt_set)
             items = {i: PromptId(*prompt_set[:3], i) for i in encoded.batches(settings.batch_size)[number]}
             if not all(item in done for item in items.values()):
-                said = answer_batch(loaded, policies(grid, prompt_set.length), encoded, list(items), settings, mesh)
+                configs = policies(grid, prompt_set.length)
+                said = answer_batch(loaded, configs, encoded, list(items), settings, mesh, grid.cache_dtype)
                 for i, item in items.items():
                     if item not in done:
                         append_line(
@@ -124,7 +127,9 @@ def check_prompt_sets(grid: Grid, tokenizer: Any, found: Sequence[PromptSet], se
     if not found:
         raise ValueError("tasks: no prompts are left to measure")
     for prompt_set in found:
-        policies(grid, prompt_set.length)
+        for policy in policies(grid, prompt_set.length).values():
+            if grid.cache_dtype is not None:
+                check_residual(parse_quantisation(grid.cache_dtype), [policy])
         if not is_file(prompt_set.task):
             make_prompts(prompt_set.task, tokenizer, prompt_set.length, 1, grid.seed, prompt_set.depth)
     if settings.num_processes > 1:
@@ -220,6 +225,7 @@ def answer_batch(
     batch: Sequence[int],
     settings: RunSettings,
     mesh: Mesh,
+    cache_dtype: str | None = None,
 ) -> dict[int, dict[str, str]]:
     """What is said after the prompts of a batch, by their number and by the label of every configuration.
 
@@ -231,7 +237,8 @@ def answer_batch(
     columns = [(config.label, policy) for config, policy in configs.items()]
     for start in range(0, len(columns), settings.together):
         labels, group_policies = zip(*columns[start : start + settings.together], strict=True)
-        out = _generated_tokens(loaded.model, loaded.params, tokens, mask, group_policies, encoded.max_new_tokens, mesh)
+        static = group_policies, encoded.max_new_tokens, mesh, cache_dtype
+        out = _generated_tokens(loaded.model, loaded.params, tokens, mask, *static)
         for label, new in zip(labels, np.asarray(out), strict=True):
             texts = loaded.tokenizer.batch_decode(new[: len(batch)], skip_special_tokens=True)
             for i, text in zip(batch, texts, strict=True):
@@ -239,12 +246,12 @@ def answer_batch(
     return said
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "mesh"))
-def _generated_tokens(model, params, tokens, mask, policies, max_new_tokens, mesh) -> Array:
+@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "mesh", "cache_dtype"))
+def _generated_tokens(model, params, tokens, mask, policies, max_new_tokens, mesh, cache_dtype) -> Array:
     """int32 [P, B, max_new_tokens]; every device generates from its own rows."""
 
     def alone(params, tokens, mask):
-        outs = generate_each(model, params, tokens, mask, policies, max_new_tokens)
+        outs = generate_each(model, params, tokens, mask, policies, max_new_tokens, cache_dtype=cache_dtype)
         return jnp.stack([out.tokens for out in outs])
 
     rows = P("rows")

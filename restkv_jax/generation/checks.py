@@ -11,7 +11,7 @@ from jax import Array
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.kernels.quantised import Quantisation
+from restkv_jax.kernels.quantised import Quantisation, parse_quantisation
 from restkv_jax.models.arguments import as_array, check_integer, check_mask, check_number, is_known
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
@@ -225,7 +225,7 @@ def check_cache_dtype(cache_dtype: CacheDType, model: Decoder, cache: Cache | No
       TypeError, ValueError: neither a known name nor a `Quantisation`; groups that the model's heads do not fill; a
         cache that stores its pairs in another way.
     """
-    asked = Quantisation(cache_dtype) if isinstance(cache_dtype, str) else cache_dtype
+    asked = parse_quantisation(cache_dtype) if isinstance(cache_dtype, str) else cache_dtype
     if not isinstance(asked, Quantisation | None):
         raise TypeError(f"cache_dtype={cache_dtype!r} must be a name such as 'int8', or a restkv_jax.Quantisation")
     if cache is not None:
@@ -249,8 +249,8 @@ def check_residual(quantisation: Quantisation | None, policies: Sequence[Evictio
             raise ValueError(
                 f"budget={budget} holds no whole group of group_size={quantisation.group_size} tokens beside "
                 f"residual={quantisation.residual} in full precision: nothing would be {quantisation.dtype}; take a "
-                f"budget of at least {least}, or cache_dtype=restkv_jax.Quantisation({quantisation.dtype!r}, "
-                "group_size=16, residual=16)"
+                f"budget of at least {least}, or smaller ones, such as "
+                f"cache_dtype='{quantisation.dtype}(group_size=16,residual=16)'"
             )
 
 

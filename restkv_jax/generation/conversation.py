@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.checks import check_eos
+from restkv_jax.generation.checks import CacheDType, check_cache_dtype, check_eos, check_residual
 from restkv_jax.generation.encoding import encode_messages, encode_next_turn, has_template
 from restkv_jax.generation.passes import empty_cache
 from restkv_jax.generation.text import TextStream, decode_text
@@ -40,6 +40,7 @@ def start_conversation(
     policy: EvictionPolicy | None = None,
     max_new_tokens: int = 256,
     system: str | None = None,
+    cache_dtype: CacheDType = None,
 ) -> Conversation:
     """A conversation in which nothing was said.
 
@@ -52,10 +53,13 @@ def start_conversation(
       policy: that of the answers; a cache without budget grows.
       max_new_tokens: bound on the tokens of an answer, for which there are slots besides the budget.
       system: what the model is told before the first turn.
+      cache_dtype: what keys and values are stored in; see `prefill`. Where the cache is without budget it is for
+        `answer`.
 
     Raises:
-      ValueError: a budget in percent.
+      ValueError: a budget in percent, or a `cache_dtype` that does not go with model or budget.
     """
+    quantisation = check_cache_dtype(cache_dtype, model)
     messages = () if system is None else ({"role": "system", "content": system},)
     if policy is None or policy.budget is None:
         return Conversation(messages)
@@ -63,8 +67,9 @@ def start_conversation(
         raise ValueError(
             f"budget={policy.budget!r} is a percentage of one prompt; give a conversation a number of slots"
         )
+    check_residual(quantisation, (policy,))
     with beside(params) as placed:
-        cache = empty_cache(model, placed["embedding"].dtype, policy, None, max_new_tokens, 1)
+        cache = empty_cache(model, placed["embedding"].dtype, policy, None, max_new_tokens, 1, quantisation)
     return Conversation(messages, cache)
 
 
@@ -123,7 +128,7 @@ def answer(
       policy: what to keep; everything by default.
       max_new_tokens: upper bound on the tokens of the answer.
       eos_token_ids: tokens that end the answer; the model's own by default.
-      options: `stop`, `chunk_size`, and of drawing: `key`, `temperature`, `top_k`, `top_p`, `min_p`; see
+      options: `stop`, `chunk_size`, `cache_dtype`, and of drawing: `key`, `temperature`, `top_k`, `top_p`, `min_p`; see
         `generate_text`.
 
     Raises:

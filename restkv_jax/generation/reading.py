@@ -88,8 +88,9 @@ def prefill(
       segment_size: reads the prompt in segments of so many tokens and evicts after each, so that memory follows the
         segment and the budget, not the prompt; later segments see what was kept of earlier ones. None reads all at
         once.
-      cache_dtype: what keys and values are stored in: "int8", "int4" or "float8_e4m3fn", or a `Quantisation` with its
-        groups and residual window; None stores them as they are. They are judged in full precision, before.
+      cache_dtype: what keys and values are stored in: "int8", "int4" or "float8_e4m3fn", or with the sizes of groups
+        and residual window "int4(group_size=32, residual=64)", or a `Quantisation`; None stores them as they are. They
+        are judged in full precision, before.
 
     Returns:
       the next token's logits, float32 [B, vocabulary], and the cache.

@@ -27,6 +27,7 @@ def stream_blocks(
     keys: Array | None = None,
     sampling: dict[str, Any] | None = None,
     block_size: int = BLOCK_SIZE,
+    cache_dtype: str | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields what follows the prompts in blocks; rows do not end at an end-of-sequence token, the caller cuts them.
 
@@ -40,13 +41,14 @@ def stream_blocks(
       keys: JAX random keys [B], one per row; None decodes greedily.
       sampling: `temperature`, `top_k`, `top_p` and `min_p` as for `generate`.
       block_size: tokens of a block; the first is a single token, the last may be shorter.
+      cache_dtype: what keys and values are stored in; see `prefill`.
 
     Returns:
       an iterator over int32 numpy arrays [B, at most block_size].
     """
     options = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None} | (sampling or {})
     chooser = Sampling(keys, **options, eos_token_ids=jnp.zeros(0, jnp.int32), pad_token_id=0)
-    logits, cache = prefill(model, params, tokens, mask, policy=policy, max_new_tokens=max_new_tokens)
+    logits, cache = prefill(model, params, tokens, mask, policy, max_new_tokens, cache_dtype=cache_dtype)
     now = begin(logits, cache, chooser)
     yield np.asarray(now.token)[:, None]
     for done in range(1, max_new_tokens, block_size):

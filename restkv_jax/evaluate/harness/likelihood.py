@@ -19,7 +19,13 @@ SCORED_AT_ONCE = 128
 
 
 def score_continuation(
-    model: Decoder, params: Any, tokens: Array, mask: Array, continuation: Array, policy: EvictionPolicy
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array,
+    continuation: Array,
+    policy: EvictionPolicy,
+    cache_dtype: str | None = None,
 ) -> TokenScores:
     """Scores continuations fed token by token to the cache that the policy leaves of their contexts.
 
@@ -30,13 +36,14 @@ def score_continuation(
       mask: bool [B, T], False on padding.
       continuation: int32 [B, C], padded on the right; the scores of padding mean nothing.
       policy: what to keep of the contexts.
+      cache_dtype: what keys and values are stored in; see `prefill`.
 
     Returns:
       `TokenScores` [B, C].
     """
     continuation = jnp.asarray(continuation, jnp.int32)
     max_new_tokens = max(1, continuation.shape[1] - 1)
-    logits, cache = prefill(model, params, tokens, mask, policy=policy, max_new_tokens=max_new_tokens)
+    logits, cache = prefill(model, params, tokens, mask, policy, max_new_tokens, cache_dtype=cache_dtype)
     return run_from(model, params, logits, cache, Forced(continuation), continuation.shape[1]).notes
 
 

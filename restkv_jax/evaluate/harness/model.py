@@ -159,7 +159,8 @@ class RestKV(TemplateLM):
         continuation = np.zeros((len(rows), _power(max(len(item.continuation) for item in rows))), np.int32)
         for row, item in zip(continuation, rows, strict=True):
             row[: len(item.continuation)] = item.continuation
-        found = score_continuation(self.model, self.params, tokens, mask, jnp.asarray(continuation), self.parsed.policy)
+        how = self.parsed.policy, self.parsed.general.cache_dtype
+        found = score_continuation(self.model, self.params, tokens, mask, jnp.asarray(continuation), *how)
         log_probabilities, is_greedy = (np.asarray(x) for x in found)
         for b, item in enumerate(batch):
             count = len(item.continuation)
@@ -233,8 +234,9 @@ class RestKV(TemplateLM):
             sampling = {name: options.get(name) for name in SAMPLING}
         so_far = np.zeros((len(rows), 0), np.int32)
         blocks = stream_blocks(
-            self.model, self.params, tokens, mask, self.parsed.policy, batch[0].max_new_tokens, keys, sampling
-        )
+            self.model, self.params, tokens, mask, self.parsed.policy, batch[0].max_new_tokens, keys, sampling,
+            cache_dtype=self.parsed.general.cache_dtype,
+        )  # fmt: skip
         for block in blocks:
             so_far = np.concatenate([so_far, block], axis=1)
             answers = [self._cut(row, options["until"]) for row in so_far[: len(batch)]]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, get_args
 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import check_options, make_policy, suggest
+from restkv_jax.kernels.quantised import parse_quantisation
 from restkv_jax.loading import DType
 from restkv_jax.models.arguments import check_integer
 
@@ -25,6 +26,8 @@ class ModelArgs:
       batch_size: prompts read at once.
       seed: of the random draws, where a task samples.
       dense: leave out the sharing of keys that the model was adapted to.
+      cache_dtype: what the cache stores keys and values in: int8, int4 or float8_e4m3fn, or with the sizes of groups
+        and residual window int4(group_size=32;residual=16); the model's dtype if left out.
     """
 
     pretrained: str | None = None
@@ -36,6 +39,7 @@ class ModelArgs:
     batch_size: int = 1
     seed: int = 0
     dense: bool = False
+    cache_dtype: str | None = None
 
 
 class ParsedArgs(NamedTuple):
@@ -72,5 +76,7 @@ def _check_general(general: ModelArgs) -> None:
         if getattr(general, name) is not None:
             check_integer(name, getattr(general, name), 1, "tokens or prompts")
     check_integer("seed", general.seed, 0, "of random draws")
+    if general.cache_dtype is not None:
+        parse_quantisation(str(general.cache_dtype))
     if general.dtype not in get_args(DType):
         raise ValueError(f"dtype={general.dtype!r} is unknown; {suggest(str(general.dtype), get_args(DType))}")
