@@ -40,8 +40,8 @@ def keeper_of(
     if quantisation is not None:
         if chosen not in QUANTISED:
             raise ValueError(
-                f"cache_dtype={quantisation.dtype!r} does not go with the cache that {chosen.__name__} builds; leave it "
-                "out, or where the model shares keys read without, by model.clone(sharing=None) or --dense"
+                f"cache_dtype={quantisation.dtype!r} does not go with the cache of {chosen.__name__}; leave it out, or "
+                "where the model shares keys read without, by model.clone(sharing=None) or --dense"
             )
         chosen = QUANTISED[chosen]
     return chosen(model, policy, length, total, max_new_tokens, quantisation)

@@ -255,7 +255,7 @@ def test_what_makes_no_sense(options, error, words):
 
 def test_a_model_that_shares_keys_is_refused():
     sharing = rk.pod.Sharing(rk.pod.LayerGroups([[0, 0], [0, 1], [0, 1]]), sink=3, recent=24)
-    with pytest.raises(ValueError, match=r"cache_dtype='int8' does not go with the cache that SharedKeeper builds.*--dense"):
+    with pytest.raises(ValueError, match=r"cache_dtype='int8' does not go with the cache of SharedKeeper.*--dense"):
         rk.prefill(MODEL, weights(), *texts(LENGTHS), sharing=sharing, cache_dtype="int8")
 
 
