@@ -44,7 +44,7 @@ class Pages(NamedTuple):
 
 
 class QuantisedPages(NamedTuple):
-    """As `Pages`, each page a group of `stored` codes and scales, [A, M, pages, page_size, D]."""
+    """As `Pages`, each page a group of `stored`, [A, M, pages, page_size, D]."""
 
     stored: QuantisedPairs
     positions: Array
@@ -53,7 +53,8 @@ class QuantisedPages(NamedTuple):
 
     def take(self, page: Array, dtype: Any) -> tuple[Array, Array]:
         """As `Pages.take`, dequantised."""
-        return jax.tree.map(lambda x: x[page], self.stored).dequantised(dtype)
+        pairs = jax.tree.map(lambda x: x[page], self.stored).dequantised(dtype)
+        return tuple(x.reshape(*page.shape, self.positions.shape[-1], x.shape[-1]) for x in pairs)
 
 
 AnyPages = Pages | QuantisedPages

@@ -7,6 +7,7 @@ float32: where float16's would overflow, they do not.
 
 import dataclasses
 import re
+from typing import Any
 
 import flax.struct
 import jax
@@ -100,11 +101,11 @@ def parse_quantisation(text: str) -> Quantisation:
 
 
 class QuantisedPairs(flax.struct.PyTreeNode):
-    """Codes and scales of pairs, axes `...` before those of tokens `N`, a multiple of `group_size`, and channels `D`.
+    """Codes and scales of pairs: of `G` groups of `S` tokens, with axes `...` before.
 
-    `keys`, `values` [..., N, D] int8, the bits of float8 as uint8, or two int4 in a uint8 [..., N, D / 2];
-    `key_scales` bfloat16 [..., N / group_size, D]; `value_scales` bfloat16 [..., N, D / channels]; `quantisation`
-    static.
+    `keys`, `values` [..., G, S, D] int8, the bits of float8 as uint8, or two int4 in a uint8 [..., G, S, D / 2];
+    `key_scales` bfloat16 [..., G, D]; `value_scales` bfloat16 [..., G, C, S], of `C` parts of the channels, the tokens
+    last since a TPU stores the last axis in steps of 128; `quantisation` static.
     """
 
     keys: Array
@@ -113,79 +114,75 @@ class QuantisedPairs(flax.struct.PyTreeNode):
     value_scales: Array
     quantisation: Quantisation = flax.struct.field(pytree_node=False)
 
-    def dequantised(self, dtype: jnp.dtype) -> tuple[Array, Array]:
-        """Keys and values, [..., N, D]."""
+    def dequantised(self, dtype: Any) -> tuple[Array, Array]:
+        """Keys and values, [..., G * S, D]."""
         keys, values = (decode(x, self.quantisation) for x in (self.keys, self.values))
-        keys, values = groups(keys, self.key_scales.shape[-2], -2), groups(values, self.value_scales.shape[-1], -1)
         keys = keys * self.key_scales[..., None, :].astype(jnp.float32)
-        values = values * self.value_scales[..., None].astype(jnp.float32)
-        return tuple(ungroup(x, axis).astype(dtype) for x, axis in ((keys, -2), (values, -1)))
+        by_channels = split(values, self.value_scales.shape[-2], -1)
+        value_scales = jnp.swapaxes(self.value_scales, -1, -2)[..., None].astype(jnp.float32)
+        values = merge(by_channels * value_scales, -1)
+        return merge(keys, -2).astype(dtype), merge(values, -2).astype(dtype)
 
     def tile(self, layer: Array, start: Array, size: int) -> "QuantisedPairs":
-        """Slots of one layer from `start` on, whole groups: of axes [L, B, K, N, D]."""
-        group = self.quantisation.group_size
+        """`size` groups of one layer from `start` on, of axes [L, B, K, G, ...]."""
 
-        def take(x: Array, start: Array, size: int) -> Array:
-            rest = x.shape[1:3], x.shape[4:]
-            return jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), (1, *rest[0], size, *rest[1]))[0]
+        def take(x: Array) -> Array:
+            sizes = (1, *x.shape[1:3], size, *x.shape[4:])
+            return jax.lax.dynamic_slice(x, (layer, 0, 0, start, *[0] * (x.ndim - 4)), sizes)[0]
 
-        return self.replace(
-            keys=take(self.keys, start, size),
-            values=take(self.values, start, size),
-            value_scales=take(self.value_scales, start, size),
-            key_scales=take(self.key_scales, start // group, size // group),
-        )
+        return jax.tree.map(take, self)
 
 
 def quantise(keys: Array, values: Array, quantisation: Quantisation) -> QuantisedPairs:
-    """Keys and values [..., N, D], `N` a multiple of the group's size, as codes and scales."""
+    """Keys and values [..., G * S, D] as codes and scales."""
     q, (*_, length, dim) = quantisation, keys.shape
-    keys = groups(keys.astype(jnp.float32), length // q.group_size, -2)
-    values = groups(values.astype(jnp.float32), dim // q.channels(dim), -1)
-    key_scales, value_scales = scales_of(keys, -2, q), scales_of(values, -1, q)
+    keys, values = (split(x.astype(jnp.float32), length // q.group_size, -2) for x in (keys, values))
+    by_channels = split(values, dim // q.channels(dim), -1)
+    key_scales, value_scales = scales_of(keys, -2, q), scales_of(by_channels, -1, q)
     return QuantisedPairs(
-        keys=pack(ungroup(encode(keys, key_scales, q), -2), q),
+        keys=pack(encode(keys, key_scales, q), q),
         key_scales=key_scales[..., 0, :],
-        values=pack(ungroup(encode(values, value_scales, q), -1), q),
-        value_scales=value_scales[..., 0],
+        values=pack(merge(encode(by_channels, value_scales, q), -1), q),
+        value_scales=jnp.swapaxes(value_scales[..., 0], -1, -2),
         quantisation=q,
     )
 
 
 def put_into_group(group: QuantisedPairs, member: Array, key: Array, value: Array) -> QuantisedPairs:
-    """Puts one pair into a group; a channel's scale grows where the key exceeds it, and other codes follow it.
+    """Puts one pair into each group; a channel's scale grows where the key exceeds it, and other codes follow it.
 
     Args:
-      group: [..., group_size, D].
+      group: [..., S, D].
       member: int32 [...], its place.
-      key: [..., 1, D].
-      value: [..., 1, D].
+      key: [..., D].
+      value: [..., D].
     """
-    q, dim = group.quantisation, key.shape[-1]
-    wide = key.astype(jnp.float32)
-    scales = jnp.maximum(group.key_scales, scales_of(wide, -2, q))
+    q, dim, key = group.quantisation, key.shape[-1], key[..., None, :].astype(jnp.float32)
+    scales = jnp.maximum(group.key_scales[..., None, :], scales_of(key, -2, q))
     is_member = (jnp.arange(q.group_size) == member[..., None])[..., None]
-    keys = decode(group.keys, q) * group.key_scales.astype(jnp.float32)
-    by_channels = groups(value.astype(jnp.float32), dim // q.channels(dim), -1)
+    keys = decode(group.keys, q) * group.key_scales[..., None, :].astype(jnp.float32)
+    by_channels = split(value[..., None, :].astype(jnp.float32), dim // q.channels(dim), -1)
     value_scales = scales_of(by_channels, -1, q)
+    codes = pack(merge(encode(by_channels, value_scales, q), -1), q)
     return group.replace(
-        keys=pack(encode(jnp.where(is_member, wide, keys), scales, q), q),
-        key_scales=scales,
-        values=jnp.where(is_member, pack(ungroup(encode(by_channels, value_scales, q), -1), q), group.values),
-        value_scales=jnp.where(is_member, value_scales[..., 0], group.value_scales),
+        keys=pack(encode(jnp.where(is_member, key, keys), scales, q), q),
+        key_scales=scales[..., 0, :],
+        values=jnp.where(is_member, codes, group.values),
+        value_scales=jnp.where(is_member[..., 0][..., None, :], value_scales[..., 0, :, :], group.value_scales),
     )
 
 
 def empty_pairs(shape: tuple[int, ...], quantisation: Quantisation) -> QuantisedPairs:
-    """Zeros for keys and values of a shape [..., N, D], `N` a multiple of the group's size."""
+    """Zeros for keys and values of a shape [..., G * S, D]."""
     *before, length, dim = shape
-    packed = (*before, length, dim // 2 if quantisation.dtype == "int4" else dim)
-    codes = jnp.zeros(packed, code_dtype(quantisation))
+    groups = (*before, length // quantisation.group_size)
+    packed = dim // 2 if quantisation.dtype == "int4" else dim
+    codes = jnp.zeros((*groups, quantisation.group_size, packed), code_dtype(quantisation))
     return QuantisedPairs(
         keys=codes,
-        key_scales=jnp.zeros((*before, length // quantisation.group_size, dim), jnp.bfloat16),
+        key_scales=jnp.zeros((*groups, dim), jnp.bfloat16),
         values=codes,
-        value_scales=jnp.zeros((*before, length, dim // quantisation.channels(dim)), jnp.bfloat16),
+        value_scales=jnp.zeros((*groups, dim // quantisation.channels(dim), quantisation.group_size), jnp.bfloat16),
         quantisation=quantisation,
     )
 
@@ -198,14 +195,14 @@ def code_dtype(quantisation: Quantisation) -> jnp.dtype:
     return jnp.dtype("int8" if quantisation.dtype == "int8" else "uint8")
 
 
-def groups(x: Array, count: int, axis: int) -> Array:
-    """Cuts one of the last two axes into `count` groups: [..., N, D] to [..., count, N / count, D] or its like."""
+def split(x: Array, count: int, axis: int) -> Array:
+    """Cuts an axis into `count` parts: [..., N, D] to [..., count, N / count, D] or its like."""
     axis %= x.ndim
     return x.reshape(*x.shape[:axis], count, x.shape[axis] // max(count, 1), *x.shape[axis + 1 :])
 
 
-def ungroup(x: Array, axis: int) -> Array:
-    """The reverse of `groups`; `axis` is that of the members."""
+def merge(x: Array, axis: int) -> Array:
+    """The reverse of `split`; `axis` is that of the members."""
     axis %= x.ndim
     return x.reshape(*x.shape[: axis - 1], x.shape[axis - 1] * x.shape[axis], *x.shape[axis + 1 :])
 
@@ -248,7 +245,7 @@ def decode(codes: Array, quantisation: Quantisation) -> Array:
         return jax.lax.bitcast_convert_type(codes, jnp.dtype(quantisation.dtype)).astype(jnp.float32)
     # both halves by one shift of 32 bits: a CPU has vectors of these, and needs none for a concatenation
     halves = (codes.astype(jnp.int32)[..., None, :] << jnp.array([28, 24])[:, None]) >> 28
-    return ungroup(halves, -1).astype(jnp.float32)
+    return merge(halves, -1).astype(jnp.float32)
 
 
 def read_quantised(state: Softmax, queries: Queries, stored: QuantisedPairs, layer: Array, positions: Array) -> Softmax:
@@ -257,21 +254,22 @@ def read_quantised(state: Softmax, queries: Queries, stored: QuantisedPairs, lay
     Args:
       state: of [B, K, G, T] queries, what has been read so far.
       queries: [B, K, G, T, D].
-      stored: [L, B, K, N, D] of all layers, read where they stand.
+      stored: [L, B, K, G, S, D] of all layers, read where they stand.
       layer: int32 scalar.
-      positions: int32 [B, K, N], -1 where a slot is empty.
+      positions: int32 [B, K, G * S], -1 where a slot is empty.
     """
-    length, group = positions.shape[-1], stored.quantisation.group_size
-    if not length:
+    num_groups, group = stored.keys.shape[3:5]
+    if not num_groups:
         return state
-    size = min(length, -(-SLOTS_AT_ONCE // group) * group)
+    size = min(num_groups, max(1, SLOTS_AT_ONCE // group))
 
     def read(state: Softmax, start: Array, is_new: Array) -> Softmax:
         keys, values = stored.tile(layer, start, size).dequantised(queries.vectors.dtype)
-        seen = visible(queries, take_columns(positions, start, size, axis=2))[:, :, None] & is_new
+        where = take_columns(positions, start * group, size * group, axis=2)
+        seen = visible(queries, where)[:, :, None] & jnp.repeat(is_new, group)
         return join(state, read_keys(queries, keys, values, seen))
 
-    return fold_places(read, state, length, size)
+    return fold_places(read, state, num_groups, size)
 
 
 def read_pairs(state: Softmax, queries: Queries, pairs: Pairs) -> Softmax:

@@ -149,5 +149,49 @@ def measure_time(results: pathlib.Path, model: str | None = None, slots: int = 1
             found.add(name, {"least": min(times[2:]), "median": float(np.median(times[2:]))})
 
 
+LLAMA_1B = dict(
+    model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
+    tie_word_embeddings=True,
+)  # fmt: skip
+"""Of the shape of Llama 3.2 1B."""
+
+
+@app.command
+def memory(results: pathlib.Path, slots: int = 16384, topology: str = "v5e:2x2"):
+    """Bytes of a decoding step compiled for one TPU: of the cache, of temporaries, and read or written in all."""
+    from jax.experimental import topologies
+
+    found, decoder = Results(results), rk.build_model(LLAMA_1B)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    place = jax.sharding.SingleDeviceSharding(devices[0])
+
+    def laid(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    params = laid(jax.eval_shape(lambda key: rk.init_params(decoder, key, jnp.bfloat16), jax.random.key(0)))
+    prompt, token = laid((jax.ShapeDtypeStruct((1, slots - 64), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)))
+    for dtype in DTYPES:
+
+        def read(params, tokens, dtype=dtype):
+            return rk.prefill(decoder, params, tokens, max_new_tokens=64, cache_dtype=dtype)[1]
+
+        cache = laid(jax.eval_shape(read, params, prompt))
+        step = jax.jit(functools.partial(rk.decode_step, decoder), donate_argnums=2)
+        compiled = step.lower(params, token, cache).compile()
+        analysis, costs = compiled.memory_analysis(), compiled.cost_analysis()
+        layer = 2 * decoder.config.num_key_value_heads * decoder.config.head_dim * slots * 2
+        found.add(
+            f"memory {topology} {slots} {dtype}",
+            {
+                "cache": rk.cache_bytes(cache),
+                "in place": analysis.alias_size_in_bytes,
+                "temporaries": analysis.temp_size_in_bytes,
+                "a layer in bfloat16": layer,
+                "accessed": costs["bytes accessed"],
+            },
+        )
+
+
 if __name__ == "__main__":
     app()

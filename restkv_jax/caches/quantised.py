@@ -33,7 +33,7 @@ class QuantisedCache(Cache):
     group is older than the residual window, the group is quantised.
 
     Attributes:
-      stored: [L, B, K, Q, D], `Q` the slots of whole groups.
+      stored: [L, B, K, G, S, D], whole groups; `Q = G * S` are their slots.
       recent_keys: [L, B, K, W, D], after RoPE.
       recent_values: [L, B, K, W, D].
       positions: int32 [L, B, K, S], of the token in its sequence; -1 where a slot is empty.
@@ -63,7 +63,7 @@ class QuantisedCache(Cache):
     @property
     def num_grouped(self) -> int:
         """`Q`."""
-        return self.stored.values.shape[3]
+        return self.stored.keys.shape[3] * self.stored.keys.shape[4]
 
     @staticmethod
     def layout(quantisation: Quantisation, slots: int) -> tuple[int, int]:
@@ -126,17 +126,17 @@ class QuantisedCache(Cache):
 
     def _quantise_groups(self, layer: Array, new: Pairs, before: Array, after: Array) -> Self:
         """Quantises the groups that `new` pairs complete; int32 [B, K] slots in use before and after."""
-        q, group = self.quantisation, self.quantisation.group_size
+        q = self.quantisation
         slots, is_whole, places = whole_groups(q, before, after, new, self.num_recent, self.num_grouped)
         if not slots.shape[-1]:
             return self
         both = (self.recent_keys[layer], new.keys), (self.recent_values[layer], new.values)
         codes = quantise(*(take_places(jnp.concatenate(x, axis=2), places) for x in both), q)
-        of_tokens = unless(is_whole, slots, self.num_grouped)
-        of_groups = unless(is_whole[..., ::group], slots[..., ::group] // group, self.num_grouped)
-        where = self.stored.replace(keys=of_tokens, values=of_tokens, value_scales=of_tokens, key_scales=of_groups)
-        put = jax.tree.map(lambda whole, part, at: put_pairs(whole, layer, at, part), self.stored, codes, where)
-        return self.replace(stored=put)
+        groups, is_whole = (x[..., :: q.group_size] for x in (slots // q.group_size, is_whole))
+        groups = unless(is_whole, groups, self.stored.keys.shape[3])
+        return self.replace(
+            stored=jax.tree.map(lambda whole, part: put_pairs(whole, layer, groups, part), self.stored, codes)
+        )
 
     def room(self) -> Array:
         return self.num_slots - self.lengths.max()
@@ -153,14 +153,8 @@ class QuantisedCache(Cache):
             return jnp.pad(x[:, :, :, :size], widths, constant_values=empty)
 
         grouped, recent = self.layout(q, slots)
-        stored = self.stored
         return self.replace(
-            stored=stored.replace(
-                keys=fitted(stored.keys, grouped),
-                values=fitted(stored.values, grouped),
-                value_scales=fitted(stored.value_scales, grouped),
-                key_scales=fitted(stored.key_scales, grouped // q.group_size),
-            ),
+            stored=jax.tree.map(lambda x: fitted(x, grouped // q.group_size), self.stored),
             # a ring of another size has not come round, so slot and place are the same
             recent_keys=fitted(self.recent_keys, recent),
             recent_values=fitted(self.recent_values, recent),
@@ -282,7 +276,7 @@ def empty_fields(
 def put_groups(stored: QuantisedPairs, layer: Array | int, kept: Pairs) -> QuantisedPairs:
     """Quantises pairs [B, K, C, D] into the first slots of a layer, as far as these reach."""
     q, length = stored.quantisation, kept.keys.shape[2]
-    count = min(stored.values.shape[3], -(-length // q.group_size) * q.group_size)
+    count = min(stored.keys.shape[3], -(-length // q.group_size)) * q.group_size
     if not count:
         return stored
 

@@ -76,20 +76,16 @@ class QuantisedEvictingCache(ByImportance, QuantisedCache):
             return self
         q, recent, moves = self.quantisation, self.recent(layer), slot < self.num_old
         group = jnp.minimum(slot, self.num_old - 1) // q.group_size
-        members = group * q.group_size + jnp.arange(q.group_size)
-        where = self.stored.replace(keys=members, values=members, value_scales=members, key_scales=group)
-        before = jax.tree.map(lambda x, at: take_places(x[layer], at), self.stored, where)
+        before = jax.tree.map(lambda x: take_places(x[layer], group), self.stored)
         pair = (take_places(x, place) for x in recent[:2])
-        after = put_into_group(before, (slot % q.group_size)[..., 0], *pair)
-
-        def put(whole: Array, part: Array, at: Array) -> Array:
-            return put_pairs(whole, layer, unless(moves, at, whole.shape[3]), part)
+        after = put_into_group(before, slot % q.group_size, *pair)
+        group = unless(moves, group, self.stored.keys.shape[3])
 
         slot = unless(moves, slot, self.num_slots)
         position = take_places(recent.positions, place)
         importance = take_places(self.importance[layer], self.num_old + place)
         return self.replace(
-            stored=jax.tree.map(put, self.stored, after, where),
+            stored=jax.tree.map(lambda whole, part: put_pairs(whole, layer, group, part), self.stored, after),
             positions=put_pairs(self.positions, layer, slot, position),
             importance=put_pairs(self.importance, layer, slot, importance),
         )

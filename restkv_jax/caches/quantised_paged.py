@@ -16,7 +16,8 @@ from restkv_jax.kernels.attention import attend
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.paged import QuantisedPages, pairs_of_pages, read_pages
 from restkv_jax.kernels.pairs import Pairs, Queries, concatenate, take_places
-from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, quantise, read_pairs
+from restkv_jax.kernels.partition import divide, each_part
+from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, merge, quantise, read_pairs
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.memory import Memory
 
@@ -116,18 +117,18 @@ class QuantisedPagedCache(InPages):
         recent = Pairs(self.recent_keys[layer], self.recent_values[layer], self.recent_positions[layer])
         both = zip(recent, new, strict=True)
         keys, values, positions = (take_places(jnp.concatenate(x, axis=2), places) for x in both)
-        of_tokens = jnp.where(is_whole, self._page_of(self.page_table[layer], slots), self.num_pages)
-        of_groups, first = of_tokens[..., ::size], jnp.zeros_like(of_tokens[..., ::size])
-        at = {"key_scales": (of_groups, first)}
+        pages = jnp.where(is_whole, self._page_of(self.page_table[layer], slots), self.num_pages)[..., ::size]
 
-        def put(name: str, new: Array) -> Array:
-            return self._put(getattr(self.stored, name), *at.get(name, (of_tokens, slots % size)), new)
+        def put(pool: Array, new: Array) -> Array:
+            def one_part(pool, pages, new):
+                return pool.at[pages].set(new.astype(pool.dtype), mode="drop")
+
+            return each_part(one_part, pool, divide(pages, self.parts), divide(new, self.parts))
 
         codes = quantise(keys, values, self.quantisation)
-        names = "keys", "key_scales", "values", "value_scales"
         return self.replace(
-            stored=self.stored.replace(**{name: put(name, getattr(codes, name)) for name in names}),
-            positions=self._put(self.positions, of_tokens, slots % size, positions),
+            stored=jax.tree.map(put, self.stored, codes),
+            positions=put(self.positions, positions.reshape(*pages.shape, size)),
         )
 
     def room(self) -> Array:
@@ -169,7 +170,7 @@ class QuantisedPagedKeeper(PagedKeeper):
             candidates = candidates.replace(values=self._refitted(candidates, keep))
         lengths, ranks = keep.sum(-1, dtype=jnp.int32), jnp.cumsum(keep, axis=-1) - 1
         filled = self.fill(candidates, keep & (ranks < q.num_grouped(lengths)[..., None]), q.group_size)
-        stored = quantise(filled.pop("keys"), filled.pop("values"), q)
+        stored = quantise(*(merge(filled.pop(name), 3) for name in ("keys", "values")), q)
         ring = jnp.maximum(ring_slots(lengths, q.residual + q.group_size - 1), 0)
         places = jnp.argsort(~keep, axis=-1, stable=True)  # of the kept ones, in their order
         places = jnp.take_along_axis(places, jnp.minimum(ring, places.shape[-1] - 1), axis=-1)

@@ -52,8 +52,8 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 DENSE = {"keys": "l b k n d", "values": "l b k n d", "positions": "l b k n", "lengths": "l b k"}
 QUANTISED = {
-    "stored.keys": "l b k q e", "stored.key_scales": "l b k r d", "stored.values": "l b k q e",
-    "stored.value_scales": "l b k q v", "recent_keys": "l b k w d", "recent_values": "l b k w d",
+    "stored.keys": "l b k q s e", "stored.key_scales": "l b k q d", "stored.values": "l b k q s e",
+    "stored.value_scales": "l b k q v s", "recent_keys": "l b k w d", "recent_values": "l b k w d",
     "positions": "l b k n", "lengths": "l b k",
 }  # fmt: skip
 IMPORTANCE = {"importance": "l b k n", "gram": "l k g d d"}
@@ -61,8 +61,8 @@ AXES = {
     "KVCache": DENSE,
     "QuantisedCache": QUANTISED,
     "QuantisedPagedCache": {
-        "stored.keys": "a m p s e", "stored.key_scales": "a m p r d", "stored.values": "a m p s e",
-        "stored.value_scales": "a m p s v", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
+        "stored.keys": "a m p s e", "stored.key_scales": "a m p d", "stored.values": "a m p s e",
+        "stored.value_scales": "a m p v s", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
         "recent_keys": "l b k w d", "recent_values": "l b k w d", "recent_positions": "l b k w",
     },
     "EvictingCache": DENSE | IMPORTANCE,
@@ -316,15 +316,12 @@ def _check_ranges(cache: Any, sizes: dict[str, int]) -> None:
 def _quantised_sizes(cache: QuantisedCache | QuantisedPagedCache, dim: int) -> dict[str, int]:
     q = cache.quantisation
     q.check_dim(dim)
+    group = jax.eval_shape(lambda: empty_pairs((q.group_size, dim), q))
+    sizes = {"s": q.group_size, "e": group.keys.shape[-1], "v": group.value_scales.shape[-2]}
     if isinstance(cache, QuantisedPagedCache):
-        names, grouped, recent = "s", q.group_size, q.residual + q.group_size - 1
-    else:
-        names, (grouped, recent) = "q", cache.layout(q, cache.num_slots)
-    stored = jax.eval_shape(lambda: empty_pairs((grouped, dim), q))
-    (groups, _), (_, packed), (_, by_channels) = (
-        x.shape for x in (stored.key_scales, stored.keys, stored.value_scales)
-    )
-    return {names: grouped, "r": groups, "e": packed, "v": by_channels, "w": recent}
+        return sizes | {"w": q.residual + q.group_size - 1}
+    grouped, recent = cache.layout(q, cache.num_slots)
+    return sizes | {"q": grouped // q.group_size, "w": recent}
 
 
 def _dtype_of(name: str, cache: Any) -> Any:

@@ -50,10 +50,10 @@ def as_pairs(keys, values, quantisation):
         for c, s in ((key_codes, key_scales), (codes, scales))
     ]
     return {
-        "keys": packed(key_codes.reshape(keys.shape), q.dtype),
+        "keys": packed(key_codes, q.dtype),
         "key_scales": key_scales[..., 0, :],
-        "values": packed(codes.reshape(values.shape), q.dtype),
-        "value_scales": scales[..., 0],
+        "values": packed(codes.reshape(by_group.shape), q.dtype),
+        "value_scales": np.swapaxes(scales[..., 0].reshape(*by_group.shape[:-1], -1), -1, -2),
     }, wide
 
 
