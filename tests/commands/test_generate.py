@@ -76,3 +76,12 @@ def test_options_of_a_model_that_are_out_of_range(capsys, tmp_path):
     code, out, err = run(capsys, str(directory), "--sample")
     assert (code, out, err) == (2, "", "restkv: error: top_p=1.5 must be in (0, 1]\n")
     assert run(capsys, str(directory), "--sample", "--top-p", "0.9", "--quiet")[0] == 0
+
+
+def test_quantised_caches(capsys, model):
+    stored = "int8(group_size=8,residual=8)"
+    code, out, err = run(capsys, model, "--cache-dtype", stored)
+    assert (code, err) == (0, "") and out.startswith(expected(model, cache_dtype=rk.Quantisation("int8", 8, 8)))
+    assert f"cache dtype         │ {stored}" in out
+    code, _, err = run(capsys, model, "--cache-dtype", "int3")
+    assert code != 0 and "cache_dtype='int3' is unknown; choose from 'int8', 'int4', 'float8_e4m3fn'" in err

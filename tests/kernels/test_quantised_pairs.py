@@ -11,7 +11,15 @@ from hypothesis.extra import numpy as arrays
 
 from restkv_jax.kernels.attention import attend
 from restkv_jax.kernels.pairs import Pairs, Queries
-from restkv_jax.kernels.quantised import LARGEST_CODES, Quantisation, empty_pairs, quantise, read_quantised
+from restkv_jax.kernels.quantised import (
+    LARGEST_CODES,
+    Quantisation,
+    empty_pairs,
+    parse_quantisation,
+    put_into_group,
+    quantise,
+    read_quantised,
+)
 from restkv_jax.kernels.softmax import empty_softmax
 
 DTYPES = tuple(LARGEST_CODES)
@@ -146,3 +154,29 @@ def test_groups_that_do_not_divide_the_head_dimension():
     with pytest.raises(ValueError, match="two channels into a byte, but the head dimension is 15; take 'int8'"):
         Quantisation("int4", 64).check_dim(15)
     Quantisation("int4", 64).check_dim(48)  # a group of all channels
+
+
+def test_quantisations_are_written_as_text():
+    assert parse_quantisation("int8") == Quantisation("int8")
+    assert parse_quantisation(" int4(residual=64; group_size=16) ") == Quantisation("int4", 16, 64)
+    with pytest.raises(ValueError, match=r"'group=3' is not group_size=N or residual=N"):
+        parse_quantisation("int8(group=3)")
+    with pytest.raises(ValueError, match=r"cache_dtype='int8\(' is not written as int8"):
+        parse_quantisation("int8(")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pair_put_into_a_group_leaves_the_others_where_its_scale_reaches(dtype):
+    rng, q = np.random.default_rng(3), Quantisation(dtype, group_size=8)
+    keys, values = (rng.standard_normal((5, 8, 16)).astype(np.float32) for _ in range(2))
+    group = jax.tree.map(lambda x: x[:, 0], quantise(keys, values, q))
+    before, member = group.dequantised(jnp.float32), np.arange(5)
+    small, large = np.float32(0.01) * keys[:, 0], 4 * np.abs(keys).max() * np.ones((5, 16), np.float32)
+    others = np.arange(8) != member[:, None]
+    for x, y in zip(put_into_group(group, member, small, small).dequantised(jnp.float32), before, strict=True):
+        np.testing.assert_array_equal(np.asarray(x)[others], np.asarray(y)[others])
+    after = put_into_group(group, member, large, large)
+    for x, y in zip(after.dequantised(jnp.float32), before, strict=True):
+        np.testing.assert_allclose(np.asarray(x)[~others], large, rtol=2.0**-7)
+        bound = 0.51 * np.asarray(after.key_scales, np.float32).max() * {"float8_e4m3fn": 32}.get(dtype, 1)
+        assert np.abs(np.asarray(x)[others] - np.asarray(y)[others]).max() <= bound
