@@ -128,8 +128,8 @@ def needles(
 
 @app.command(name="time")
 def measure_time(results: pathlib.Path, model: str | None = None, slots: int = 16384, steps: int = 20):
-    """Seconds per decoded token of one row at a full cache of `slots`."""
-    found, (decoder, params, _) = Results(results), rk.load_model(model)
+    """Seconds per decoded token of one row at a full cache of `slots`, in float32 but for the codes."""
+    found, (decoder, params, _) = Results(results), rk.load_model(model, jnp.float32)
     tokens = np.zeros((1, 64), np.int32)
     for repetition in range(3):
         for dtype in DTYPES:

@@ -170,13 +170,17 @@ def test_a_pair_put_into_a_group_leaves_the_others_where_its_scale_reaches(dtype
     rng, q = np.random.default_rng(3), Quantisation(dtype, group_size=8)
     keys, values = (rng.standard_normal((5, 8, 16)).astype(np.float32) for _ in range(2))
     group = jax.tree.map(lambda x: x[:, 0], quantise(keys, values, q))
-    before, member = group.dequantised(jnp.float32), np.arange(5)
+
+    def wide(group):
+        return [np.asarray(x).reshape(keys.shape) for x in group.dequantised(jnp.float32)]
+
+    member = np.arange(5)
     small, large = np.float32(0.01) * keys[:, 0], 4 * np.abs(keys).max() * np.ones((5, 16), np.float32)
     others = np.arange(8) != member[:, None]
-    for x, y in zip(put_into_group(group, member, small, small).dequantised(jnp.float32), before, strict=True):
-        np.testing.assert_array_equal(np.asarray(x)[others], np.asarray(y)[others])
+    for x, y in zip(wide(put_into_group(group, member, small, small)), wide(group), strict=True):
+        np.testing.assert_array_equal(x[others], y[others])
     after = put_into_group(group, member, large, large)
-    for x, y in zip(after.dequantised(jnp.float32), before, strict=True):
-        np.testing.assert_allclose(np.asarray(x)[~others], large, rtol=2.0**-7)
+    for x, y in zip(wide(after), wide(group), strict=True):
+        np.testing.assert_allclose(x[~others], np.broadcast_to(large[:, None], keys.shape)[~others], rtol=2.0**-7)
         bound = 0.51 * np.asarray(after.key_scales, np.float32).max() * {"float8_e4m3fn": 32}.get(dtype, 1)
-        assert np.abs(np.asarray(x)[others] - np.asarray(y)[others]).max() <= bound
+        assert np.abs(x[others] - y[others]).max() <= bound
