@@ -214,7 +214,7 @@ def segments(options: Options, known: list[dict[str, Any]]) -> Iterator[dict[str
 
 
 def memory(options: Options, known: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The compiler's bytes of reading a prompt in segments, for the shape of a model of a billion weights in float32."""
+    """The compiler's bytes of reading a prompt in segments, for the shape of a model of a billion weights."""
     billion = dict(
         model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
         num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=2**20,
