@@ -231,6 +231,7 @@ def memory(options: Options, known: list[dict[str, Any]]) -> Iterator[dict[str, 
 
             tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
             found = jax.jit(run).lower(params, tokens).compile().memory_analysis()
+            assert found is not None
             yield {
                 "what": "memory", "length": length, "segment_size": size, "slots": 1024,
                 "temporaries": found.temp_size_in_bytes, "output": found.output_size_in_bytes,
