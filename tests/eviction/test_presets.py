@@ -24,6 +24,12 @@ def test_a_percentage_needs_a_prompt():
         make_policy("snapkv", {"budget": "10%"})
 
 
+def test_the_width_of_the_smoothing_is_the_authors_for_a_benchmark():
+    assert rk.restkv() == rk.restkv(benchmark="infinitebench") == rk.restkv(kernel_size=21)
+    assert rk.restkv(benchmark="longbench") == rk.restkv(benchmark="needle") == rk.restkv(kernel_size=5)
+    assert rk.restkv(benchmark="longbench", kernel_size=11) == rk.restkv(kernel_size=11)
+
+
 @pytest.mark.parametrize("name", rk.METHODS)
 def test_every_method_is_made_from_its_name(name):
     assert make_policy(name, {}) == rk.METHODS[name]()
@@ -48,6 +54,7 @@ def test_options_are_those_of_the_preset_and_of_any_policy():
             {"budget": "1%"},
             "budget=1% of a prompt of 1,000 tokens is 10 slots: budget=10 must",
         ),
+        ("restkv", {"benchmark": "rouler"}, "benchmark='rouler' is unknown; choose from 'ruler'"),
         ("restkv", {"refit": 0}, "ridge=0 must be above 0"),
     ],
 )

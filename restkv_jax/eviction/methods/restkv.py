@@ -16,6 +16,9 @@ from restkv_jax.kernels.scores import averaged_attention_removal_error, averaged
 from restkv_jax.models.arguments import check_choice, check_number
 from restkv_jax.models.decoder import LayerView
 
+WIDTHS = {"ruler": 21, "infinitebench": 21, "longbench": 5, "needle": 5}
+"""Least widths of the smoothing over neighbours in the authors' scripts, by benchmark."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
@@ -65,15 +68,20 @@ def restkv(
     alpha: float = 0.3,
     order: Literal["after", "before"] = "after",
     pooling: Literal["adaptive", "avg", "max", "none"] = "adaptive",
-    kernel_size: int = 5,
+    kernel_size: int | None = None,
     scale: int = 2000,
     use_output_projection: bool = True,
     group_reduce: Literal["mean", "max"] = "mean",
     while_generating: bool = False,
     allocation: Literal["uniform", "pyramid", "adaptive_heads", "model"] = "uniform",
     tau: float = 1.0,
+    benchmark: Literal["ruler", "infinitebench", "longbench", "needle"] = "ruler",
 ) -> EvictionPolicy:
     """ReST-KV: layer-wise output reconstruction, smoothed over time and space (arXiv 2605.08840).
+
+    Its authors smooth over at least 21 keys for RULER and InfiniteBench and over 5 for LongBench and needle maps. Most
+    tokenizers cut a number or a name into many tokens, and a prompt's last queries attend to the first of them only:
+    over 5 keys the others are lost, so 21 is the default. Other methods compare fairly with the same `kernel_size`.
 
     Args:
       budget: slots kept per layer and KV head, the window included.
@@ -85,7 +93,7 @@ def restkv(
       alpha: weight of the newest query in the moving average.
       order: smooth the attention and then measure the error ("after"), or measure and then smooth ("before").
       pooling: smoothing over neighbouring keys.
-      kernel_size: least width of that smoothing, in tokens; odd.
+      kernel_size: least width of that smoothing, in tokens; odd. By default that of `benchmark`.
       scale: drift of the attention, in tokens, that widens the adaptive window by two.
       use_output_projection: measure errors after the output projection, not in value space.
       group_reduce: how the query heads of a KV head agree on one score.
@@ -93,8 +101,11 @@ def restkv(
       allocation: how layers and KV heads share the budget: evenly, less and less from layer to layer, by one selection
         over the heads of a layer, or by one over the whole model.
       tau: power of the norms by which errors are measured; 0 leaves the attention's part alone.
+      benchmark: the authors' scripts whose width is taken where none is given.
     """
     check_choice("criterion", criterion, ("reconstruction", "attention"))
+    check_choice("benchmark", benchmark, tuple(WIDTHS))
+    kernel_size = WIDTHS[benchmark] if kernel_size is None else kernel_size
     scorer = Reconstruction(temporal, alpha, order, use_output_projection, tau)
     return EvictionPolicy(
         budget=budget,
