@@ -57,7 +57,14 @@ def prompts(*lengths):
     return np.where(mask, rng.integers(3, 97, mask.shape), 0), mask
 
 
-@pytest.mark.parametrize("family", [name for name in MODELS if name != "llama"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param("layers without RoPE and windows", marks=pytest.mark.slow),
+        "rotations and windows that differ, norms",
+        pytest.param("half of the head turns", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", POLICIES)
 def test_rows_equal_what_they_give_alone(name, family):
     model, params = tiny(family)
@@ -133,6 +140,7 @@ def test_a_sketch_estimates_the_leverage():
             assert np.corrcoef(sketched[head], exact[head])[0, 1] > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [
@@ -162,6 +170,7 @@ def test_allocations_that_divide_by_sums_refuse_scores_of_any_sign(name):
         POLICIES[name].replace(allocation=rk.ModelWide())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_distant_tokens_of_shared_keys_are_thinned(name):
     model, params = tiny("llama")
