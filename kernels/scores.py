@@ -218,15 +218,15 @@ def _by_query(queries: Queries, pairs: Pairs, gram: Array, tau: float, tile_erro
 
 
 def _averaged_attention_removal_error(
-    queries: Queries, pairs: Pairs, gram: Array, weights: Array, *, window: int, tau: float = 1.0
+    queries: Queries, pairs: Pairs, gram: Array, weights: Array, *, window: int | None = None, tau: float = 1.0
 ) -> Array:
     """`removal_error` of the attention averaged over the queries, on the keys before the window.
 
     `A'[n] = sum_t weights[t] A[t, n]` on the `T - window` first keys, `o' = sum_n A'[n] v[n]` over the same keys (the
-    ReST-KV authors' `metric_mode="after"`). `gram` float32 [K, G, D, D], `weights` float32 [w] or [B, w]; float32
-    [B, K, G, T - window].
+    ReST-KV authors' `metric_mode="after"`). `gram` float32 [K, G, D, D], `weights` float32 [w] or [B, w], `window` the
+    number of queries where it is not given; float32 [B, K, G, T - window].
     """
-    num_prefix = pairs.keys.shape[2] - window
+    num_prefix = pairs.keys.shape[2] - (queries.vectors.shape[3] if window is None else window)
     received = _column_sums(queries, pairs, weights)
     averaged = received[..., :num_prefix]
     is_top = jnp.arange(num_prefix) == averaged.argmax(-1, keepdims=True)
