@@ -10,6 +10,7 @@ from jax import Array
 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.pairs import Pairs, Queries, take_columns, within_reach
+from restkv_jax.kernels.partition import divide, each_part, parts_of_mesh, undivide
 from restkv_jax.kernels.scores import einsum, fold_tiles, map_tiles
 from restkv_jax.kernels.solve import solve_positive_definite
 from restkv_jax.models.arguments import check_integer, check_number
@@ -112,7 +113,10 @@ def _sketched_inverse(gram: Array, sketch: Array) -> Array:
     rounding = jnp.finfo(jnp.float32).eps * jnp.trace(sketched, axis1=2, axis2=3)
     system = sketched + jnp.maximum(RIDGE, rounding)[..., None, None] * jnp.eye(sketch.shape[-1])
     targets = jnp.broadcast_to(jnp.swapaxes(sketch, 1, 2), (*gram.shape[:2], sketch.shape[2], sketch.shape[1]))
-    return einsum("kds,bkse->bkde", sketch, jax.vmap(jax.vmap(solve_positive_definite))(system, targets))
+    parts = parts_of_mesh(*gram.shape[:2])
+    solve = jax.vmap(jax.vmap(solve_positive_definite))
+    solved = undivide(each_part(solve, *(divide(x, parts) for x in (system, targets))))
+    return einsum("kds,bkse->bkde", sketch, solved)
 
 
 def non_causal_attention(queries: Queries, pairs: Pairs, counted: Array, chunk_size: int) -> Array:
