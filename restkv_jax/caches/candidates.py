@@ -137,7 +137,7 @@ class PagedKeeper(Keeper):
         def one_layer(layer: tuple) -> Array:
             vectors, outputs, keys, values, positions, sliding_window = layer
             queries = Queries(
-                vectors, candidates.query_positions, sliding_window, self.model.config.attn_logit_softcapping
+                vectors, query_positions, sliding_window, self.model.config.attn_logit_softcapping
             )
             return refit(queries, outputs, Pairs(keys, values, positions))
 
