@@ -136,9 +136,7 @@ class PagedKeeper(Keeper):
 
         def one_layer(layer: tuple) -> Array:
             vectors, outputs, keys, values, positions, sliding_window = layer
-            queries = Queries(
-                vectors, query_positions, sliding_window, self.model.config.attn_logit_softcapping
-            )
+            queries = Queries(vectors, query_positions, sliding_window, self.model.config.attn_logit_softcapping)
             return refit(queries, outputs, Pairs(keys, values, positions))
 
         c, windows = candidates, jnp.asarray(self.model.config.sliding_windows, jnp.int32)

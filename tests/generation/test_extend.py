@@ -34,6 +34,12 @@ KINDS = {
     "windowed": (rk.build_model(CONFIG | {"model_type": "mistral", "sliding_window": 30}), rk.snapkv(BUDGET, WINDOW)),
 }
 """Models, and policies of the first reading."""
+QUICK = {"dense", "paged", "restkv", "streaming_llm"}
+
+
+def kinds(*names):
+    """Parameters, those that are not among the quick ones marked slow."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @functools.cache
@@ -67,6 +73,7 @@ def part(tokens, mask, starts, ends):
     return padded, np.arange(longest) >= longest - np.array([len(row) for row in rows])[:, None]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=8)
 @given(cuts=st.lists(st.floats(0.02, 0.98), max_size=3).map(sorted))
 def test_pieces_of_any_size_equal_one_reading(cuts):
@@ -87,7 +94,7 @@ def test_pieces_of_any_size_equal_one_reading(cuts):
     np.testing.assert_array_equal(kept[..., : max(LENGTHS)], all_kept[..., : max(LENGTHS)])
 
 
-@pytest.mark.parametrize("kind", ["dense", "full", "paged", "shared", "shared and evicted", "windowed"])
+@pytest.mark.parametrize("kind", kinds("dense", "full", "paged", "shared", "shared and evicted", "windowed"))
 def test_equals_decoding_token_by_token(kind):
     """Without a policy nothing is evicted, so all at once is one after the other: what decoding reads is known."""
     model, _ = KINDS[kind]
@@ -103,7 +110,7 @@ def test_equals_decoding_token_by_token(kind):
     assert int(document(kind).next_positions[0]) == LENGTHS[0], "the cache that was read onto stays"
 
 
-@pytest.mark.parametrize("kind", ["dense", "evicting", "paged"])
+@pytest.mark.parametrize("kind", kinds("dense", "evicting", "paged"))
 def test_new_tokens_see_what_is_kept_and_each_other(kind):
     """A full cache whose positions are emptied where the other was evicted, fed token by token."""
     model, _ = KINDS[kind]
@@ -118,7 +125,7 @@ def test_new_tokens_see_what_is_kept_and_each_other(kind):
     assert_close(scores, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 @pytest.mark.parametrize("judged", [False, True], ids=["appended", "judged anew"])
 def test_every_row_is_read_as_alone(kind, judged):
     model, policy = KINDS[kind]
@@ -136,7 +143,7 @@ def test_every_row_is_read_as_alone(kind, judged):
         np.testing.assert_array_equal(np.sort(held[:, row], -1)[..., -common:], np.sort(kept, -1)[..., -common:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 def test_questions_on_copies_of_a_document_equal_each_alone(kind):
     model, policy = KINDS[kind]
     tokens, mask = texts(LENGTHS)
@@ -151,7 +158,7 @@ def test_questions_on_copies_of_a_document_equal_each_alone(kind):
         np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
 
 
-@pytest.mark.parametrize("name", ["restkv", "snapkv", "h2o", "tova", "streaming_llm", "knorm"])
+@pytest.mark.parametrize("name", kinds("restkv", "snapkv", "h2o", "tova", "streaming_llm", "knorm"))
 def test_held_and_new_pairs_are_judged_by_the_new_window(name):
     """The first layer's queries do not depend on what was evicted: its choice is made again, by hand."""
     policy = rk.METHODS[name](budget=BUDGET)
@@ -188,7 +195,7 @@ def test_held_and_new_pairs_are_judged_by_the_new_window(name):
     np.testing.assert_array_equal(rk.kept_positions(cache)[0][..., :BUDGET], expected)
 
 
-@pytest.mark.parametrize("kind", ["dense", "evicting", "paged", "shared and evicted"])
+@pytest.mark.parametrize("kind", kinds("dense", "evicting", "paged", "shared and evicted"))
 def test_a_conversation_stays_within_its_budget(kind):
     model, policy = KINDS[kind]
     cache, sizes = document(kind), set()
@@ -227,6 +234,7 @@ def test_under_jit():
         assert int(cache.room()) >= 5
 
 
+@pytest.mark.slow
 def test_stream_and_generate_each_go_on_as_generate_does():
     model, policy = KINDS["dense"]
     tokens, mask = texts(NEW_LENGTHS, seed=2)
@@ -252,7 +260,7 @@ def by_hand(model, tokens, mask, policy, size):
     return scores, cache
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 def test_segments_are_one_extension_after_the_other(kind):
     model, policy = KINDS[kind]
     tokens, mask = texts((256,), seed=5)
@@ -264,6 +272,7 @@ def test_segments_are_one_extension_after_the_other(kind):
     np.testing.assert_array_equal(ours[..., -common:], theirs[..., -common:])
 
 
+@pytest.mark.slow
 def test_segments_of_rows_of_unequal_length():
     model, policy = KINDS["dense"]
     tokens, mask = texts((250, 130, 40), seed=6)
@@ -285,7 +294,7 @@ def test_segments_of_a_full_cache_equal_one_reading():
     np.testing.assert_array_equal(rk.kept_positions(cache)[..., :250], rk.kept_positions(whole)[..., :250])
 
 
-@pytest.mark.parametrize("kind", ["dense", "paged", "shared and evicted"])
+@pytest.mark.parametrize("kind", kinds("dense", "paged", "shared and evicted"))
 def test_memory_follows_the_segment_and_not_the_prompt(kind):
     model, policy = KINDS[kind]
 
