@@ -248,11 +248,12 @@ def cache_shapes(
     mask: ArrayLike | None = None,
     policy: EvictionPolicy | None = None,
     max_new_tokens: int = 64,
+    segment_size: int | None = None,
 ) -> Cache:
     """The cache that `prefill` would return, as shapes and dtypes: nothing is computed or allocated."""
 
     def shapes(params, tokens, mask):
-        return prefill(model, params, tokens, mask, policy, max_new_tokens)[1]
+        return prefill(model, params, tokens, mask, policy, max_new_tokens, segment_size=segment_size)[1]
 
     with warnings.catch_warnings(action="ignore"):
         return jax.eval_shape(shapes, params, tokens, mask)
