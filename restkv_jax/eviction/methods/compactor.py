@@ -185,7 +185,8 @@ def compactor(
     """Compactor: leverage scores of keys, blended with attention without causal order (arXiv 2507.08143).
 
     kvpress weighs the leverage by the part of the pairs that it evicts, 0.5 at half of them; the authors' engine by
-    0.5, as here. Their budgets for heads are `replace(allocation=AdaptiveHeads(normalize=False))`.
+    0.5, as here. Budgets that differ by head are `replace(allocation=AdaptiveHeads(normalize=False))`: scores of both
+    signs cannot be divided by their sum.
 
     Args:
       budget: slots kept per layer and KV head, the window included.
