@@ -115,6 +115,23 @@ def test_tiles_change_nothing(name, monkeypatch):
     np.testing.assert_allclose(scorer(view, pairs, 4)[..., 5:], whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_temporaries_do_not_grow_with_the_prompt(name):
+    """But for some numbers per query head and token: copies of the keys would be 64 per KV head."""
+
+    def temporaries(length):
+        shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+        queries = Queries(shape(1, 2, 2, length, 64), shape(1, length, dtype=jnp.int32), UNLIMITED)
+        pairs = Pairs(*(shape(1, 2, length, 64) for _ in range(2)), shape(1, 1, length, dtype=jnp.int32))
+        view = LayerView(0, queries, None, rope=Rope(shape(1, 32), 1.0))
+        policy = rk.METHODS[name]()
+        compiled = jax.jit(lambda view, pairs: policy.scorer(view, pairs, policy.window)).lower(view, pairs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(131072) - temporaries(65536) < 65536 * 2 * 4 * 16
+
+
 def test_as_many_sketched_dimensions_as_there_are_need_no_luck():
     view, pairs = layer_of(60)
     counted = jnp.broadcast_to(pairs.positions >= 8, (1, 2, 60))[..., :56]

@@ -77,8 +77,9 @@ def leverages(view: LayerView, pairs: Pairs, counted: Array, sketch: Array) -> A
       float32 [B, K, P].
     """
     one, prefix = view.queries.last(1), counted.shape[-1]
-    pairs = Pairs(*(x[:, :, :prefix] for x in pairs))
-    batch, num_kv_heads, _, dim = pairs.keys.shape
+    batch, num_kv_heads, length, dim = pairs.keys.shape
+    number = jnp.maximum(counted.sum(-1), 1)[..., None, None]
+    counted = jnp.pad(counted, ((0, 0), (0, 0), (0, length - prefix)))
 
     def undone(tile: Pairs) -> Array:
         return undo_rope(tile.keys, tile.positions, view.rope)
@@ -91,7 +92,7 @@ def leverages(view: LayerView, pairs: Pairs, counted: Array, sketch: Array) -> A
         return total + masked(undone(tile), is_new, start).sum(2, keepdims=True)
 
     total = fold_tiles(add, jnp.zeros((batch, num_kv_heads, 1, dim)), one, pairs)
-    mean = total / jnp.maximum(counted.sum(-1), 1)[..., None, None]
+    mean = total / number
 
     def add_square(total: Array, tile: Pairs, is_new: Array, start: Array) -> Array:
         x = masked(undone(tile) - mean, is_new, start)
@@ -104,7 +105,7 @@ def leverages(view: LayerView, pairs: Pairs, counted: Array, sketch: Array) -> A
         x = undone(tile) - mean
         return jnp.maximum(einsum("bknd,bkde,bkne->bkn", x, inverse, x), 0.0)
 
-    return map_tiles(of_tile, one, pairs)
+    return map_tiles(of_tile, one, pairs)[..., :prefix]
 
 
 def _sketched_inverse(gram: Array, sketch: Array) -> Array:
@@ -150,7 +151,7 @@ def non_causal_attention(queries: Queries, pairs: Pairs, counted: Array, chunk_s
     received = jax.lax.map(chunk, jnp.arange(0, prefix, chunk_size))
     received = jnp.moveaxis(received, 0, 2).reshape(*counted.shape[:2], -1)
     received = jnp.take_along_axis(received, jnp.maximum(jnp.arange(prefix) - first_key[..., None], 0), axis=2)
-    norms = jnp.linalg.norm(pairs.values[:, :, :prefix].astype(jnp.float32), axis=-1)
+    norms = jnp.linalg.norm(pairs.values.astype(jnp.float32), axis=-1)[..., :prefix]
     scores = jnp.pad(jnp.where(counted, received * norms, 0.0), ((0, 0), (0, 0), (1, 1)))
     return (scores[..., :-2] + scores[..., 1:-1] + scores[..., 2:]) / 3
 
@@ -184,7 +185,8 @@ def compactor(
     """Compactor: leverage scores of keys, blended with attention without causal order (arXiv 2507.08143).
 
     kvpress weighs the leverage by the part of the pairs that it evicts, 0.5 at half of them; the authors' engine by
-    0.5, as here. Their budgets for heads are `replace(allocation=AdaptiveHeads(normalize=False))`.
+    0.5, as here. Budgets that differ by head are `replace(allocation=AdaptiveHeads(normalize=False))`: scores of both
+    signs cannot be divided by their sum.
 
     Args:
       budget: slots kept per layer and KV head, the window included.
