@@ -140,7 +140,6 @@ def chat(options: Options, known: list[dict[str, Any]]) -> Iterator[dict[str, An
         "full": None,
         "restkv": rk.restkv(options.slots),
         "snapkv": rk.snapkv(options.slots),
-        "keydiff": rk.keydiff(options.slots),
         "streaming_llm": rk.streaming_llm(options.slots),
     }
     for name, policy in policies.items():
