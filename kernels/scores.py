@@ -112,7 +112,7 @@ def find_outputs(queries: Queries, pairs: Pairs) -> Outputs:
 
 
 def removal_error(
-    attention: Array, output: Array, output_rest: Array, is_top: Array, values: Array, gram: Array
+    attention: Array, output: Array, output_rest: Array, is_top: Array, values: Array, gram: Array, tau: float = 1.0
 ) -> Array:
     """How far a head's projected output moves when one key is deleted and the softmax renormalised, for every key.
 
@@ -128,6 +128,7 @@ def removal_error(
       is_top: bool [B, K, G, N], which key that is.
       values: [B, K, N, D].
       gram: float32 [K, G, D, D], `W W^T`.
+      tau: the power of the norm, static; the error is that of 1.
 
     Returns:
       float32 [B, K, G, N].
@@ -135,7 +136,11 @@ def removal_error(
     outputs = jnp.where(is_top[..., None], output_rest[..., None, :], output[..., None, :])
     moved = outputs - values.astype(jnp.float32)[:, :, None]
     squared = einsum("bkgnd,kgde,bkgne->bkgn", moved, gram, moved)
-    return attention / jnp.where(is_top, 1.0, 1 - attention) * jnp.sqrt(jnp.maximum(squared, 0.0))
+    distance = jnp.sqrt(jnp.maximum(squared, 0.0))
+    if tau == 1:
+        return attention / jnp.where(is_top, 1.0, 1 - attention) * distance
+    # the top key's distance is without its factor `1 - A`
+    return attention / (1 - attention) ** jnp.where(is_top, 1 - tau, 1.0) * distance**tau
 
 
 def _column_sums(queries: Queries, pairs: Pairs, weights: Array) -> Array:
@@ -165,16 +170,16 @@ def _column_row_norms(queries: Queries, pairs: Pairs, gram: Array) -> Array:
     return map_tiles(tile_norms, queries, pairs)
 
 
-def _removal_errors(queries: Queries, pairs: Pairs, gram: Array) -> Array:
+def _removal_errors(queries: Queries, pairs: Pairs, gram: Array, *, tau: float = 1.0) -> Array:
     """`removal_error` of every query and key, `gram` float32 [K, G, D, D]; float32 [B, K, G, w, T], 0 where unseen."""
 
     def tile_errors(tile: Pairs, row_errors: Callable) -> Array:
         return jnp.moveaxis(jax.lax.map(row_errors, jnp.arange(queries.vectors.shape[3])), 0, 3)
 
-    return map_tiles(*_by_query(queries, pairs, gram, tile_errors))
+    return map_tiles(*_by_query(queries, pairs, gram, tau, tile_errors))
 
 
-def _averaged_removal_error(queries: Queries, pairs: Pairs, gram: Array, weights: Array) -> Array:
+def _averaged_removal_error(queries: Queries, pairs: Pairs, gram: Array, weights: Array, *, tau: float = 1.0) -> Array:
     """`sum_t weights[t] I[t, n]` with `I` the `removal_error` of query `t` and key `n` (ReST-KV's formula).
 
     `gram` float32 [K, G, D, D], `weights` float32 [w] or [B, w]; float32 [B, K, G, T].
@@ -188,10 +193,10 @@ def _averaged_removal_error(queries: Queries, pairs: Pairs, gram: Array, weights
         empty = jnp.zeros((*queries.vectors.shape[:3], tile.keys.shape[2]), jnp.float32)
         return jax.lax.scan(add_row, empty, jnp.arange(queries.vectors.shape[3]))[0]
 
-    return map_tiles(*_by_query(queries, pairs, gram, tile_errors))
+    return map_tiles(*_by_query(queries, pairs, gram, tau, tile_errors))
 
 
-def _by_query(queries: Queries, pairs: Pairs, gram: Array, tile_errors: Callable):
+def _by_query(queries: Queries, pairs: Pairs, gram: Array, tau: float, tile_errors: Callable):
     """The arguments of `map_tiles` for `tile_errors(tile, row_errors)`, with the errors of one query after another.
 
     `row_errors(t)` is float32 [B, K, G, n]: projected differences of all queries would be `w` times as much.
@@ -205,7 +210,7 @@ def _by_query(queries: Queries, pairs: Pairs, gram: Array, tile_errors: Callable
         def row_errors(row: Array) -> Array:
             take = functools.partial(jax.lax.dynamic_index_in_dim, index=row, axis=3, keepdims=False)
             output, output_rest = take(outputs.output), take(outputs.output_rest)
-            return removal_error(take(attention), output, output_rest, take(is_top), tile.values, gram)
+            return removal_error(take(attention), output, output_rest, take(is_top), tile.values, gram, tau)
 
         return tile_errors(tile, row_errors)
 
@@ -213,15 +218,15 @@ def _by_query(queries: Queries, pairs: Pairs, gram: Array, tile_errors: Callable
 
 
 def _averaged_attention_removal_error(
-    queries: Queries, pairs: Pairs, gram: Array, weights: Array, *, window: int
+    queries: Queries, pairs: Pairs, gram: Array, weights: Array, *, window: int | None = None, tau: float = 1.0
 ) -> Array:
     """`removal_error` of the attention averaged over the queries, on the keys before the window.
 
     `A'[n] = sum_t weights[t] A[t, n]` on the `T - window` first keys, `o' = sum_n A'[n] v[n]` over the same keys (the
-    ReST-KV authors' `metric_mode="after"`). `gram` float32 [K, G, D, D], `weights` float32 [w] or [B, w]; float32
-    [B, K, G, T - window].
+    ReST-KV authors' `metric_mode="after"`). `gram` float32 [K, G, D, D], `weights` float32 [w] or [B, w], `window` the
+    number of queries where it is not given; float32 [B, K, G, T - window].
     """
-    num_prefix = pairs.keys.shape[2] - window
+    num_prefix = pairs.keys.shape[2] - (queries.vectors.shape[3] if window is None else window)
     received = _column_sums(queries, pairs, weights)
     averaged = received[..., :num_prefix]
     is_top = jnp.arange(num_prefix) == averaged.argmax(-1, keepdims=True)
@@ -242,7 +247,7 @@ def _averaged_attention_removal_error(
 
     def tile_errors(tile: Pairs, start: Array) -> Array:
         attention, top = (take_columns(x, start, tile.keys.shape[2], axis=3) for x in (averaged, is_top))
-        return removal_error(attention, output, output_rest, top, tile.values, gram)
+        return removal_error(attention, output, output_rest, top, tile.values, gram, tau)
 
     return map_tiles(tile_errors, queries, prefix)
 

@@ -138,14 +138,13 @@ class PagedKeeper(Keeper):
 
     def _refitted(self, candidates: Candidates, keep: Array) -> Array:
         """The values of all layers, corrected for the loss of those that are not kept."""
-        refit, query_positions = self.policy.refit, candidates.query_positions
-        assert refit is not None and query_positions is not None
+        refit, shown_at = self.policy.refit, candidates.query_positions
+        assert refit is not None and shown_at is not None
+        query_positions: Array = shown_at
 
         def one_layer(layer: tuple) -> Array:
             vectors, outputs, keys, values, positions, sliding_window = layer
-            queries = Queries(
-                vectors, candidates.query_positions, sliding_window, self.model.config.attn_logit_softcapping
-            )
+            queries = Queries(vectors, query_positions, sliding_window, self.model.config.attn_logit_softcapping)
             return refit(queries, outputs, Pairs(keys, values, positions))
 
         c, windows = candidates, jnp.asarray(self.model.config.sliding_windows, jnp.int32)

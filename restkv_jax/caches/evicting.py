@@ -115,7 +115,7 @@ def update_importance(importance: Array, queries: Queries, pairs: Pairs, gram: A
       gram: float32 [K, G, D, D].
       policy: its scorer says `alpha`, its `group_reduce` how query heads agree.
     """
-    errors = removal_errors(queries, pairs, gram)
+    errors = removal_errors(queries, pairs, gram, tau=policy.query_scorer.tau)
     errors = einops.reduce(errors, "b k g w n -> w b k n", policy.group_reduce)
     seen = jnp.moveaxis(visible(queries.replace(sliding_window=jnp.iinfo(jnp.int32).max), pairs.positions), 2, 0)
     alpha = policy.query_scorer.alpha

@@ -25,7 +25,7 @@ class AskOptions(AnswerOptions):
       cache: the file that `restkv read` wrote.
       questions: one or several, each in quotes.
       model: where the model is that has read the document; as it was given to `restkv read` by default.
-      dtype: of weights and cache, the one of the file; "auto" is bfloat16, on a CPU float32.
+      dtype: of weights and cache; "auto" is that of the file.
     """
 
     cache: pathlib.Path = dataclasses.field(kw_only=False)
@@ -44,7 +44,8 @@ def run(args: Sequence[str]) -> None:
         note = read_header(options.cache).note
     note = note if isinstance(note, dict) else {}
     with as_usage_error(), show_while("loading the model and the cache"):
-        loaded = load_checkpoint(options.model or note.get("model"), options.dtype)
+        dtype = note.get("dtype", "auto") if options.dtype == "auto" else options.dtype
+        loaded = load_checkpoint(options.model or note.get("model"), dtype)
         cache = load_cache(options.cache, loaded.model, loaded.params)
         encode = encode_continuation if note.get("raw") else encode_question
         rows = [encode(loaded.tokenizer, question) for question in options.questions]

@@ -32,12 +32,15 @@ class GenerateOptions(AnswerOptions, CacheOptions, PromptOptions):
     Args:
       method: how to choose what the cache keeps; `restkv generate --method NAME --help` lists the method's options,
         `restkv methods` all methods.
+      segment_size: read so many tokens at a time and evict after each, so that memory does not follow the prompt's
+        length; all at once if left out.
       system: what the model is told before the prompt, in a chat template.
       raw: read the prompt as it is, not as a turn in the chat template that the model's tokenizer may have.
       quiet: print nothing but the answer.
     """
 
     method: str = "restkv"
+    segment_size: int | None = None
     system: str | None = None
     raw: bool = False
     quiet: bool = False
@@ -76,7 +79,8 @@ def _print_answer(
     with CompilationClock() as clock:
         start = time.perf_counter()
         with as_usage_error():
-            text = decode_text(model, params, tokenizer, *encoded, cache_dtype=options.cache_dtype, **chosen)
+            how = {"segment_size": options.segment_size, "cache_dtype": options.cache_dtype}
+            text = decode_text(model, params, tokenizer, *encoded, **how, **chosen)
         steps = iter(text)
         with show_while("reading the prompt, which compiles what is new", quiet=options.quiet):
             pieces = next(steps)
@@ -97,8 +101,8 @@ def _cost_table(
     length = prompt.tokens.shape[1]
     model, params, _ = prompt.loaded
     cache, everything = (
-        cache_shapes(model, params, prompt.tokens, None, one, options.max_new_tokens, cache_dtype)
-        for one, cache_dtype in ((policy, options.cache_dtype), (full(), None))
+        cache_shapes(model, params, prompt.tokens, None, one, options.max_new_tokens, *how)
+        for one, how in ((policy, (options.segment_size, options.cache_dtype)), (full(), (None, None)))
     )
     bytes_, full_bytes = cache_bytes(cache), cache_bytes(everything)
     rest = timing.num_tokens - 1

@@ -37,11 +37,14 @@ class Scorer(Protocol):
 class QueryScorer(Scorer, Protocol):
     """A scorer that can go on scoring while tokens are generated, by the error that each query sees in each slot.
 
-    `alpha` is the weight of the newest query in the moving average of the errors.
+    `alpha` is the weight of the newest query in the moving average of the errors, `tau` the power of their norms.
     """
 
     @property
     def alpha(self) -> float: ...
+
+    @property
+    def tau(self) -> float: ...
 
     def gram(self, output_projection: Array) -> Array:
         """The quadratic form in which errors are measured: [K, G, D, M] to float32 [K, G, D, D]."""

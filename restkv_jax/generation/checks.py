@@ -314,8 +314,8 @@ def _check_token(model: Decoder, token: Any, cache: Cache) -> Array:
         _check_vocabulary(model, "token", np.asarray(token), np.ones(batch, bool))
     if is_known(cache.next_positions) and int(cache.room()) < 1:
         raise ValueError(
-            f"the cache is full: all its {cache.num_slots} slots are in use; prefill, or extend, with a larger "
-            "max_new_tokens or with a policy that has while_generating=True"
+            f"the cache is full: all its {cache.num_slots} slots are in use, and 1 more is needed; prefill, or "
+            "extend, with a larger max_new_tokens or with a policy that has while_generating=True"
         )
     return jnp.asarray(token, jnp.int32)
 

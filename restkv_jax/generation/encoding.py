@@ -14,13 +14,14 @@ MARK = "\u2402MARK\u2403"
 """Stands for a place in a conversation while a chat template is filled in; no text has it."""
 
 
-def encode_prompts(tokenizer: Any, prompts: Any) -> tuple[Array, Array]:
+def encode_prompts(tokenizer: Any, prompts: Any, goes_on: bool = False) -> tuple[Array, Array]:
     """Encodes one prompt or several, each a text or a conversation.
 
     Args:
       tokenizer: a tokenizer of `transformers`; it needs no padding token.
       prompts: a text, which is read as it is; a conversation, which is a list of messages such as
         `{"role": "user", "content": "Hello"}` and stands in the tokenizer's chat template; or a list of either.
+      goes_on: texts go on after others, without the tokens that the tokenizer puts before every text.
 
     Returns:
       tokens int32 [B, T], zeros on the left, and mask bool [B, T].
@@ -32,9 +33,9 @@ def encode_prompts(tokenizer: Any, prompts: Any) -> tuple[Array, Array]:
     if not hasattr(tokenizer, "decode"):
         raise TypeError(f"tokenizer={tokenizer!r:.60} must be a tokenizer of transformers, as load_model returns it")
     if is_one_prompt(prompts):
-        rows = [_encode(tokenizer, prompts, "prompts")]
+        rows = [_encode(tokenizer, prompts, "prompts", goes_on)]
     elif isinstance(prompts, Sequence):
-        rows = [_encode(tokenizer, prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        rows = [_encode(tokenizer, prompt, f"prompts[{i}]", goes_on) for i, prompt in enumerate(prompts)]
     else:
         raise TypeError(f"prompts={prompts!r:.60} must be texts or lists of messages; tokens go to restkv_jax.generate")
     if not rows:
@@ -49,9 +50,9 @@ def is_one_prompt(prompts: Any) -> bool:
     )
 
 
-def _encode(tokenizer: Any, prompt: Any, name: str) -> list[int]:
+def _encode(tokenizer: Any, prompt: Any, name: str, goes_on: bool) -> list[int]:
     if isinstance(prompt, str):
-        ids = encode_text(tokenizer, prompt)
+        ids = encode_continuation(tokenizer, prompt) if goes_on else encode_text(tokenizer, prompt)
     elif isinstance(prompt, Sequence):
         ids = encode_messages(tokenizer, prompt, name)
     else:

@@ -265,12 +265,14 @@ def cache_shapes(
     mask: ArrayLike | None = None,
     policy: EvictionPolicy | None = None,
     max_new_tokens: int = 64,
+    segment_size: int | None = None,
     cache_dtype: CacheDType = None,
 ) -> Cache:
     """The cache that `prefill` would return, as shapes and dtypes: nothing is computed or allocated."""
 
     def shapes(params, tokens, mask):
-        return prefill(model, params, tokens, mask, policy, max_new_tokens, cache_dtype=cache_dtype)[1]
+        stored = {"segment_size": segment_size, "cache_dtype": cache_dtype}
+        return prefill(model, params, tokens, mask, policy, max_new_tokens, **stored)[1]
 
     with warnings.catch_warnings(action="ignore"):
         return jax.eval_shape(shapes, params, tokens, mask)

@@ -64,7 +64,8 @@ def generate_text(
       eos_token_ids: tokens that end an answer and are not part of its text; the model's own by default.
       chunk_size: bound on the prompt tokens whose activations exist at one time.
       sharing: whose keys each layer reads distant tokens by; see `prefill`.
-      cache: what was read before, of as many rows as there are prompts, which go on from it; see `extend`.
+      cache: what was read before, of as many rows as there are prompts, which go on from it; see `extend`. Texts are
+        then encoded without the tokens that the tokenizer puts before every text.
       segment_size: reads the prompts in segments; see `prefill`.
       cache_dtype: what keys and values are stored in, as they are by default; see `prefill`.
 
@@ -78,7 +79,7 @@ def generate_text(
         model,
         params,
         tokenizer,
-        *encode_prompts(tokenizer, prompts),
+        *encode_prompts(tokenizer, prompts, goes_on=cache is not None),
         policy,
         max_new_tokens,
         stop=stop,
@@ -138,7 +139,7 @@ def stream_text(
         model,
         params,
         tokenizer,
-        *encode_prompts(tokenizer, prompts),
+        *encode_prompts(tokenizer, prompts, goes_on=cache is not None),
         policy,
         max_new_tokens,
         stop=stop,

@@ -45,6 +45,17 @@ def test_stop_strings(capsys, model):
     assert len(expected(model, stop=stops)) < len(whole)
 
 
+def test_segments(capsys, model):
+    prompt, segments = PROMPT * 9, ["--budget", "48", "--segment-size", "64", "--max-new-tokens", "8"]
+    assert main(["generate", prompt, "--model", model, *segments]) == 0
+    out = capsys.readouterr().out
+    loaded, policy = rk.load_model(model, dtype="float32"), rk.restkv(48)
+    assert out.startswith(rk.generate_text(*loaded, prompt, policy, max_new_tokens=8, segment_size=64) + "\n")
+    assert "cache slots         │ 56 (full cache: " in out
+    assert main(["generate", prompt, "--model", model, "--segment-size", "8"]) == 2
+    assert "segment_size=8 must be at least the policy's window=32" in capsys.readouterr().err
+
+
 def test_drawing_with_given_options(capsys, model):
     drawn = expected(model, key=jax.random.key(5), min_p=0.02, temperature=0.8)
     assert run(capsys, model, "--min-p", "0.02", "--temperature", "0.8", "--seed", "5", "--quiet") == (0, drawn, "")

@@ -160,12 +160,19 @@ def test_fewer_new_tokens_than_the_window(name):
     )
 
 
-@pytest.mark.parametrize("temporal", ["ema", "mean"])
+AVERAGES = {
+    "ema": lambda n: ema_weights(n, 0.3),
+    "mean": lambda n: np.full(n, 1 / n),
+    "last": lambda n: np.eye(n)[-1],
+    "inverse_ema": lambda n: ema_weights(n, 0.3)[::-1],
+}
+
+
+@pytest.mark.parametrize("temporal", AVERAGES)
 def test_the_average_of_a_row_begins_with_its_first_query(temporal):
     positions = jnp.array([[-1, -1, 7, 8, 9], [5, 6, 7, 8, 9]])
-    weights = np.asarray(query_weights(temporal, positions, 0.3))
-    of_three, of_five = (ema_weights(n, 0.3) if temporal == "ema" else np.full(n, 1 / n) for n in (3, 5))
-    np.testing.assert_allclose(weights, [[0, 0, *of_three], of_five], rtol=1e-6)
+    of_three, of_five = (AVERAGES[temporal](n) for n in (3, 5))
+    np.testing.assert_allclose(query_weights(temporal, positions, 0.3), [[0, 0, *of_three], of_five], rtol=1e-6)
 
 
 def test_drift_beyond_the_keys_that_are_left_is_clipped():

@@ -95,24 +95,34 @@ def test_a_key_that_takes_all_attention_is_kept(order, gap):
     np.testing.assert_array_equal(np.asarray(ev.scores).argmax(-1), 3)
 
 
-@pytest.mark.parametrize(("temporal", "order"), [("ema", "before"), ("mean", "before"), ("ema", "after")])
-def test_restkv_scores_against_brute_force(temporal, order):
+AVERAGES = {
+    "ema": ema_weights(WINDOW, 0.3),
+    "mean": np.full(WINDOW, 1 / WINDOW),
+    "last": np.eye(WINDOW)[-1],
+    "inverse_ema": ema_weights(WINDOW, 0.3)[::-1],
+}
+
+
+@pytest.mark.parametrize(("temporal", "order", "tau"), [
+    ("ema", "before", 1.0), ("mean", "before", 1.0), ("ema", "after", 1.0),
+    ("last", "before", 2.0), ("inverse_ema", "after", 0.5), ("ema", "after", 0.0),
+])  # fmt: skip
+def test_restkv_scores_against_brute_force(temporal, order, tau):
     queries, keys, values, projection = arrays_of(11, heads=2, kv_heads=2)
-    scorer = Reconstruction(temporal=temporal, order=order)
+    scorer = Reconstruction(temporal=temporal, order=order, tau=tau)
     ev = evict(policy_of("restkv").replace(scorer=scorer, pooling=NoPooling()), queries, keys, values, projection)
-    weights = ema_weights(WINDOW, 0.3) if temporal == "ema" else np.full(WINDOW, 1 / WINDOW)
-    prefix = LENGTH - WINDOW
+    weights, prefix = AVERAGES[temporal], LENGTH - WINDOW
     for head in range(2):
         logits = queries[0, head, -WINDOW:].astype(np.float64) @ keys[0, head].T / np.sqrt(DIM)
         logits = np.where(np.arange(LENGTH) <= np.arange(prefix, LENGTH)[:, None], logits, -np.inf)
         if order == "before":
-            expected = (
-                weights @ exact_deletion(logits, values[0, head].astype(np.float64), projection[head])[:, :prefix]
-            )
+            every = softmax(logits)[:, :prefix]
+            errors = exact_deletion(logits, values[0, head].astype(np.float64), projection[head])[:, :prefix]
+            expected = weights @ (errors**tau * (every / (1 - every)) ** (1 - tau))
         else:
             attention = weights @ softmax(logits)[:, :prefix]
             moved = attention @ values[0, head, :prefix] - values[0, head, :prefix]
-            expected = attention / (1 - attention) * np.linalg.norm(moved @ projection[head], axis=-1)
+            expected = attention / (1 - attention) * np.linalg.norm(moved @ projection[head], axis=-1) ** tau
         np.testing.assert_allclose(ev.scores[0, head], expected, rtol=1e-4)
 
 
@@ -356,6 +366,7 @@ def test_no_array_of_projected_values_or_of_all_pairs_of_tokens(name):
     (lambda: rk.restkv(kernel_size=4), "kernel_size=4 must be odd"),
     (lambda: rk.restkv(scale=0), "scale=0"),
     (lambda: rk.restkv(alpha=0), "alpha=0"),
+    (lambda: rk.restkv(tau=-1), "tau=-1 must not be negative"),
     (lambda: rk.restkv(group_reduce="min"), "group_reduce='min'"),
     (lambda: rk.streaming_llm(budget=4, sinks=4), "budget=4 must exceed sinks=4"),
     (lambda: rk.streaming_llm(sinks=-1), "sinks=-1"),

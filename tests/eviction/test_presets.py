@@ -6,6 +6,12 @@ import restkv_jax as rk
 from restkv_jax.eviction.presets import make_policy
 
 
+def test_the_width_of_the_smoothing_is_the_authors_for_a_benchmark():
+    assert rk.restkv() == rk.restkv(benchmark="infinitebench") == rk.restkv(kernel_size=21)
+    assert rk.restkv(benchmark="longbench") == rk.restkv(benchmark="needle") == rk.restkv(kernel_size=5)
+    assert rk.restkv(benchmark="longbench", kernel_size=11) == rk.restkv(kernel_size=11)
+
+
 @pytest.mark.parametrize("name", rk.METHODS)
 def test_every_method_is_made_from_its_name(name):
     assert make_policy(name, {}) == rk.METHODS[name]()
@@ -27,6 +33,7 @@ def test_options_are_those_of_the_preset_and_of_any_policy():
         ("restkv", {"kernel_size": 4}, "kernel_size=4 must be odd"),
         ("restkv", {"budget": "ten%"}, "budget='ten%' is not a budget"),
         ("laprox", {"budget": 2.5}, "budget='2.5' is not a budget"),
+        ("restkv", {"benchmark": "rouler"}, "benchmark='rouler' is unknown; choose from 'ruler'"),
         ("restkv", {"refit": 0}, "ridge=0 must be above 0"),
     ],
 )

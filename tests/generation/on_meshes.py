@@ -50,8 +50,12 @@ def gathered(compiled) -> list[str]:
     return [re.sub(r"\{.*", "", shape) for shape in found]
 
 
-def run(model, params, policy):
-    """Logits of prefill and some steps, kept positions, and what the two programs gather."""
+EXTENDED = {"full", "restkv", "laprox", "while_generating", "shared", "shared and evicted"}
+"""One policy for each kind of cache."""
+
+
+def run(model, params, policy, is_extended):
+    """Logits of prefill, some steps and two extensions, kept positions, and what the first two programs gather."""
     prompt = check_and_pad(model, params, TOKENS, MASK, (policy,), NEW, 64, None)
     token, active = jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
     arrays = params, *prompt.arrays
@@ -63,6 +67,9 @@ def run(model, params, policy):
         for _ in range(STEPS):
             logits, cache = step(params, jnp.asarray(np.argmax(every[-1], -1), jnp.int32), cache, active)
             every.append(logits)
+    for judge in (None, policy) if is_extended else ():
+        logits, cache = rk.extend(model, params, TOKENS[:, ::3], MASK[:, ::3], cache, judge, 2)
+        every.append(logits)
     return np.stack(every), kept, gathered(reading), gathered(step)
 
 
@@ -73,8 +80,8 @@ def main(data: int, model_parallel: int) -> None:
     placed = jax.device_put(params, parameter_shardings(MODEL, mesh))
     for name, policy in POLICIES.items():
         model = MODEL.clone(sharing=SHARING) if name.startswith("shared") else MODEL
-        logits, kept, in_reading, in_step = run(model, placed, policy)
-        expected, kept_alone, _, _ = run(model, params, policy)
+        logits, kept, in_reading, in_step = run(model, placed, policy, name in EXTENDED)
+        expected, kept_alone, _, _ = run(model, params, policy, name in EXTENDED)
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())
         tokens_equal = bool((logits.argmax(-1) == expected.argmax(-1)).all())
         common = min(kept.shape[-1], kept_alone.shape[-1])

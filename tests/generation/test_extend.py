@@ -36,6 +36,11 @@ KINDS = {
 """Models, and policies of the first reading."""
 
 
+def kinds(quick, *others):
+    """Parameters, all but the first marked slow."""
+    return [quick, *(pytest.param(name, marks=pytest.mark.slow) for name in others if name != quick)]
+
+
 @functools.cache
 def weights():
     return rk.init_params(MODEL, jax.random.key(0))
@@ -67,6 +72,7 @@ def part(tokens, mask, starts, ends):
     return padded, np.arange(longest) >= longest - np.array([len(row) for row in rows])[:, None]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=8)
 @given(cuts=st.lists(st.floats(0.02, 0.98), max_size=3).map(sorted))
 def test_pieces_of_any_size_equal_one_reading(cuts):
@@ -87,7 +93,7 @@ def test_pieces_of_any_size_equal_one_reading(cuts):
     np.testing.assert_array_equal(kept[..., : max(LENGTHS)], all_kept[..., : max(LENGTHS)])
 
 
-@pytest.mark.parametrize("kind", ["dense", "full", "paged", "shared", "shared and evicted", "windowed"])
+@pytest.mark.parametrize("kind", kinds("dense", "full", "paged", "shared", "shared and evicted", "windowed"))
 def test_equals_decoding_token_by_token(kind):
     """Without a policy nothing is evicted, so all at once is one after the other: what decoding reads is known."""
     model, _ = KINDS[kind]
@@ -103,7 +109,7 @@ def test_equals_decoding_token_by_token(kind):
     assert int(document(kind).next_positions[0]) == LENGTHS[0], "the cache that was read onto stays"
 
 
-@pytest.mark.parametrize("kind", ["dense", "evicting", "paged"])
+@pytest.mark.parametrize("kind", kinds("dense", "evicting", "paged"))
 def test_new_tokens_see_what_is_kept_and_each_other(kind):
     """A full cache whose positions are emptied where the other was evicted, fed token by token."""
     model, _ = KINDS[kind]
@@ -118,7 +124,7 @@ def test_new_tokens_see_what_is_kept_and_each_other(kind):
     assert_close(scores, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds("dense", *KINDS))
 @pytest.mark.parametrize("judged", [False, True], ids=["appended", "judged anew"])
 def test_every_row_is_read_as_alone(kind, judged):
     model, policy = KINDS[kind]
@@ -136,7 +142,7 @@ def test_every_row_is_read_as_alone(kind, judged):
         np.testing.assert_array_equal(np.sort(held[:, row], -1)[..., -common:], np.sort(kept, -1)[..., -common:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds("paged", *KINDS))
 def test_questions_on_copies_of_a_document_equal_each_alone(kind):
     model, policy = KINDS[kind]
     tokens, mask = texts(LENGTHS)
@@ -151,7 +157,7 @@ def test_questions_on_copies_of_a_document_equal_each_alone(kind):
         np.testing.assert_array_equal(together.tokens[row], alone.tokens[0])
 
 
-@pytest.mark.parametrize("name", ["restkv", "snapkv", "h2o", "tova", "streaming_llm", "knorm"])
+@pytest.mark.parametrize("name", kinds("streaming_llm", "restkv", "snapkv", "h2o", "tova", "knorm"))
 def test_held_and_new_pairs_are_judged_by_the_new_window(name):
     """The first layer's queries do not depend on what was evicted: its choice is made again, by hand."""
     policy = rk.METHODS[name](budget=BUDGET)
@@ -188,7 +194,7 @@ def test_held_and_new_pairs_are_judged_by_the_new_window(name):
     np.testing.assert_array_equal(rk.kept_positions(cache)[0][..., :BUDGET], expected)
 
 
-@pytest.mark.parametrize("kind", ["dense", "evicting", "paged", "shared and evicted"])
+@pytest.mark.parametrize("kind", kinds("paged", "dense", "evicting", "shared and evicted"))
 def test_a_conversation_stays_within_its_budget(kind):
     model, policy = KINDS[kind]
     cache, sizes = document(kind), set()
@@ -203,7 +209,7 @@ def test_a_conversation_stays_within_its_budget(kind):
     np.testing.assert_array_equal(recent, np.broadcast_to(cache.next_positions[:, None] - 1, recent.shape))
 
 
-@pytest.mark.parametrize("kind", ["full", "paged"])
+@pytest.mark.parametrize("kind", kinds("full", "paged"))
 def test_a_cache_without_room_grows(kind):
     model, policy = KINDS[kind]
     tokens, mask = texts(LENGTHS)
@@ -227,6 +233,7 @@ def test_under_jit():
         assert int(cache.room()) >= 5
 
 
+@pytest.mark.slow
 def test_stream_and_generate_each_go_on_as_generate_does():
     model, policy = KINDS["dense"]
     tokens, mask = texts(NEW_LENGTHS, seed=2)
@@ -252,7 +259,7 @@ def by_hand(model, tokens, mask, policy, size):
     return scores, cache
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds("dense", *KINDS))
 def test_segments_are_one_extension_after_the_other(kind):
     model, policy = KINDS[kind]
     tokens, mask = texts((256,), seed=5)
@@ -264,6 +271,7 @@ def test_segments_are_one_extension_after_the_other(kind):
     np.testing.assert_array_equal(ours[..., -common:], theirs[..., -common:])
 
 
+@pytest.mark.slow
 def test_segments_of_rows_of_unequal_length():
     model, policy = KINDS["dense"]
     tokens, mask = texts((250, 130, 40), seed=6)
@@ -285,7 +293,7 @@ def test_segments_of_a_full_cache_equal_one_reading():
     np.testing.assert_array_equal(rk.kept_positions(cache)[..., :250], rk.kept_positions(whole)[..., :250])
 
 
-@pytest.mark.parametrize("kind", ["dense", "paged", "shared and evicted"])
+@pytest.mark.parametrize("kind", kinds("dense", "paged", "shared and evicted"))
 def test_memory_follows_the_segment_and_not_the_prompt(kind):
     model, policy = KINDS[kind]
 

@@ -1,5 +1,6 @@
 """Greedy generation with the full cache gives the tokens that `transformers` gives."""
 
+import itertools
 import json
 
 import jax
@@ -108,3 +109,19 @@ def test_long_prompt_with_a_sliding_window(tmp_path):
     tokens, mask = left_padded(4, (1030, 617))
     theirs = reference_tokens(reference, tokens, mask)
     np.testing.assert_array_equal(our_tokens(model, params, tokens, mask, chunk_size=256).tokens, theirs)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3 rope, attention bias", "mistral, sliding window"])
+def test_further_tokens_are_read_as_transformers_reads_them(tmp_path, name):
+    reference, model, params = loaded(tmp_path, CASES[name] | NEVER_ENDING)
+    tokens = np.random.default_rng(5).integers(3, 61, (2, 60))
+    held, cache, starts = None, None, (0, 31, 32, 50, 60)
+    for start, end in itertools.pairwise(starts):
+        piece = tokens[:, start:end]
+        with torch.no_grad():
+            out = reference(torch.tensor(piece), past_key_values=held, use_cache=True)
+        held = out.past_key_values
+        read_on = (rk.prefill,) if cache is None else (rk.extend, None, cache)
+        logits, cache = read_on[0](model, params, piece, *read_on[1:])
+        expected = out.logits[:, -1].numpy()
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -25,9 +25,7 @@ SCORES = {
     "column_row_norms": lambda: scores.column_row_norms(QUERIES, PAIRS, GRAM),
     "removal_errors": lambda: scores.removal_errors(QUERIES, PAIRS, GRAM),
     "averaged_removal_error": lambda: scores.averaged_removal_error(QUERIES, PAIRS, GRAM, WEIGHTS),
-    "averaged_attention_removal_error": lambda: scores.averaged_attention_removal_error(
-        QUERIES, PAIRS, GRAM, WEIGHTS, window=W
-    ),
+    "averaged_attention_removal_error": lambda: scores.averaged_attention_removal_error(QUERIES, PAIRS, GRAM, WEIGHTS),
     "attention_centres": lambda: scores.attention_centres(QUERIES, PAIRS, count=7),
 }
 

@@ -17,6 +17,9 @@ def adakv(
 ) -> EvictionPolicy:
     """AdaKV: SnapKV with a budget for each head, by one top-k over the layer's heads (arXiv 2407.11550).
 
+    kvpress takes a window of 64, averages over 5 and compares scores as they are, after it has kept the best fifth of
+    every head's even share: `replace(allocation=AdaptiveHeads(floor=0, normalize=False))` where each head wins as much.
+
     Args:
       budget: mean slots per layer and KV head, the window included.
       window: last tokens of the prompt, whose queries score the others.

@@ -10,6 +10,7 @@ from jax import Array
 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.pairs import Pairs, Queries, take_columns, within_reach
+from restkv_jax.kernels.partition import divide, each_part, parts_of_mesh, undivide
 from restkv_jax.kernels.scores import einsum, fold_tiles, map_tiles
 from restkv_jax.kernels.solve import solve_positive_definite
 from restkv_jax.models.arguments import check_integer, check_number
@@ -76,8 +77,9 @@ def leverages(view: LayerView, pairs: Pairs, counted: Array, sketch: Array) -> A
       float32 [B, K, P].
     """
     one, prefix = view.queries.last(1), counted.shape[-1]
-    pairs = Pairs(*(x[:, :, :prefix] for x in pairs))
-    batch, num_kv_heads, _, dim = pairs.keys.shape
+    batch, num_kv_heads, length, dim = pairs.keys.shape
+    number = jnp.maximum(counted.sum(-1), 1)[..., None, None]
+    counted = jnp.pad(counted, ((0, 0), (0, 0), (0, length - prefix)))
 
     def undone(tile: Pairs) -> Array:
         return undo_rope(tile.keys, tile.positions, view.rope)
@@ -90,7 +92,7 @@ def leverages(view: LayerView, pairs: Pairs, counted: Array, sketch: Array) -> A
         return total + masked(undone(tile), is_new, start).sum(2, keepdims=True)
 
     total = fold_tiles(add, jnp.zeros((batch, num_kv_heads, 1, dim)), one, pairs)
-    mean = total / jnp.maximum(counted.sum(-1), 1)[..., None, None]
+    mean = total / number
 
     def add_square(total: Array, tile: Pairs, is_new: Array, start: Array) -> Array:
         x = masked(undone(tile) - mean, is_new, start)
@@ -103,7 +105,7 @@ def leverages(view: LayerView, pairs: Pairs, counted: Array, sketch: Array) -> A
         x = undone(tile) - mean
         return jnp.maximum(einsum("bknd,bkde,bkne->bkn", x, inverse, x), 0.0)
 
-    return map_tiles(of_tile, one, pairs)
+    return map_tiles(of_tile, one, pairs)[..., :prefix]
 
 
 def _sketched_inverse(gram: Array, sketch: Array) -> Array:
@@ -112,7 +114,10 @@ def _sketched_inverse(gram: Array, sketch: Array) -> Array:
     rounding = jnp.finfo(jnp.float32).eps * jnp.trace(sketched, axis1=2, axis2=3)
     system = sketched + jnp.maximum(RIDGE, rounding)[..., None, None] * jnp.eye(sketch.shape[-1])
     targets = jnp.broadcast_to(jnp.swapaxes(sketch, 1, 2), (*gram.shape[:2], sketch.shape[2], sketch.shape[1]))
-    return einsum("kds,bkse->bkde", sketch, jax.vmap(jax.vmap(solve_positive_definite))(system, targets))
+    parts = parts_of_mesh(*gram.shape[:2])
+    solve = jax.vmap(jax.vmap(solve_positive_definite))
+    solved = undivide(each_part(solve, *(divide(x, parts) for x in (system, targets))))
+    return einsum("kds,bkse->bkde", sketch, solved)
 
 
 def non_causal_attention(queries: Queries, pairs: Pairs, counted: Array, chunk_size: int) -> Array:
@@ -146,7 +151,7 @@ def non_causal_attention(queries: Queries, pairs: Pairs, counted: Array, chunk_s
     received = jax.lax.map(chunk, jnp.arange(0, prefix, chunk_size))
     received = jnp.moveaxis(received, 0, 2).reshape(*counted.shape[:2], -1)
     received = jnp.take_along_axis(received, jnp.maximum(jnp.arange(prefix) - first_key[..., None], 0), axis=2)
-    norms = jnp.linalg.norm(pairs.values[:, :, :prefix].astype(jnp.float32), axis=-1)
+    norms = jnp.linalg.norm(pairs.values.astype(jnp.float32), axis=-1)[..., :prefix]
     scores = jnp.pad(jnp.where(counted, received * norms, 0.0), ((0, 0), (0, 0), (1, 1)))
     return (scores[..., :-2] + scores[..., 1:-1] + scores[..., 2:]) / 3
 
@@ -180,7 +185,8 @@ def compactor(
     """Compactor: leverage scores of keys, blended with attention without causal order (arXiv 2507.08143).
 
     kvpress weighs the leverage by the part of the pairs that it evicts, 0.5 at half of them; the authors' engine by
-    0.5, as here. Their budgets for heads are `replace(allocation=AdaptiveHeads(normalize=False))`.
+    0.5, as here. Budgets that differ by head are `replace(allocation=AdaptiveHeads(normalize=False))`: scores of both
+    signs cannot be divided by their sum.
 
     Args:
       budget: slots kept per layer and KV head, the window included.

@@ -16,6 +16,9 @@ def pyramidkv(
 ) -> EvictionPolicy:
     """PyramidKV: SnapKV with more for the lower layers (arXiv 2406.02069).
 
+    kvpress takes a window of 64 by default, counts the budget without it, and gives a short prompt's layers unequal
+    shares too.
+
     Args:
       budget: mean slots per layer and KV head, the window included.
       window: last tokens of the prompt, whose queries score the others.

@@ -8,7 +8,7 @@ from jax import Array
 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.pooling import make_pooling
-from restkv_jax.eviction.temporal import check_temporal, query_weights
+from restkv_jax.eviction.temporal import Temporal, check_temporal, query_weights
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.kernels.scores import column_sums
 from restkv_jax.models.decoder import LayerView
@@ -18,7 +18,7 @@ from restkv_jax.models.decoder import LayerView
 class WindowAttention:
     """Attention received from the window's queries, `sum_t A[t, n]`, or an average of it over them."""
 
-    temporal: Literal["sum", "ema", "mean"] = "sum"
+    temporal: Literal["sum"] | Temporal = "sum"
     alpha: float = 0.3
     all_queries: ClassVar[bool] = False
     additive: ClassVar[bool] = True
@@ -42,6 +42,8 @@ def snapkv(
     group_reduce: Literal["mean", "max"] = "mean",
 ) -> EvictionPolicy:
     """SnapKV: attention received from the last queries, pooled over neighbours (arXiv 2404.14469).
+
+    kvpress takes a window of 64 by default and averages over 5.
 
     Args:
       budget: slots kept per layer and KV head, the window included.
