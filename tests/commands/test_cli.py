@@ -75,6 +75,7 @@ def test_prompt_from_file_and_standard_input_and_a_seed(capsys, model, tmp_path,
     assert from_argument == from_file == from_standard_input
 
 
+@pytest.mark.slow
 def test_while_generating_holds_the_budget(capsys, model):
     args = ["--model", model, "--budget", 40, "--while-generating", "--max-new-tokens", 2000]
     code, out, err = run(capsys, "generate", PROMPT, *args)
@@ -144,7 +145,7 @@ def test_installed_command(model):
         ("50%", PROMPT, 160, None),
     ],
 )
-@pytest.mark.parametrize("method", ["restkv", "laprox"])
+@pytest.mark.parametrize("method", ["restkv", pytest.param("laprox", marks=pytest.mark.slow)])
 def test_a_window_that_does_not_fit_shrinks_and_it_is_said_once(capsys, model, method, budget, prompt, slots, said):
     args = ["--model", model, "--method", method, "--budget", budget, "--max-new-tokens", 4]
     code, out, err = run(capsys, "generate", prompt, *args)
@@ -158,7 +159,7 @@ def generate(*args):
 
 
 BAD = {
-    "no command": ([], "no command given; known: generate, methods, plot"),
+    "no command": ([], "no command given; known: generate, read, ask, chat, methods"),
     "unknown command": (["generat"], "command 'generat' is unknown"),
     "unknown method": (generate("--method", "restvk"), "method='restvk' is unknown; did you mean restkv?"),
     "no method": (generate("--method"), "method='' is unknown"),

@@ -65,6 +65,7 @@ def test_a_document_is_asked_again_and_again(capsys, model, document):
     assert out == rk.generate_text(*loaded, whole, max_new_tokens=8) + "\n"
 
 
+@pytest.mark.slow
 def test_a_document_is_read_in_segments(capsys, model, tmp_path):
     command = ["read", TEXT, "--model", model, "--budget", 64, "--output", tmp_path / "a.cache", "--quiet"]
     assert run(capsys, *command, "--segment-size", 100) == (0, "", "")
@@ -73,6 +74,7 @@ def test_a_document_is_read_in_segments(capsys, model, tmp_path):
     assert run(capsys, "ask", tmp_path / "a.cache", "What?", "--max-new-tokens", 4)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_text_without_template_goes_on(capsys, tmp_path):
     plain = str(tiny.write_model(tmp_path / "plain"))
     run(capsys, "read", TEXT, "--model", plain, "--method", "full", "--output", tmp_path / "a.cache")

@@ -66,6 +66,7 @@ def test_a_command_keeps_its_programs_and_finds_them_again(model, tmp_path):
     assert kept[0] and kept[0] == kept[1] and said[0] == said[1]
 
 
+@pytest.mark.slow
 def test_the_terminal_says_what_is_being_done(model):
     def run(*options):
         ours, theirs = pty.openpty()

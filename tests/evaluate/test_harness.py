@@ -89,6 +89,7 @@ def tasks(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_evaluator_runs_generation_and_multiple_choice(directory, tasks, evicted):
     results = lm_eval.simple_evaluate(
         model="restkv",
@@ -115,7 +116,8 @@ def test_generated_text_is_what_generate_gives(evicted):
     assert generate(evicted, PROMPTS[:1], max_gen_toks=20) == [expected]
 
 
-@pytest.mark.parametrize("allocation", ["uniform", pytest.param("model", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("allocation", ["uniform", "model"])
 def test_batches_give_what_each_prompt_gives_alone(directory, allocation):
     args = {"pretrained": directory, "method": "restkv", "budget": "20%", "window": 8, "allocation": allocation}
     several, one = RestKV(**args, batch_size=4), RestKV(**args)

@@ -46,6 +46,7 @@ def sweep(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_every_prompt_is_answered_as_alone(sweep):
     model, params, tokenizer = rk.load_model(dtype=jnp.float32)
     lines = read_lines(sweep)

@@ -274,6 +274,7 @@ def test_adaptive_heads_follow_their_scores():
     assert shares(0.25, num_layers=2) == [17, 2], "one layer of two is as the authors have it"
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 9999), floor=st.floats(0, 1), heads=st.integers(1, 6), mean=st.integers(1, 30))
 @settings(max_examples=60, deadline=None)
 def test_adaptive_heads_keep_the_whole_budget(seed, floor, heads, mean):

@@ -12,7 +12,7 @@ from tiny_pod import CONFIG, GROUPS, NEW, SHARING, prompts, tiny
 import restkv_jax as rk
 from restkv_jax.generation.decoding import feed
 from restkv_jax.generation.passes import Plan, read_prompt
-from restkv_jax.kernels.pairs import Queries
+from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.config import UNLIMITED
 from restkv_jax.pod import LayerGroups, Sharing
 
@@ -74,7 +74,8 @@ def test_a_full_cache_is_refused_and_kept():
     with pytest.raises(ValueError, match="the cache is full"):
         rk.decode_step(model, params, token, cache)
     before = np.asarray(cache.slot_positions())
-    after = jax.jit(lambda c: c.append(1, jnp.ones((2, 2, 8)), jnp.ones((2, 2, 8)), jnp.ones(2, bool)))(cache)
+    new = Pairs(jnp.ones((2, 2, 1, 8)), jnp.ones((2, 2, 1, 8)), cache.next_positions[:, None, None])
+    after = jax.jit(lambda c: c.append(1, new))(cache)
     np.testing.assert_array_equal(after.slot_positions(), before)
     jax.tree.map(np.testing.assert_array_equal, after, cache)
 

@@ -44,7 +44,9 @@ def cache_of(kind, new=4):
     return model, rk.prefill(model, weights(), tokens, mask, policy, new)[1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("dense", "paged") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_a_cache_goes_on_from_its_file(kind, tmp_path):
     model, cache = cache_of(kind)
     size = rk.save_cache(tmp_path / "a.cache", cache, model, weights(), note={"model": "a model"})
@@ -150,7 +152,7 @@ def test_hostile_arrays(saved, name, change):
     lambda x: x.update(kind="Cache"),
     lambda x: x.update(kind="KVCache"),
     lambda x: x.update(kind="EvictingCache", static={"policy": {"class": "system", "budget": 1}}),
-    lambda x: x.update(static={}),
+    lambda x: x.update(kind="SharedCache", static={}),
     lambda x: x.update(static={"is_windowed": False, "other": 1}),
     lambda x: x.pop("static"),
     lambda x: x.update(config=None),
