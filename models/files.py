@@ -1,7 +1,10 @@
-"""Small files of a checkpoint: JSON objects in UTF-8, whatever the locale."""
+"""Small files of a checkpoint, JSON objects in UTF-8 whatever the locale; files that are never half-written."""
 
+import contextlib
 import json
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -29,6 +32,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def write_json(path: pathlib.Path, fields: dict[str, Any]) -> None:
     """Writes a JSON object."""
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file to write beside `path`, whose place it takes once the block ends; nothing is left of it if it fails."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def refuse_pointer(path: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from restkv_jax.models.arguments import check_integer, check_number
 from restkv_jax.models.config import ModelConfig
+from restkv_jax.models.files import written_whole
 
 if TYPE_CHECKING:
     from restkv_jax.models.decoder import Decoder
@@ -222,12 +223,8 @@ def _write(path: str | os.PathLike, groups: LayerGroups, model: "Decoder", field
     groups.check_model(model.config)
     path = _file(path)
     text = json.dumps({**fields, **_description(model.config), "leader": groups.leader}, indent=1)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(path) as unfinished:
         unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _read(

@@ -2,11 +2,11 @@
 
 It runs once, in an environment of its own, for kvpress wants other versions than this project:
 
-    python -m venv /tmp/kvpress-env
-    /tmp/kvpress-env/bin/pip install torch==2.13.0 "transformers==5.2.*"
-    /tmp/kvpress-env/bin/pip install requests "cachetools<6" datasets "pandas<3" fire
-    /tmp/kvpress-env/bin/pip install --no-deps kvpress==0.5.5
-    /tmp/kvpress-env/bin/python scripts/golden_kvpress.py
+    python -m venv kvpress-env
+    kvpress-env/bin/pip install torch==2.13.0 "transformers==5.2.*"
+    kvpress-env/bin/pip install requests "cachetools<6" datasets "pandas<3" fire
+    kvpress-env/bin/pip install --no-deps kvpress==0.5.5
+    kvpress-env/bin/python scripts/golden_kvpress.py
 
 Every case is one prompt in one attention layer of a random Llama or Qwen 3, in float64 but for what the presses
 themselves compute in float32. An array `CASE/NAME` in float32:

@@ -194,7 +194,7 @@ def segments(options: Options, known: list[dict[str, Any]]) -> Iterator[dict[str
     """Exact answers of prompts that are read at once and in segments, at the same budget."""
     model, params, tokenizer = rk.load_model(options.model, dtype=jnp.float32)
     for length in options.lengths:
-        for task in ("single", "multikey", "haystack", "tracking", "common_words"):
+        for task in ("multivalue", "tracking", "single", "multikey", "haystack"):
             if any((x["what"], x.get("task"), x.get("length")) == ("segments", task, length) for x in known):
                 continue
             made = make_prompts(task, tokenizer, length, options.prompts, seed=11)

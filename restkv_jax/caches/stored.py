@@ -27,6 +27,7 @@ from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, code_dtyp
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.digest import checksum
+from restkv_jax.models.files import written_whole
 from restkv_jax.models.key_groups import LayerGroups, Sharing
 
 FORMAT = "restkv-jax cache, version 1"
@@ -121,14 +122,11 @@ def save_cache(path: str | os.PathLike, cache: Cache, model: Decoder, params: An
     header = Header(kind, _static_fields(cache), _relevant(model.config), weights, note)
     arrays = {name: jnp.asarray(jax.device_get(x)) for name, x in _named_arrays(cache).items()}
     path = pathlib.Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(arrays, unfinished, {"format": FORMAT, "header": json.dumps(header._asdict())})
-        unfinished.replace(path)
+        with written_whole(path) as unfinished:
+            save_file(arrays, unfinished, {"format": FORMAT, "header": json.dumps(header._asdict())})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path.stat().st_size
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from restkv_jax.evaluate.accuracy import is_exact, match_share
 from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs, conditions, is_file
+from restkv_jax.models.files import written_whole
 
 SWEEP = "sweep.json"
 COSTS = "costs.json"
@@ -146,9 +147,8 @@ def _read_sweep(path: pathlib.Path) -> dict[str, Any]:
 
 def _replace_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _digest(path: pathlib.Path) -> str | None:

@@ -141,8 +141,10 @@ def test_installed_command(model):
     [
         ("10%", PROMPT[:100], 11, "budget=11 is too small for window=32, which shrinks to 5"),
         ("20", "twelve bytes", 20, "budget=20 is too small for window=32, which shrinks to 10"),
-        ("32", PROMPT, 32, "budget=32 is too small for window=32, which shrinks to 16"),
-        ("50%", PROMPT, 160, None),
+        pytest.param(
+            *("32", PROMPT, 32, "budget=32 is too small for window=32, which shrinks to 16"), marks=pytest.mark.slow
+        ),
+        pytest.param("50%", PROMPT, 160, None, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("method", ["restkv", pytest.param("laprox", marks=pytest.mark.slow)])

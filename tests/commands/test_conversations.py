@@ -50,6 +50,7 @@ def document(capsys, model, tmp_path):
     return tmp_path / "essay.cache"
 
 
+@pytest.mark.slow
 def test_a_document_is_asked_again_and_again(capsys, model, document):
     loaded = rk.load_model(model, dtype="float32")
     before = document.read_bytes()

@@ -62,6 +62,7 @@ def test_drawing_with_given_options(capsys, model):
     assert drawn != expected(model)
 
 
+@pytest.mark.slow
 def test_drawing_with_the_models_own_options(capsys, with_own):
     key = jax.random.key(0)
     drawn = expected(with_own, key=key, temperature=0.7, top_k=40)
@@ -81,6 +82,7 @@ def test_a_model_without_options_says_so(capsys, model):
     assert err.endswith("taken: temperature=1, top_p=0.5\n")
 
 
+@pytest.mark.slow
 def test_options_of_a_model_that_are_out_of_range(capsys, tmp_path):
     directory = tiny.write_model(tmp_path)
     (directory / "generation_config.json").write_text('{"top_p": 1.5}')

@@ -169,6 +169,7 @@ def test_text_without_context_follows_the_prefix_token(full):
     assert full.prefix_token_id == full.tokenizer.bos_token_id
 
 
+@pytest.mark.slow
 def test_evicted_scores_are_those_of_decoding_by_hand(evicted, full):
     context, continuation = PROMPTS[0], " back again"
     policy = rk.snapkv(budget=40, window=8)
@@ -183,6 +184,7 @@ def test_evicted_scores_are_those_of_decoding_by_hand(evicted, full):
     assert abs(total - score(full, (context, continuation))[0][0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_whole_texts_are_scored_in_windows(directory):
     model = RestKV(pretrained=directory, max_length=60, batch_size=4, **EVICTED)
     texts = [PROMPTS[1], "Short."]
@@ -208,6 +210,7 @@ def test_long_prompts_are_cut_from_the_left(directory, caplog):
         generate(model, max_gen_toks=100)
 
 
+@pytest.mark.slow
 def test_sampling_is_seeded_and_does_not_depend_on_the_batch(directory, evicted):
     options = {"do_sample": True, "temperature": 1.5, "top_k": 50, "max_gen_toks": 12}
     prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[2], PROMPTS[4]]

@@ -88,7 +88,7 @@ def brute_force(model, layers, mask, kept):
     return errors.mean(-1)
 
 
-@pytest.mark.parametrize("config", MODELS)
+@pytest.mark.parametrize("config", [pytest.param("grouped queries", marks=pytest.mark.slow), "sliding window"])
 def test_equals_the_definition_in_float64(config):
     model, params = build(MODELS[config])
     tokens, mask = texts()
@@ -117,6 +117,7 @@ def test_policies_and_rows_are_apart_and_padding_is_nothing():
     np.testing.assert_allclose(alone[0, :, 0], together[1, :, 1], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_larger_budgets_reconstruct_better(embedded):
     model, params, tokenizer = embedded
     texts = [prompt.text for prompt in make_prompts("multikey", tokenizer, 512, 4, seed=1)]

@@ -25,7 +25,10 @@ def assert_same(generation, expected):
     jax.tree.map(np.testing.assert_array_equal, generation, expected)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "laprox", "streaming_llm"])
+@pytest.mark.parametrize(
+    "name",
+    ["snapkv", pytest.param("laprox", marks=pytest.mark.slow), pytest.param("streaming_llm", marks=pytest.mark.slow)],
+)
 def test_a_percentage_is_of_the_bucket(name):
     arguments, preset = model_and_prompts(), rk.METHODS[name]
     assert rk.bucket_length(arguments[2].shape[1]) == LENGTH
@@ -63,8 +66,11 @@ def num_kept(cache):
     return (np.asarray(rk.kept_positions(cache)) >= 0).sum(-1)
 
 
+SMALL = ("laprox", "adakv", "pyramidkv", "h2o", "tova", "while generating")
+
+
 @pytest.mark.filterwarnings("ignore:budget=")
-@pytest.mark.parametrize("name", ["restkv", "laprox", "adakv", "pyramidkv", "h2o", "tova", "while generating"])
+@pytest.mark.parametrize("name", ["restkv", *(pytest.param(x, marks=pytest.mark.slow) for x in SMALL)])
 def test_a_few_slots_are_a_budget(name):
     preset = functools.partial(rk.restkv, while_generating=True) if name == "while generating" else rk.METHODS[name]
     budgets = 1, 2, 3
@@ -80,6 +86,7 @@ def test_a_few_slots_are_a_budget(name):
             assert (kept >= 1).all() and (kept.mean((0, 2)) <= budget + rounded).all()
 
 
+@pytest.mark.slow
 def test_a_budget_that_holds_the_prompt_evicts_nothing():
     model, params, tokens, mask = model_and_prompts()
     everything = rk.generate(model, params, tokens, mask, max_new_tokens=NEW)

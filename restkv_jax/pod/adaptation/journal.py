@@ -12,6 +12,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from restkv_jax.models.files import written_whole
 from restkv_jax.pod.adaptation.recipe import Adaptation
 from restkv_jax.pod.adaptation.training import Metrics, learning_rate
 
@@ -103,6 +104,5 @@ def _forget_after(path: pathlib.Path, done: int) -> None:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= done:
                 kept.append(line)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(f"{line}\n" for line in kept))
-    unfinished.replace(path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text("".join(f"{line}\n" for line in kept))

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from restkv_jax.models.files import written_whole
 
 PIECE = 2**20
 """Characters that go through the tokenizer together, so that a file need not fit into memory."""
@@ -28,14 +29,9 @@ def tokenize_files(paths: Sequence[pathlib.Path], tokenizer: Any, directory: pat
     path = directory / f"tokens-{_key(paths, tokenizer)}.int32"
     if not path.is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        try:
-            with unfinished.open("wb") as file:
-                for ids in _encode(paths, tokenizer, begin, end):
-                    np.asarray(ids, np.int32).tofile(file)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with written_whole(path) as unfinished, unfinished.open("wb") as file:
+            for ids in _encode(paths, tokenizer, begin, end):
+                np.asarray(ids, np.int32).tofile(file)
     return np.memmap(path, np.int32, mode="r")
 
 
