@@ -105,6 +105,7 @@ def test_methods_lists_the_registry(capsys):
             assert f"{parameter.name}={parameter.default}" in out
 
 
+@pytest.mark.slow
 def test_plot_writes_a_picture(capsys, model, tmp_path):
     path = tmp_path / "kept.png"
     args = [
@@ -127,6 +128,7 @@ def test_plot_writes_a_picture(capsys, model, tmp_path):
     assert (code, err) == (0, "restkv: warning: budget=6 is too small for window=32, which shrinks to 3\n")
 
 
+@pytest.mark.slow
 def test_installed_command(model):
     command = [sys.executable, "-m", "restkv_jax.commands.cli", "generate", "--model", model, "--budget", "1%"]
     command += ["--method", "streaming_llm"]

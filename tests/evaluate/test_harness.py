@@ -253,6 +253,7 @@ def test_bad_model_arguments_are_named(args, message):
         RestKV(**args)
 
 
+@pytest.mark.slow
 def test_percentages_are_of_each_prompts_bucket(directory):
     model = RestKV(pretrained=directory, method="snapkv", budget="25%", batch_size=2)
     prompts = [(PROMPTS[0] * 9)[:length] for length in (70, 200)]

@@ -256,6 +256,7 @@ def test_embedded_prompts_have_the_wanted_size(embedded, task):
     assert all(1024 - 25 <= length <= 1024 for length in lengths)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_finds_a_needle_and_stops(embedded):
     model, params, tokenizer = embedded
     prompts = make_prompts("single", tokenizer, 1024, 8, seed=7)

@@ -204,6 +204,7 @@ def test_generation_under_the_callers_jit_and_streamed():
     np.testing.assert_array_equal(streamed, plain.tokens)
 
 
+@pytest.mark.slow
 def test_prefill_needs_less_memory_than_the_full_cache():
     model, params = tiny_model()
     tokens = jnp.zeros((1, 8192), jnp.int32)
@@ -293,6 +294,7 @@ def test_adaptive_heads_keep_the_whole_budget(seed, floor, heads, mean):
 
 
 @pytest.mark.parametrize("window", [20, 32])
+@pytest.mark.slow
 def test_adakv_keeps_a_prompt_that_fits_and_the_whole_budget_beside_it(window):
     model, params = tiny_model()
     tokens, mask = prompts(150, 64, 63)

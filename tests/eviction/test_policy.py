@@ -266,6 +266,7 @@ def test_window_mean_is_exact_over_twelve_orders_of_magnitude(data, length, wide
 
 @given(seed=st.integers(0, 999), length=st.integers(1, 50), levels=st.integers(1, 40), data=st.data())
 @settings(max_examples=40, deadline=None)
+@pytest.mark.slow
 def test_top_mask_marks_what_top_k_takes(seed, length, levels, data):
     count = data.draw(st.integers(1, length))
     drawn = np.random.default_rng(seed).integers(-1, levels, length)

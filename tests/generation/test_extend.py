@@ -143,6 +143,7 @@ def test_every_row_is_read_as_alone(kind, judged):
 
 
 @pytest.mark.parametrize("kind", kinds("paged", *KINDS))
+@pytest.mark.slow
 def test_questions_on_copies_of_a_document_equal_each_alone(kind):
     model, policy = KINDS[kind]
     tokens, mask = texts(LENGTHS)

@@ -43,6 +43,7 @@ def prompts(lengths=(100, 50, 20), seed=0):
 
 
 @pytest.mark.parametrize("name", ["full", "restkv", "h2o", "streaming_llm", "generating"])
+@pytest.mark.slow
 def test_rows_of_a_batch_give_what_they_give_alone(name):
     model, params = tiny()
     tokens, mask = prompts()
@@ -332,6 +333,7 @@ def decode_memory(policy, num_layers, length):
 
 
 @pytest.mark.parametrize("policy", [rk.restkv(64), rk.restkv(64, while_generating=True), rk.h2o(64)])
+@pytest.mark.slow
 def test_prefill_never_holds_more_than_one_layers_keys_and_values(policy):
     shallow, deep = (lowered_prefill(policy, num_layers)[2].compile().memory_analysis() for num_layers in (2, 10))
     layer_pairs = 2 * 2048 * 2 * 8 * 4

@@ -41,6 +41,7 @@ def params(dtype=jnp.float32):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", [*POLICIES, "shared"])
+@pytest.mark.slow
 def test_generation_gives_the_same_in_strict_modes(name, mode):
     model = MODEL.clone(sharing=SHARING if name == "shared" else None)
     policy = POLICIES.get(name, rk.snapkv(8, 4))
@@ -52,6 +53,7 @@ def test_generation_gives_the_same_in_strict_modes(name, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_other_functions_run_in_strict_modes(mode):
     keys = jax.random.normal(jax.random.key(0), (1, 2, 90, 8))
     with MODES[mode]():

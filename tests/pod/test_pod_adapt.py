@@ -79,6 +79,7 @@ def test_command_adapts_queries_and_keys_to_shared_keys(capsys, directory, tmp_p
         assert moved == name.endswith(("query_projection", "key_projection")), name
 
 
+@pytest.mark.slow
 def test_toy_text_is_learned(model, params):
     data = tokens(24)[None].repeat(8, axis=0)
     adaptation = dataclasses.replace(SHORT, steps=40, sequence_length=None)
@@ -100,6 +101,7 @@ def test_accumulation_is_a_larger_batch(model, params):
     assert not np.allclose(whole["embedding"], params["embedding"])
 
 
+@pytest.mark.slow
 def test_bfloat16_products_and_float32_weights(model, params):
     adaptation = dataclasses.replace(SHORT, compute_dtype="bfloat16", learning_rate=1e-5)
     after = flatten(adapt(model, params, tokens(96), SHARING, adaptation=adaptation, quiet=True))
@@ -135,6 +137,7 @@ def test_rate_warms_up_and_falls_to_zero():
     assert (np.diff(values[:11]) > 0).all() and (np.diff(values[10:]) < 0).all()
 
 
+@pytest.mark.slow
 def test_no_array_of_all_pairs_of_tokens(model):
     length = 2**14
     adaptation = Adaptation(1, batch_size=1, sequence_length=length, compute_dtype="float32", loss_chunk=64)

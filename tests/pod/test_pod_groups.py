@@ -196,6 +196,7 @@ def test_divergence_is_zero_for_equals_and_one_for_strangers():
     assert jensen_shannon(one, other) == 1
 
 
+@pytest.mark.slow
 def test_similarity_never_holds_the_attention_of_all_layers():
     def temporaries(num_layers):
         model = rk.build_model(CONFIG | {"num_hidden_layers": num_layers})

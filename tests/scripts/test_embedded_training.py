@@ -132,6 +132,7 @@ def test_look_losses_are_the_attention_that_is_missing(scripts, vocabulary, embe
         np.testing.assert_allclose(got[r], wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_forward_pass_is_the_models(scripts, vocabulary, embedded):
     _, data, _, forward = scripts
     model, params, _ = embedded
@@ -159,6 +160,7 @@ def test_copies_of_a_token_count_as_often_as_they_stand_for(scripts, vocabulary,
     np.testing.assert_allclose(one[0, -1], many[0, -1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_at_the_start_the_first_layer_looks_back(scripts, vocabulary, embedded):
     train, data, circuit, forward = scripts
     options = train.Options(run=pathlib.Path("run"))
