@@ -1,6 +1,7 @@
 """Reading of distant tokens by one query per row, where layers share the keys."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax import Array
 from restkv_jax.kernels.dispatch import Dispatched
 from restkv_jax.kernels.pairs import Pairs, Queries, visible
 from restkv_jax.kernels.partition import Parts, divide, each_part, undivide
+from restkv_jax.kernels.quantised import QuantisedKeys, QuantisedValues
 from restkv_jax.kernels.softmax import Softmax, join, read_keys
 
 SLOTS_AT_ONCE = 4096
@@ -18,8 +20,8 @@ SLOTS_AT_ONCE = 4096
 def _read_distant(
     state: Softmax,
     queries: Queries,
-    keys: Array,
-    values: Array,
+    keys: Array | QuantisedKeys,
+    values: Array | QuantisedValues,
     positions: Array,
     layer: Array,
     blocks: Array,
@@ -36,7 +38,7 @@ def _read_distant(
       state: of [B, K, G, 1] queries, what has been read so far.
       queries: one per row.
       keys: [A, M, b, R, N, D] of all blocks, in `A x M` parts as `partition` says, `b` rows in each.
-      values: [L, B, K, N, D] of all layers.
+      values: [L, B, K, N, D] of all layers; quantised ones are dequantised piece by piece.
       positions: int32 [A, M, b, R, N] of the keys.
       layer: int32 scalar.
       blocks: int32 [K], the block of each KV head in this layer, numbered within its part.
@@ -44,7 +46,7 @@ def _read_distant(
       is_read: bool [B, K].
     """
     batch, num_kv_heads = is_read.shape
-    parts = Parts(*keys.shape[:2])
+    parts = Parts(*positions.shape[:2])
 
     def of_heads(x: Array) -> Array:
         return divide(jnp.broadcast_to(x, (batch, num_kv_heads)), parts)
@@ -52,7 +54,7 @@ def _read_distant(
     divided = (
         jax.tree.map(lambda x: divide(x, parts), state),
         divide(queries.vectors, parts),
-        Pairs(keys, divide(values, parts, "l"), positions),
+        (keys, jax.tree.map(lambda x: divide(x, parts, "l"), values), positions),
         of_heads(blocks),
         of_heads(jnp.where(is_read, lengths[:, None], 0)),
         of_heads(queries.positions),
@@ -61,14 +63,15 @@ def _read_distant(
     return jax.tree.map(undivide, each_part(read, *divided))
 
 
-def _read_part(state, vectors, stores: Pairs, blocks, lengths, positions, *, layer, like: Queries) -> Softmax:
+def _read_part(state, vectors, stores, blocks, lengths, positions, *, layer, like: Queries) -> Softmax:
     """`read_distant` of one part's rows and KV heads: `blocks`, `lengths` and `positions` int32 [b, k].
 
     Window and soft cap are those of the queries `like`.
     """
     num_kv_heads = blocks.shape[1]
-    num_slots, dim = stores.keys.shape[2:]
-    size = min(SLOTS_AT_ONCE, num_slots)
+    keys, values, held = stores
+    num_slots, group = held.shape[-1], 1 if isinstance(keys, Array) else keys.quantisation.group_size
+    size = min(max(SLOTS_AT_ONCE // group, 1) * group, num_slots)
     pieces = -(-lengths // size).reshape(-1)
     last = jnp.cumsum(pieces)
 
@@ -81,9 +84,9 @@ def _read_part(state, vectors, stores: Pairs, blocks, lengths, positions, *, lay
         start = jnp.minimum(first, num_slots - size)
         slots = start + jnp.arange(size)
         piece = Pairs(
-            jax.lax.dynamic_slice(stores.keys, (row, block, start, 0), (1, 1, size, dim)),
-            jax.lax.dynamic_slice(stores.values, (layer, row, head, start, 0), (1, 1, 1, size, dim))[0],
-            jax.lax.dynamic_slice(stores.positions, (row, block, start), (1, 1, size)),
+            _piece(keys, (row, block), start, size, vectors.dtype),
+            _piece(values, (layer, row, head), start, size, vectors.dtype)[0],
+            jax.lax.dynamic_slice(held, (row, block, start), (1, 1, size)),
         )
         one = like.replace(vectors=vectors[row, head][None, None], positions=positions[row, head][None, None])
         seen = visible(one, piece.positions) & (slots >= first) & (slots < length)
@@ -92,6 +95,19 @@ def _read_part(state, vectors, stores: Pairs, blocks, lengths, positions, *, lay
         return jax.tree.map(lambda whole, part: whole.at[row, head].set(part[0, 0]), state, after)
 
     return jax.lax.fori_loop(0, last[-1], read, state)
+
+
+def _piece(store: Any, index: tuple[Array, ...], start: Array, size: int, dtype: Any) -> Array:
+    """`size` slots of an entry of [..., N, D], the axes before as they are, of length one."""
+    group = 1 if isinstance(store, Array) else store.quantisation.group_size
+
+    def take(x: Array) -> Array:
+        rest = x.shape[len(index) + 1 :]
+        starts = *index, start // group, *[0] * len(rest)
+        return jax.lax.dynamic_slice(x, starts, (*[1] * len(index), size // group, *rest))
+
+    taken = jax.tree.map(take, store)
+    return taken if isinstance(taken, Array) else taken.dequantised(dtype)
 
 
 read_distant = Dispatched(_read_distant)

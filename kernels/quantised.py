@@ -7,7 +7,7 @@ float32: where float16's would overflow, they do not.
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -100,30 +100,87 @@ def parse_quantisation(text: str) -> Quantisation:
     return Quantisation(found[1], **options)
 
 
-class QuantisedPairs(flax.struct.PyTreeNode):
-    """Codes and scales of pairs: of `G` groups of `S` tokens, with axes `...` before.
+class QuantisedKeys(flax.struct.PyTreeNode):
+    """Keys of `G` groups of `S` tokens, a scale per group and channel, with axes `...` before.
 
-    `keys`, `values` [..., G, S, D] int8, the bits of float8 as uint8, or two int4 in a uint8 [..., G, S, D / 2];
-    `key_scales` bfloat16 [..., G, D]; `value_scales` bfloat16 [..., G, C, S], of `C` parts of the channels, the tokens
-    last since a TPU stores the last axis in steps of 128; `quantisation` static.
+    `codes` [..., G, S, D] int8, the bits of float8 as uint8, or two int4 in a uint8 [..., G, S, D / 2]; `scales`
+    bfloat16 [..., G, D]; `quantisation` static.
     """
 
-    keys: Array
-    key_scales: Array
-    values: Array
-    value_scales: Array
+    codes: Array
+    scales: Array
     quantisation: Quantisation = flax.struct.field(pytree_node=False)
+
+    def dequantised(self, dtype: Any) -> Array:
+        """[..., G * S, D]."""
+        return merge(self._wide(), -2).astype(dtype)
+
+    def put(self, member: Array, key: Array) -> Self:
+        """Puts one key [..., D] into each group, `G` among the axes before, at its place int32 [...].
+
+        A channel's scale grows where the key exceeds it, and the other codes follow.
+        """
+        q, key = self.quantisation, key[..., None, :].astype(jnp.float32)
+        scales = jnp.maximum(self.scales[..., None, :], scales_of(key, -2, q))
+        is_member = (jnp.arange(q.group_size) == member[..., None])[..., None]
+        keys = jnp.where(is_member, key, self._wide())
+        return self.replace(codes=pack(encode(keys, scales, q), q), scales=scales[..., 0, :])
+
+    def _wide(self) -> Array:
+        return decode(self.codes, self.quantisation) * self.scales[..., None, :].astype(jnp.float32)
+
+
+class QuantisedValues(flax.struct.PyTreeNode):
+    """Values of `G` groups of `S` tokens, a scale per token and each of `C` parts of the channels.
+
+    `codes` as those of `QuantisedKeys`; `scales` bfloat16 [..., G, C, S], the tokens last since a TPU stores the last
+    axis in steps of 128; `quantisation` static.
+    """
+
+    codes: Array
+    scales: Array
+    quantisation: Quantisation = flax.struct.field(pytree_node=False)
+
+    def dequantised(self, dtype: Any) -> Array:
+        """[..., G * S, D]."""
+        by_channels = split(decode(self.codes, self.quantisation), self.scales.shape[-2], -1)
+        scales = jnp.swapaxes(self.scales, -1, -2)[..., None].astype(jnp.float32)
+        return merge(merge(by_channels * scales, -1), -2).astype(dtype)
+
+    def put(self, member: Array, value: Array) -> Self:
+        """Puts one value [..., D] into each group, `G` among the axes before, at its place int32 [...]."""
+        codes, scales = _encode_values(value[..., None, :], self.quantisation)
+        is_member = jnp.arange(self.quantisation.group_size) == member[..., None]
+        return self.replace(
+            codes=jnp.where(is_member[..., None], codes, self.codes),
+            scales=jnp.where(is_member[..., None, :], scales, self.scales),
+        )
+
+
+class QuantisedPairs(flax.struct.PyTreeNode):
+    """Keys and values of the same groups."""
+
+    keys: QuantisedKeys
+    values: QuantisedValues
+
+    @property
+    def quantisation(self) -> Quantisation:
+        return self.keys.quantisation
+
+    @property
+    def num_groups(self) -> int:
+        """`G`."""
+        return self.keys.codes.shape[-3]
 
     def dequantised(self, dtype: Any) -> tuple[Array, Array]:
         """Keys and values, [..., G * S, D]."""
-        keys, values = (decode(x, self.quantisation) for x in (self.keys, self.values))
-        keys = keys * self.key_scales[..., None, :].astype(jnp.float32)
-        by_channels = split(values, self.value_scales.shape[-2], -1)
-        value_scales = jnp.swapaxes(self.value_scales, -1, -2)[..., None].astype(jnp.float32)
-        values = merge(by_channels * value_scales, -1)
-        return merge(keys, -2).astype(dtype), merge(values, -2).astype(dtype)
+        return self.keys.dequantised(dtype), self.values.dequantised(dtype)
 
-    def tile(self, layer: Array, start: Array, size: int) -> "QuantisedPairs":
+    def put(self, member: Array, key: Array, value: Array) -> Self:
+        """Puts one pair into each group; see `QuantisedKeys.put`."""
+        return self.replace(keys=self.keys.put(member, key), values=self.values.put(member, value))
+
+    def tile(self, layer: Array, start: Array, size: int) -> Self:
         """`size` groups of one layer from `start` on, of axes [L, B, K, G, ...]."""
 
         def take(x: Array) -> Array:
@@ -135,56 +192,55 @@ class QuantisedPairs(flax.struct.PyTreeNode):
 
 def quantise(keys: Array, values: Array, quantisation: Quantisation) -> QuantisedPairs:
     """Keys and values [..., G * S, D] as codes and scales."""
-    q, (*_, length, dim) = quantisation, keys.shape
-    keys, values = (split(x.astype(jnp.float32), length // q.group_size, -2) for x in (keys, values))
-    by_channels = split(values, dim // q.channels(dim), -1)
-    key_scales, value_scales = scales_of(keys, -2, q), scales_of(by_channels, -1, q)
-    return QuantisedPairs(
-        keys=pack(encode(keys, key_scales, q), q),
-        key_scales=key_scales[..., 0, :],
-        values=pack(merge(encode(by_channels, value_scales, q), -1), q),
-        value_scales=jnp.swapaxes(value_scales[..., 0], -1, -2),
-        quantisation=q,
-    )
+    return QuantisedPairs(quantise_keys(keys, quantisation), quantise_values(values, quantisation))
 
 
-def put_into_group(group: QuantisedPairs, member: Array, key: Array, value: Array) -> QuantisedPairs:
-    """Puts one pair into each group; a channel's scale grows where the key exceeds it, and other codes follow it.
+def quantise_keys(keys: Array, quantisation: Quantisation) -> QuantisedKeys:
+    """Keys [..., G * S, D] as codes and scales."""
+    q = quantisation
+    keys = split(keys.astype(jnp.float32), keys.shape[-2] // q.group_size, -2)
+    scales = scales_of(keys, -2, q)
+    return QuantisedKeys(pack(encode(keys, scales, q), q), scales[..., 0, :], q)
 
-    Args:
-      group: [..., S, D].
-      member: int32 [...], its place.
-      key: [..., D].
-      value: [..., D].
-    """
-    q, dim, key = group.quantisation, key.shape[-1], key[..., None, :].astype(jnp.float32)
-    scales = jnp.maximum(group.key_scales[..., None, :], scales_of(key, -2, q))
-    is_member = (jnp.arange(q.group_size) == member[..., None])[..., None]
-    keys = decode(group.keys, q) * group.key_scales[..., None, :].astype(jnp.float32)
-    by_channels = split(value[..., None, :].astype(jnp.float32), dim // q.channels(dim), -1)
-    value_scales = scales_of(by_channels, -1, q)
-    codes = pack(merge(encode(by_channels, value_scales, q), -1), q)
-    return group.replace(
-        keys=pack(encode(jnp.where(is_member, key, keys), scales, q), q),
-        key_scales=scales[..., 0, :],
-        values=jnp.where(is_member, codes, group.values),
-        value_scales=jnp.where(is_member[..., 0][..., None, :], value_scales[..., 0, :, :], group.value_scales),
-    )
+
+def quantise_values(values: Array, quantisation: Quantisation) -> QuantisedValues:
+    """Values [..., G * S, D] as codes and scales."""
+    values = split(values, values.shape[-2] // quantisation.group_size, -2)
+    return QuantisedValues(*_encode_values(values, quantisation), quantisation)
+
+
+def _encode_values(values: Array, quantisation: Quantisation) -> tuple[Array, Array]:
+    """Codes of values [..., S, D] as they are stored, and scales [..., C, S]."""
+    q, dim = quantisation, values.shape[-1]
+    by_channels = split(values.astype(jnp.float32), dim // q.channels(dim), -1)
+    scales = scales_of(by_channels, -1, q)
+    return pack(merge(encode(by_channels, scales, q), -1), q), jnp.swapaxes(scales[..., 0], -1, -2)
+
+
+def empty_keys(shape: tuple[int, ...], quantisation: Quantisation) -> QuantisedKeys:
+    """Zeros for keys of a shape [..., G * S, D]."""
+    *before, length, dim = shape
+    groups = (*before, length // quantisation.group_size)
+    return QuantisedKeys(_empty_codes(groups, dim, quantisation), jnp.zeros((*groups, dim), jnp.bfloat16), quantisation)
+
+
+def empty_values(shape: tuple[int, ...], quantisation: Quantisation) -> QuantisedValues:
+    """Zeros for values of a shape [..., G * S, D]."""
+    *before, length, dim = shape
+    size = quantisation.group_size
+    groups = (*before, length // size)
+    scales = jnp.zeros((*groups, dim // quantisation.channels(dim), size), jnp.bfloat16)
+    return QuantisedValues(_empty_codes(groups, dim, quantisation), scales, quantisation)
 
 
 def empty_pairs(shape: tuple[int, ...], quantisation: Quantisation) -> QuantisedPairs:
     """Zeros for keys and values of a shape [..., G * S, D]."""
-    *before, length, dim = shape
-    groups = (*before, length // quantisation.group_size)
+    return QuantisedPairs(empty_keys(shape, quantisation), empty_values(shape, quantisation))
+
+
+def _empty_codes(groups: tuple[int, ...], dim: int, quantisation: Quantisation) -> Array:
     packed = dim // 2 if quantisation.dtype == "int4" else dim
-    codes = jnp.zeros((*groups, quantisation.group_size, packed), code_dtype(quantisation))
-    return QuantisedPairs(
-        keys=codes,
-        key_scales=jnp.zeros((*groups, dim), jnp.bfloat16),
-        values=codes,
-        value_scales=jnp.zeros((*groups, dim // quantisation.channels(dim), quantisation.group_size), jnp.bfloat16),
-        quantisation=quantisation,
-    )
+    return jnp.zeros((*groups, quantisation.group_size, packed), code_dtype(quantisation))
 
 
 def code_dtype(quantisation: Quantisation) -> jnp.dtype:
@@ -258,7 +314,7 @@ def read_quantised(state: Softmax, queries: Queries, stored: QuantisedPairs, lay
       layer: int32 scalar.
       positions: int32 [B, K, G * S], -1 where a slot is empty.
     """
-    num_groups, group = stored.keys.shape[3:5]
+    num_groups, group = stored.num_groups, stored.quantisation.group_size
     if not num_groups:
         return state
     size = min(num_groups, max(1, SLOTS_AT_ONCE // group))

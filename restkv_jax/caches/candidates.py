@@ -106,12 +106,16 @@ class PagedKeeper(Keeper):
 
     def finish(self, candidates: Candidates) -> PagedCache:
         """Shares the budget among layers and KV heads and packs what they keep into pages."""
+        filled = self.fill(*self.choose(candidates), self.policy.page_size)
+        return PagedCache(**filled, **self.of_sequences(candidates))
+
+    def choose(self, candidates: Candidates) -> tuple[Candidates, Array]:
+        """The candidates, refitted where the policy asks for it, and which of them to keep, bool [L, B, K, N]."""
         layers = candidates.keys.shape[0]
         keep = keep_shares(self.policy, candidates.scores, candidates.prefix_lengths, jnp.arange(layers), layers)
-        if self.policy.refit is not None:
-            candidates = candidates.replace(values=self._refitted(candidates, keep))
-        filled = self.fill(candidates, keep, self.policy.page_size)
-        return PagedCache(**filled, **self.of_sequences(candidates))
+        if self.policy.refit is None:
+            return candidates, keep
+        return candidates.replace(values=self._refitted(candidates, keep)), keep
 
     def of_sequences(self, candidates: Candidates) -> dict[str, Any]:
         """The fields of a cache in pages besides those of its pairs."""

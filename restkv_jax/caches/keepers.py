@@ -7,6 +7,7 @@ from restkv_jax.caches.evicting import EvictingKeeper
 from restkv_jax.caches.quantised import QuantisedKeeper
 from restkv_jax.caches.quantised_evicting import QuantisedEvictingKeeper
 from restkv_jax.caches.quantised_paged import QuantisedPagedKeeper
+from restkv_jax.caches.quantised_shared import QuantisedSharedKeeper
 from restkv_jax.caches.shared_keeper import SharedKeeper
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.kernels.quantised import Quantisation
@@ -16,9 +17,10 @@ KEEPERS: list[type[Keeper]] = [SharedKeeper, EvictingKeeper, PagedKeeper, DenseK
 """The first one that takes a model and a policy builds the cache."""
 
 QUANTISED: dict[type[Keeper], type[Keeper]] = {
-    DenseKeeper: QuantisedKeeper,
+    SharedKeeper: QuantisedSharedKeeper,
     EvictingKeeper: QuantisedEvictingKeeper,
     PagedKeeper: QuantisedPagedKeeper,
+    DenseKeeper: QuantisedKeeper,
 }
 """Who builds the same kind of cache with quantised pairs."""
 
@@ -31,17 +33,7 @@ def keeper_of(
     max_new_tokens: int,
     quantisation: Quantisation | None = None,
 ) -> Keeper:
-    """The keeper for what `Keeper` describes.
-
-    Raises:
-      ValueError: a kind of cache that is not quantised.
-    """
+    """The keeper for what `Keeper` describes."""
     chosen = next(keeper for keeper in KEEPERS if keeper.takes(model, policy, total))
-    if quantisation is not None:
-        if chosen not in QUANTISED:
-            raise ValueError(
-                f"cache_dtype={quantisation.dtype!r} does not go with the cache of {chosen.__name__}; leave it out, or "
-                "where the model shares keys read without, by model.clone(sharing=None) or --dense"
-            )
-        chosen = QUANTISED[chosen]
+    chosen = chosen if quantisation is None else QUANTISED[chosen]
     return chosen(model, policy, length, total, max_new_tokens, quantisation)

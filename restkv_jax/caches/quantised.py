@@ -63,7 +63,7 @@ class QuantisedCache(Cache):
     @property
     def num_grouped(self) -> int:
         """`Q`."""
-        return self.stored.keys.shape[3] * self.stored.keys.shape[4]
+        return self.stored.num_groups * self.quantisation.group_size
 
     @staticmethod
     def layout(quantisation: Quantisation, slots: int) -> tuple[int, int]:
@@ -133,7 +133,7 @@ class QuantisedCache(Cache):
         both = (self.recent_keys[layer], new.keys), (self.recent_values[layer], new.values)
         codes = quantise(*(take_places(jnp.concatenate(x, axis=2), places) for x in both), q)
         groups, is_whole = (x[..., :: q.group_size] for x in (slots // q.group_size, is_whole))
-        groups = unless(is_whole, groups, self.stored.keys.shape[3])
+        groups = unless(is_whole, groups, self.stored.num_groups)
         return self.replace(
             stored=jax.tree.map(lambda whole, part: put_pairs(whole, layer, groups, part), self.stored, codes)
         )
@@ -276,7 +276,7 @@ def empty_fields(
 def put_groups(stored: QuantisedPairs, layer: Array | int, kept: Pairs) -> QuantisedPairs:
     """Quantises pairs [B, K, C, D] into the first slots of a layer, as far as these reach."""
     q, length = stored.quantisation, kept.keys.shape[2]
-    count = min(stored.keys.shape[3], -(-length // q.group_size)) * q.group_size
+    count = min(stored.num_groups, -(-length // q.group_size)) * q.group_size
     if not count:
         return stored
 

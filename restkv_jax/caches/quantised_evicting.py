@@ -12,7 +12,7 @@ from restkv_jax.caches.evicting import UNSEEN, ByImportance, EvictingKeeper, emp
 from restkv_jax.caches.quantised import QuantisedCache, empty_fields, put_groups, unless
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.pairs import Pairs, concatenate, take_pairs, take_places
-from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, put_into_group
+from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs
 from restkv_jax.models.decoder import LayerView
 
 
@@ -78,8 +78,8 @@ class QuantisedEvictingCache(ByImportance, QuantisedCache):
         group = jnp.minimum(slot, self.num_old - 1) // q.group_size
         before = jax.tree.map(lambda x: take_places(x[layer], group), self.stored)
         pair = (take_places(x, place) for x in recent[:2])
-        after = put_into_group(before, slot % q.group_size, *pair)
-        group = unless(moves, group, self.stored.keys.shape[3])
+        after = before.put(slot % q.group_size, *pair)
+        group = unless(moves, group, self.stored.num_groups)
 
         slot = unless(moves, slot, self.num_slots)
         position = take_places(recent.positions, place)

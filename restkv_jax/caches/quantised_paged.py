@@ -11,7 +11,6 @@ from restkv_jax.caches.candidates import Candidates, PagedKeeper
 from restkv_jax.caches.dense import put_pairs
 from restkv_jax.caches.paged import InPages
 from restkv_jax.caches.quantised import ring_slots, unless, whole_groups
-from restkv_jax.eviction.select import keep_shares
 from restkv_jax.kernels.attention import attend
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.paged import QuantisedPages, pairs_of_pages, read_pages
@@ -163,11 +162,9 @@ class QuantisedPagedKeeper(PagedKeeper):
     """Once the budget is shared out, the newest pairs of each layer and KV head go into its ring, others into pages."""
 
     def finish(self, candidates: Candidates) -> QuantisedPagedCache:
-        q, layers = self.quantisation, candidates.keys.shape[0]
+        q = self.quantisation
         assert q is not None
-        keep = keep_shares(self.policy, candidates.scores, candidates.prefix_lengths, jnp.arange(layers), layers)
-        if self.policy.refit is not None:
-            candidates = candidates.replace(values=self._refitted(candidates, keep))
+        candidates, keep = self.choose(candidates)
         lengths, ranks = keep.sum(-1, dtype=jnp.int32), jnp.cumsum(keep, axis=-1) - 1
         filled = self.fill(candidates, keep & (ranks < q.num_grouped(lengths)[..., None]), q.group_size)
         stored = quantise(*(merge(filled.pop(name), 3) for name in ("keys", "values")), q)

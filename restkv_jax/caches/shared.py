@@ -56,8 +56,8 @@ class SharedCache(Cache):
 
     keys: Array
     values: Array
-    distant_keys: Array
-    distant_values: Array
+    distant_keys: Any
+    distant_values: Any
     distant_positions: Array
     kept: Array
     skips: Skips | None
@@ -66,12 +66,22 @@ class SharedCache(Cache):
     @property
     def num_slots(self) -> int:
         """`P + N`."""
-        return self.keys.shape[3] + self.distant_values.shape[3]
+        return self.keys.shape[3] + self.num_distant
+
+    @property
+    def num_distant(self) -> int:
+        """`N`."""
+        return self.distant_positions.shape[4]
+
+    @property
+    def num_blocks(self) -> int:
+        """`R`."""
+        return self.distant_positions.shape[3]
 
     @property
     def parts(self) -> Parts:
         """How the distant keys are cut."""
-        return Parts(*self.distant_keys.shape[:2])
+        return Parts(*self.distant_positions.shape[:2])
 
     @property
     def skipped_share(self) -> Array:
@@ -110,7 +120,7 @@ class SharedCache(Cache):
 
     def room(self) -> Array:
         in_ring = jnp.maximum(self.keys.shape[3] - self.next_positions, 0)
-        return (in_ring + self.distant_values.shape[3] - self.distant_lengths).min()
+        return (in_ring + self.num_distant - self.distant_lengths).min()
 
     def start_reading(self, num_new: int) -> Array:
         """The leaders' keys, [B, K, num_places + num_new, D]."""
@@ -129,15 +139,16 @@ class SharedCache(Cache):
     def _distant_pairs(self, layer: Array) -> Pairs:
         """A layer's values of distant tokens with its leaders' keys, [B, K, N, D]."""
 
-        def of_heads(store: Array, blocks: Array) -> Array:
+        def of_heads(stores: Any, blocks: Array) -> Any:
             rows = jnp.arange(blocks.shape[0])[:, None]
-            return store[rows, blocks]
+            return jax.tree.map(lambda store: store[rows, blocks], stores)
 
         shape = self.kept.shape[0], self.keys.shape[2]
         blocks = divide(jnp.broadcast_to(self._blocks(layer)[0], shape), self.parts)
-        stores = self.distant_keys, self.distant_positions
-        keys, positions = (undivide(each_part(of_heads, store, blocks)) for store in stores)
-        return Pairs(keys, self.distant_values[layer], positions)
+        stores = each_part(of_heads, (self.distant_keys, self.distant_positions), blocks)
+        keys, positions = jax.tree.map(undivide, stores)
+        values = jax.tree.map(lambda x: x[layer], self.distant_values)
+        return Pairs(self.wide(keys), self.wide(values), positions)
 
     def memory(self, layer: Array) -> "DecodingMemory":
         return DecodingMemory(self, layer)
@@ -157,8 +168,9 @@ class SharedCache(Cache):
         return None if self.parts.rows > 1 else self._row_axes()
 
     def _row_axes(self) -> "SharedCache":
-        distant = {"distant_keys": 2, "distant_positions": 2}
-        axes = jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self).replace(**distant)
+        distant_keys = jax.tree.map(lambda x: 2, self.distant_keys)
+        axes = jax.tree.map(lambda x: 0 if x.ndim == 1 else 1, self)
+        axes = axes.replace(distant_keys=distant_keys, distant_positions=2)
         return axes if self.skips is None else axes.replace(skips=jax.tree.map(lambda x: 0, self.skips))
 
     def repeat_rows(self, count: int) -> Self:
@@ -183,7 +195,6 @@ class SharedCache(Cache):
     def append(self, layer: Array, new: Pairs) -> Self:
         """Puts one new pair per row and KV head into a layer, `T = 1`; the one it displaces goes over."""
         num_kv_heads, num_proximal = self.keys.shape[2:4]
-        num_distant = self.distant_values.shape[3]
         newest, sink = self.next_positions, self.sharing.sink
         enters = (new.positions[:, 0, 0] >= 0) & ~self._is_row_full()
         leaves = enters & (newest >= num_proximal)
@@ -196,29 +207,27 @@ class SharedCache(Cache):
             return take_places(array[layer], of_heads(slot))
 
         comes_to = of_heads(jnp.where(enters, slot, num_proximal))
-        goes_to = of_heads(jnp.where(leaves, self.distant_lengths, num_distant))
+        goes_to = of_heads(jnp.where(leaves, self.distant_lengths, self.num_distant))
         leaves_at = newest - self._ring
         distant_keys, distant_positions = self._put_leaders(layer, goes_to, leaving(self.keys), leaves_at)
         return self.replace(
             keys=put_pairs(self.keys, layer, comes_to, new.keys),
             values=put_pairs(self.values, layer, comes_to, new.values),
             distant_keys=distant_keys,
-            distant_values=put_pairs(self.distant_values, layer, goes_to, leaving(self.values)),
+            distant_values=self.put_values(layer, goes_to, leaving(self.values)),
             distant_positions=distant_positions,
         )
 
     def _put_leaders(self, layer: Array, slots: Array, keys: Array, positions: Array) -> tuple[Array, Array]:
         """The distant keys and positions with one more, [B, K, 1, D] and int32 [B], where the layer leads."""
         blocks, leads = self._blocks(layer)
-        blocks = jnp.broadcast_to(jnp.where(leads, blocks, self.distant_keys.shape[3]), slots.shape[:2])
+        blocks = jnp.broadcast_to(jnp.where(leads, blocks, self.num_blocks), slots.shape[:2])
         positions = jnp.broadcast_to(positions[:, None], slots.shape[:2])
         slots, keys = slots[:, :, 0], keys[:, :, 0]
 
-        def put(stores, blocks, slots, *new):
-            rows = jnp.arange(slots.shape[0])[:, None]
-            return [
-                x.at[rows, blocks, slots].set(y.astype(x.dtype), mode="drop") for x, y in zip(stores, new, strict=True)
-            ]
+        def put(stores, blocks, slots, keys, positions):
+            where = jnp.arange(slots.shape[0])[:, None], blocks, slots
+            return self.put_keys(stores[0], *where, keys), stores[1].at[where].set(positions, mode="drop")
 
         stores = self.distant_keys, self.distant_positions
         return tuple(each_part(put, stores, *(divide(x, self.parts) for x in (blocks, slots, keys, positions))))
@@ -246,6 +255,27 @@ class SharedCache(Cache):
             return jnp.ones((self.kept.shape[0], leads.shape[0]), bool)
         return leads | (self.skips.gates < self.sharing.skip_threshold)
 
+    def wide(self, store: Any) -> Array:
+        """Distant keys or values [..., N, D] as they are attended to."""
+        return store
+
+    def stored_keys(self, keys: Array) -> Any:
+        """Distant keys [..., C, D] of the first slots as they are stored."""
+        return keys.astype(self.dtype)
+
+    def stored_values(self, values: Array) -> Any:
+        """Distant values [..., C, D] of the first slots as they are stored."""
+        return values.astype(self.dtype)
+
+    @staticmethod
+    def put_keys(store: Any, rows: Array, blocks: Array, slots: Array, keys: Array) -> Any:
+        """One part's distant keys with others, [b, k, D], in slots of blocks, int32 [b, k]; those beyond drop."""
+        return store.at[rows, blocks, slots].set(keys.astype(store.dtype), mode="drop")
+
+    def put_values(self, layer: Array, slots: Array, values: Array) -> Any:
+        """The distant values with others of a layer, [B, K, 1, D], in slots int32 [B, K, 1]; those beyond drop."""
+        return put_pairs(self.distant_values, layer, slots, values)
+
     @property
     def _ring(self) -> int:
         return max(self.keys.shape[3] - self.sharing.sink, 1)
@@ -256,7 +286,7 @@ class SharedCache(Cache):
         return jnp.asarray(groups.in_parts(self.parts.heads)[0])[layer], jnp.asarray(groups.is_leader)[layer]
 
     def _is_row_full(self) -> Array:
-        return (self.next_positions >= self.keys.shape[3]) & (self.distant_lengths >= self.distant_values.shape[3])
+        return (self.next_positions >= self.keys.shape[3]) & (self.distant_lengths >= self.num_distant)
 
     def _lengths_after_append(self) -> Array:
         return self.distant_lengths + ((self.next_positions >= self.keys.shape[3]) & ~self._is_row_full())
@@ -279,7 +309,7 @@ class DecodingMemory(NamedTuple):
         seen = visible(queries, positions)[:, :, None]
         state = read_keys(queries, cache.keys[layer], cache.values[layer], seen)
         proximal, is_read = state.normaliser(), cache.reads_distant(layer)
-        if cache.distant_values.shape[3]:
+        if cache.num_distant:
             stores = cache.distant_keys, cache.distant_values, cache.distant_positions
             blocks, lengths = cache._blocks(layer)[0], cache._lengths_after_append()
             state = read_distant(state, queries, *stores, layer, blocks, lengths, is_read)

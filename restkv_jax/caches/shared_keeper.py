@@ -68,8 +68,7 @@ class SharedKeeper(Keeper):
         if past is not None:
             assert isinstance(past, SharedCache)
             num_tokens = past.num_tokens + lengths - past.next_positions
-        counts = lengths, num_tokens, self.total, self.policy.slots(self.num_distant), self.max_new_tokens
-        cache = empty_shared_cache(config, sharing, *counts, dtype)
+        cache = self.empty(lengths, num_tokens, dtype)
         if past is not None:
             cache = cache.replace(skips=past.skips)
         if not self.evicts:
@@ -77,6 +76,11 @@ class SharedKeeper(Keeper):
         pairs = lengths.shape[0], config.num_key_value_heads, self.length
         values = jnp.zeros((sharing.groups.longest_block, *pairs, config.head_dim), dtype)
         return RunningBlocks(cache=cache, scores=jnp.zeros(pairs, jnp.float32), values=values)
+
+    def empty(self, lengths: Array, num_tokens: Array, dtype: Any) -> SharedCache:
+        """A cache for sequences of the given lengths, of which `num_tokens` are to keep, both int32 [B]."""
+        counts = lengths, num_tokens, self.total, self.policy.slots(self.num_distant), self.max_new_tokens
+        return empty_shared_cache(self.model.config, self.sharing, *counts, dtype)
 
     def add(self, state: Any, view: LayerView, memory: SharedMemory, scored: dict) -> SharedCache | RunningBlocks:
         if self.evicts:
@@ -92,7 +96,7 @@ def _keep_layer(cache: SharedCache, layer: Array | int, memory: SharedMemory) ->
     sharing, heads = cache.sharing, memory.pairs.keys.shape[:2]
     cache = _store_proximal(cache, layer, memory.pairs)
     first, num_tokens = _held(memory.pairs)
-    slots = jnp.arange(min(sharing.distant(memory.pairs.keys.shape[2]), cache.distant_values.shape[3]))
+    slots = jnp.arange(min(sharing.distant(memory.pairs.keys.shape[2]), cache.num_distant))
     indices = sharing.sink + slots + first[:, None]
     indices = jnp.where(slots < num_tokens[:, None] - sharing.proximal, indices, memory.pairs.keys.shape[2])
     indices = jnp.broadcast_to(indices[:, None], (*heads, len(slots)))
@@ -188,17 +192,17 @@ def _store_keys(
       indices: int32 [B, K, C] of the tokens to keep; `T` where a slot stays empty.
     """
     kept = gather_pairs(memory.pairs._replace(keys=memory.leader_keys), indices)
-    blocks = jnp.where(heads, cache._blocks(layer)[0], cache.distant_keys.shape[3])
+    blocks = jnp.where(heads, cache._blocks(layer)[0], cache.num_blocks)
     blocks = jnp.broadcast_to(blocks, indices.shape[:2])
 
-    def put(stores, blocks, *new):
-        return [
-            store.at[:, blocks[0], : indices.shape[-1]].set(x.astype(store.dtype), mode="drop")
-            for store, x in zip(stores, new, strict=True)
-        ]
+    def put(stores, blocks, new):
+        def first(store: Array, new: Array) -> Array:
+            return store.at[:, blocks[0], : new.shape[2]].set(new, mode="drop")
 
-    stores = cache.distant_keys, cache.distant_positions
-    keys, positions = each_part(put, stores, *(divide(x, cache.parts) for x in (blocks, kept.keys, kept.positions)))
+        return jax.tree.map(first, stores, new)
+
+    stores, new = (cache.distant_keys, cache.distant_positions), (cache.stored_keys(kept.keys), kept.positions)
+    keys, positions = each_part(put, stores, *jax.tree.map(lambda x: divide(x, cache.parts), (blocks, new)))
     return cache.replace(distant_keys=keys, distant_positions=positions)
 
 
@@ -213,10 +217,10 @@ def _store_values(cache: SharedCache, layers: Array, values: Array, indices: Arr
     """
     places = indices[..., None]
     kept = jax.vmap(lambda x: jnp.take_along_axis(x, places, axis=2, mode="fill", fill_value=0))(values)
-    kept = kept.astype(cache.distant_values.dtype)  # [S, B, K, C, D]
 
     def of_head(store: Array, layers: Array, new: Array) -> Array:
-        return store.at[layers, :, : indices.shape[-1]].set(new, mode="drop")
+        return store.at[layers, :, : new.shape[2]].set(new, mode="drop")
 
     put = jax.vmap(of_head, in_axes=(2, 1, 2), out_axes=2)
-    return cache.replace(distant_values=put(cache.distant_values, layers, kept))
+    new = cache.stored_values(kept)  # [S, B, K, C, D]
+    return cache.replace(distant_values=jax.tree.map(lambda x, y: put(x, layers, y), cache.distant_values, new))

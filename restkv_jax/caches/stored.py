@@ -21,9 +21,17 @@ from restkv_jax.caches.paged import InPages, PagedCache
 from restkv_jax.caches.quantised import QuantisedCache
 from restkv_jax.caches.quantised_evicting import QuantisedEvictingCache
 from restkv_jax.caches.quantised_paged import QuantisedPagedCache
+from restkv_jax.caches.quantised_shared import QuantisedSharedCache
 from restkv_jax.caches.shared import SharedCache, Skips
 from restkv_jax.eviction.described import describe, from_description
-from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, code_dtype, empty_pairs
+from restkv_jax.kernels.quantised import (
+    Quantisation,
+    QuantisedKeys,
+    QuantisedPairs,
+    QuantisedValues,
+    code_dtype,
+    empty_pairs,
+)
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.digest import checksum
@@ -35,7 +43,8 @@ FORMAT = "restkv-jax cache, version 1"
 KINDS: dict[str, type[Cache]] = {
     kind.__name__: kind
     for kind in (
-        KVCache, EvictingCache, PagedCache, SharedCache, QuantisedCache, QuantisedEvictingCache, QuantisedPagedCache,
+        KVCache, EvictingCache, PagedCache, SharedCache,
+        QuantisedCache, QuantisedEvictingCache, QuantisedPagedCache, QuantisedSharedCache,
     )
 }  # fmt: skip
 
@@ -53,17 +62,20 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 DENSE = {"keys": "l b k n d", "values": "l b k n d", "positions": "l b k n", "lengths": "l b k"}
 QUANTISED = {
-    "stored.keys": "l b k q s e", "stored.key_scales": "l b k q d", "stored.values": "l b k q s e",
-    "stored.value_scales": "l b k q v s", "recent_keys": "l b k w d", "recent_values": "l b k w d",
+    "stored.keys.codes": "l b k q s e", "stored.keys.scales": "l b k q d", "stored.values.codes": "l b k q s e",
+    "stored.values.scales": "l b k q v s", "recent_keys": "l b k w d", "recent_values": "l b k w d",
     "positions": "l b k n", "lengths": "l b k",
 }  # fmt: skip
 IMPORTANCE = {"importance": "l b k n", "gram": "l k g d d"}
+DISTANT = {
+    "distant_positions": "a m c r n", "kept": "b", "skips.gates": "b k", "skips.skipped": "b", "skips.total": "b",
+}  # fmt: skip
 AXES = {
     "KVCache": DENSE,
     "QuantisedCache": QUANTISED,
     "QuantisedPagedCache": {
-        "stored.keys": "a m p s e", "stored.key_scales": "a m p d", "stored.values": "a m p s e",
-        "stored.value_scales": "a m p v s", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
+        "stored.keys.codes": "a m p s e", "stored.keys.scales": "a m p d", "stored.values.codes": "a m p s e",
+        "stored.values.scales": "a m p v s", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
         "recent_keys": "l b k w d", "recent_values": "l b k w d", "recent_positions": "l b k w",
     },
     "EvictingCache": DENSE | IMPORTANCE,
@@ -73,8 +85,12 @@ AXES = {
     },
     "SharedCache": {
         "keys": "l b k p d", "values": "l b k p d", "distant_keys": "a m c r n d", "distant_values": "l b k n d",
-        "distant_positions": "a m c r n", "kept": "b", "skips.gates": "b k", "skips.skipped": "b", "skips.total": "b",
-    },
+    } | DISTANT,
+    "QuantisedSharedCache": {
+        "keys": "l b k p d", "values": "l b k p d",
+        "distant_keys.codes": "a m c r q s e", "distant_keys.scales": "a m c r q d",
+        "distant_values.codes": "l b k q s e", "distant_values.scales": "l b k q v s",
+    } | DISTANT,
 }  # fmt: skip
 OF_ALL = {"prompt_lengths": "b", "next_positions": "b"}
 """The axes of a cache's arrays; of one name they are of one size, `l`, `k` and `d` those of the model."""
@@ -250,13 +266,20 @@ def _check_config(path: str | os.PathLike, header: Header, model: Decoder) -> No
 def _assemble(header: Header, arrays: dict[str, Any]) -> Any:
     kind = KINDS[header.kind]
     static = {name: _from_static(name, value) for name, value in header.static.items()}
-    if kind is SharedCache:
+    if issubclass(kind, SharedCache):
         skips = {name: arrays.pop(f"skips.{name}", None) for name in ("gates", "skipped", "total")}
         static["skips"] = None if any(x is None for x in skips.values()) else Skips(**skips)
-    if "quantisation" in static:
-        names = [name for name in arrays if name.startswith("stored.")]
-        stored = {name.removeprefix("stored."): arrays.pop(name) for name in names}
-        static["stored"] = QuantisedPairs(quantisation=static.pop("quantisation"), **stored)
+    q = static.pop("quantisation", None)
+
+    def quantised(name: str, kind: Any) -> Any:
+        return kind(arrays.pop(f"{name}.codes"), arrays.pop(f"{name}.scales"), q)
+
+    if q is not None and issubclass(kind, SharedCache):
+        static["distant_keys"] = quantised("distant_keys", QuantisedKeys)
+        static["distant_values"] = quantised("distant_values", QuantisedValues)
+    elif q is not None:
+        pairs = quantised("stored.keys", QuantisedKeys), quantised("stored.values", QuantisedValues)
+        static["stored"] = QuantisedPairs(*pairs)
     return kind(**static, **arrays)
 
 
@@ -308,14 +331,16 @@ def _check_ranges(cache: Any, sizes: dict[str, int]) -> None:
     if isinstance(cache, SharedCache):
         _, blocks = cache.sharing.groups.in_parts(sizes["m"])
         if (blocks, sizes["a"] * sizes["c"]) != (sizes["r"], sizes["b"]):
-            raise ValueError(f"distant_keys has shape {cache.distant_keys.shape}, not that of the sharing's blocks")
+            raise ValueError(f"distant_keys has {sizes['r']} blocks of {sizes['a'] * sizes['c']} rows, unlike the sharing")
 
 
-def _quantised_sizes(cache: QuantisedCache | QuantisedPagedCache, dim: int) -> dict[str, int]:
+def _quantised_sizes(cache: Any, dim: int) -> dict[str, int]:
     q = cache.quantisation
     q.check_dim(dim)
     group = jax.eval_shape(lambda: empty_pairs((q.group_size, dim), q))
-    sizes = {"s": q.group_size, "e": group.keys.shape[-1], "v": group.value_scales.shape[-2]}
+    sizes = {"s": q.group_size, "e": group.keys.codes.shape[-1], "v": group.values.scales.shape[-2]}
+    if isinstance(cache, QuantisedSharedCache):
+        return sizes | {"n": cache.distant_keys.codes.shape[4] * q.group_size}
     if isinstance(cache, QuantisedPagedCache):
         return sizes | {"w": q.residual + q.group_size - 1}
     grouped, recent = cache.layout(q, cache.num_slots)
@@ -323,8 +348,10 @@ def _quantised_sizes(cache: QuantisedCache | QuantisedPagedCache, dim: int) -> d
 
 
 def _dtype_of(name: str, cache: Any) -> Any:
-    if name.startswith("stored."):
-        return jnp.dtype(jnp.bfloat16) if name.endswith("scales") else code_dtype(cache.quantisation)
+    if name.endswith(".scales"):
+        return jnp.dtype(jnp.bfloat16)
+    if name.endswith(".codes"):
+        return code_dtype(cache.quantisation)
     if name.split("_")[-1] in ("keys", "values"):
         return cache.dtype
     return np.dtype(np.float32 if name in ("importance", "gram", "skips.gates") else np.int32)

@@ -241,15 +241,17 @@ def check_cache_dtype(cache_dtype: CacheDType, model: Decoder, cache: Cache | No
     return asked
 
 
-def check_residual(quantisation: Quantisation | None, policies: Sequence[EvictionPolicy]) -> None:
-    """Refuses resolved budgets of which nothing would be quantised."""
+def check_residual(
+    quantisation: Quantisation | None, policies: Sequence[EvictionPolicy], sharing: Sharing | None
+) -> None:
+    """Refuses resolved budgets of which nothing would be quantised; where keys are shared they are of distant tokens."""
     for policy in policies if quantisation is not None else ():
-        budget, least = policy.budget, quantisation.residual + quantisation.group_size
-        if budget is not None and policy.slots_given < least:
+        residual, size = 0 if sharing is not None else quantisation.residual, quantisation.group_size
+        if policy.budget is not None and policy.slots_given < residual + size:
+            beside = f" beside residual={residual} in full precision" if residual else ""
             raise ValueError(
-                f"budget={budget} holds no whole group of group_size={quantisation.group_size} tokens beside "
-                f"residual={quantisation.residual} in full precision: nothing would be {quantisation.dtype}; take a "
-                f"budget of at least {least}, or smaller ones, such as "
+                f"budget={policy.budget} holds no whole group of group_size={size} tokens{beside}: nothing would be "
+                f"{quantisation.dtype}; take a budget of at least {residual + size}, or smaller ones, such as "
                 f"cache_dtype='{quantisation.dtype}(group_size=16,residual=16)'"
             )
 

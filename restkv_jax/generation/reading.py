@@ -228,11 +228,11 @@ def check_and_pad(
         segment_size = None
     if cache is None:
         kept = tuple(policy.resolved(length) for policy in kept)
-        check_residual(quantisation, kept)
+        check_residual(quantisation, kept, model.sharing)
         plan = Plan(kept, max_new_tokens, chunk_size, length, segment_size=segment_size, quantisation=quantisation)
         return Prompt(model, *pad_left(tokens, mask, length), None, plan)
     check_extending(kept)
-    check_residual(quantisation, kept)
+    check_residual(quantisation, kept, model.sharing)
     longest = int(np.asarray(mask).sum(1).max()) if is_known(mask) else mask.shape[1]
     length = bucket_length(max(length, *(policy.window for policy in kept)))  # the queries of a whole window
     total = _total(cache, kept, longest, length)

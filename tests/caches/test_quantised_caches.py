@@ -9,7 +9,7 @@ import pytest
 
 import restkv_jax as rk
 from restkv_jax.caches.quantised_paged import QuantisedPagedCache
-from restkv_jax.kernels.quantised import LARGEST_CODES, Quantisation, quantise
+from restkv_jax.kernels.quantised import LARGEST_CODES, Quantisation, quantise, quantise_keys, quantise_values
 
 CONFIG = dict(
     model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -147,23 +147,69 @@ def assert_paged(ours, plain):
             np.testing.assert_array_equal(x, y)
 
 
-POLICIES = {
-    "in pages": rk.adakv(60, 8),
-    "full": rk.full(),
-    "evicted": rk.restkv(60, 8),
-    "while generating": rk.restkv(60, 8, while_generating=True, pooling="max"),
+SHARED = MODEL.clone(sharing=rk.pod.Sharing(rk.pod.LayerGroups([[0, 0], [0, 1], [0, 1]]), sink=3, recent=24))
+KINDS = {
+    "full": (MODEL, rk.full()),
+    "evicted": (MODEL, rk.restkv(60, 8)),
+    "while generating": (MODEL, rk.restkv(60, 8, while_generating=True, pooling="max")),
+    "in pages": (MODEL, rk.adakv(60, 8)),
+    "shared": (SHARED, rk.full()),
+    "shared and evicted": (SHARED, rk.restkv(40, 8)),
 }
+"""By the kind of cache, what makes one."""
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_every_row_is_generated_as_alone(policy):
-    tokens, mask = texts(LENGTHS)
-    out = rk.generate(MODEL, weights(), tokens, mask, policy, 40, cache_dtype=of("int8"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["shared", "shared and evicted"])
+def test_distant_tokens_are_in_groups_and_what_leaves_the_ring_joins_one(kind, dtype):
+    model, policy = KINDS[kind]
+    options = model, weights(), *texts(LENGTHS), policy, 30
+    ours, plain = (rk.prefill(*options, cache_dtype=x)[1] for x in (of(dtype), None))
+    np.testing.assert_array_equal(rk.kept_positions(ours)[..., : plain.num_slots], rk.kept_positions(plain))
+    keys, values = (in_groups(x) for x in distant(plain))
+    expected = quantise_keys(keys, of(dtype)), quantise_values(values, of(dtype))
+    for found, x in zip(distant(ours), expected, strict=True):
+        np.testing.assert_array_equal(found, x.dequantised(jnp.float32))
+
+    for token in texts((30,) * 3, seed=1)[0].T:
+        ours, plain = (rk.decode_step(model, weights(), token, cache)[1] for cache in (ours, plain))
+    np.testing.assert_array_equal(ours.keys[0], plain.keys[0])
+    np.testing.assert_array_equal(ours.distant_lengths, plain.distant_lengths)
+    steps = {"int8": 127, "float8_e4m3fn": 14, "int4": 7}[dtype]
+    for exact, found in zip(distant(plain, 1), distant(ours, 1), strict=True):
+        exact = in_groups(exact)
+        # of one step at the group's largest number; a scale that grew has rounded its group twice
+        assert np.abs(found - exact).max() <= 1.01 * np.abs(exact).max() / steps
+
+
+def distant(cache, first=None):
+    """Distant keys of all blocks, [B, R, N, D], and values [L, B, K, N, D], or those of the `first` only."""
+    return (
+        np.asarray(cache.wide(cache.distant_keys))[0, 0, :, :first],
+        np.asarray(cache.wide(cache.distant_values))[:first],
+    )
+
+
+def in_groups(x):
+    return np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % 16), (0, 0)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_is_generated_as_alone(kind):
+    (model, policy), (tokens, mask), (further, unpadded) = KINDS[kind], texts(LENGTHS), texts((9, 4, 30), 2)
+    out = rk.generate(model, weights(), tokens, mask, policy, 40, cache_dtype=of("int8"))
+    asked = rk.generate(model, weights(), further, unpadded, policy, 20, cache=out.cache)
     for row, length in enumerate(LENGTHS):
-        alone = rk.generate(MODEL, weights(), tokens[row : row + 1, -length:], None, policy, 40, cache_dtype=of("int8"))
+        own = tokens[row : row + 1, -length:], None
+        alone = rk.generate(model, weights(), *own, policy, 40, cache_dtype=of("int8"))
         np.testing.assert_array_equal(out.tokens[row], alone.tokens[0])
+        own = further[row : row + 1], unpadded[row : row + 1]
+        alone = rk.generate(model, weights(), *own, policy, 20, cache=alone.cache)
+        np.testing.assert_array_equal(asked.tokens[row], alone.tokens[0])
 
 
+@pytest.mark.slow
 def test_segments_further_questions_and_several_policies():
     q, (tokens, mask) = of("int8"), texts(LENGTHS)
     options = dict(policy=rk.restkv(60, 8), max_new_tokens=6)
@@ -183,20 +229,27 @@ def test_segments_further_questions_and_several_policies():
         np.testing.assert_array_equal(one.tokens, alone.tokens)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kind"), [*((x, "evicted") for x in DTYPES), ("int4", "while generating"), ("int4", "in pages")]
-)
-def test_comes_back_from_a_file(dtype, kind, tmp_path):
-    _, cache = rk.prefill(MODEL, weights(), *texts(LENGTHS), POLICIES[kind], 30, cache_dtype=of(dtype))
-    rk.save_cache(tmp_path / "a.cache", cache, MODEL, weights())
-    loaded = rk.load_cache(tmp_path / "a.cache", MODEL, weights())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_comes_back_from_a_file(kind, dtype, tmp_path):
+    model, policy = KINDS[kind]
+    _, cache = rk.prefill(model, weights(), *texts(LENGTHS), policy, 30, cache_dtype=of(dtype))
+    rk.save_cache(tmp_path / "a.cache", cache, model, weights())
+    loaded = rk.load_cache(tmp_path / "a.cache", model, weights())
     assert loaded.quantisation == cache.quantisation
-    if kind == "evicted":
-        assert loaded.num_slots == 60
+    if kind in ("full", "evicted"):
+        assert loaded.num_slots == cache.lengths.max(), "the room is not stored"
         for layer in range(3):
             for x, y in zip(loaded.held(layer), cache.held(layer), strict=True):
-                np.testing.assert_array_equal(x, y[:, :, :60])
-    questions = texts((9, 4, 30), 2)
+                np.testing.assert_array_equal(x, y[:, :, : loaded.num_slots])
+    else:
+        jax.tree.map(np.testing.assert_array_equal, loaded, cache)
+
+
+def test_a_cache_from_a_file_goes_on_and_keeps_its_dtype(tmp_path):
+    _, cache = rk.prefill(MODEL, weights(), *texts(LENGTHS), rk.restkv(60, 8), 30, cache_dtype=of("int4"))
+    rk.save_cache(tmp_path / "a.cache", cache, MODEL, weights())
+    loaded, questions = rk.load_cache(tmp_path / "a.cache", MODEL, weights()), texts((9, 4, 30), 2)
     expected = rk.generate(MODEL, weights(), *questions, max_new_tokens=8, cache=cache)
     again = rk.generate(MODEL, weights(), *questions, max_new_tokens=8, cache=loaded)
     np.testing.assert_array_equal(again.tokens, expected.tokens)
@@ -253,10 +306,9 @@ def test_what_makes_no_sense(options, error, words):
         rk.prefill(MODEL, weights(), *texts(LENGTHS), **options)
 
 
-def test_a_model_that_shares_keys_is_refused():
-    sharing = rk.pod.Sharing(rk.pod.LayerGroups([[0, 0], [0, 1], [0, 1]]), sink=3, recent=24)
-    with pytest.raises(ValueError, match=r"cache_dtype='int8' does not go with the cache of SharedKeeper.*--dense"):
-        rk.prefill(MODEL, weights(), *texts(LENGTHS), sharing=sharing, cache_dtype="int8")
+def test_a_budget_of_distant_tokens_that_fills_no_group():
+    with pytest.raises(ValueError, match=r"budget=40 holds no whole group of group_size=64 tokens: nothing would be"):
+        rk.prefill(SHARED, weights(), *texts(LENGTHS), rk.restkv(40, 8), cache_dtype=of("int8", group_size=64))
 
 
 def test_a_plain_cache_is_not_quantised_later():

@@ -1,5 +1,7 @@
 """Codes and scales: a plain numpy quantiser bit for bit, error bounds, and attention over tiles."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,14 +12,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from restkv_jax.kernels.attention import attend
+from restkv_jax.kernels.distant import read_distant
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.kernels.quantised import (
     LARGEST_CODES,
     Quantisation,
     empty_pairs,
     parse_quantisation,
-    put_into_group,
     quantise,
+    quantise_keys,
+    quantise_values,
     read_quantised,
 )
 from restkv_jax.kernels.softmax import empty_softmax
@@ -58,10 +62,10 @@ def as_pairs(keys, values, quantisation):
         for c, s in ((key_codes, key_scales), (codes, scales))
     ]
     return {
-        "keys": packed(key_codes, q.dtype),
-        "key_scales": key_scales[..., 0, :],
-        "values": packed(codes.reshape(by_group.shape), q.dtype),
-        "value_scales": np.swapaxes(scales[..., 0].reshape(*by_group.shape[:-1], -1), -1, -2),
+        "keys.codes": packed(key_codes, q.dtype),
+        "keys.scales": key_scales[..., 0, :],
+        "values.codes": packed(codes.reshape(by_group.shape), q.dtype),
+        "values.scales": np.swapaxes(scales[..., 0].reshape(*by_group.shape[:-1], -1), -1, -2),
     }, wide
 
 
@@ -80,8 +84,9 @@ def test_equals_numpy_bit_for_bit(dtype, spread):
     ours = jax.jit(quantise, static_argnums=2)(keys, values, q)
     expected, wide = as_pairs(keys, values, q)
     for name, array in expected.items():
-        assert getattr(ours, name).shape == array.shape
-        np.testing.assert_array_equal(bits(getattr(ours, name)), bits(array), err_msg=name)
+        found = operator.attrgetter(name)(ours)
+        assert found.shape == array.shape
+        np.testing.assert_array_equal(bits(found), bits(array), err_msg=name)
     for x, y in zip(ours.dequantised(jnp.float32), wide, strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -92,7 +97,7 @@ def test_equals_numpy_bit_for_bit(dtype, spread):
 def test_errors_are_bounded(dtype, x):
     q = Quantisation(dtype, group_size=8)
     stored = quantise(jnp.asarray(x), jnp.asarray(x), q)
-    both = zip(stored.dequantised(jnp.float32), (stored.key_scales, stored.value_scales), (0, 1), strict=True)
+    both = zip(stored.dequantised(jnp.float32), (stored.keys.scales, stored.values.scales), (0, 1), strict=True)
     for wide, scales, axis in both:
         wide, scales = np.asarray(wide), np.asarray(scales, np.float64).reshape((1, 8) if axis == 0 else (8, 1))
         assert np.isfinite(wide).all()
@@ -127,6 +132,24 @@ def test_tiles_give_the_attention_over_dequantised_pairs(dtype, monkeypatch):
     expected = attend(queries, Pairs(*layer.dequantised(jnp.float32), positions))
     state = read_quantised(empty_softmax(queries.vectors), queries, stored, jnp.int32(2), positions)
     np.testing.assert_allclose(state.context(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pieces_of_distant_tokens_give_the_softmax_over_dequantised_ones(dtype, monkeypatch):
+    """Three blocks of distant keys for two KV heads in four layers, read 40 slots at a time: two groups of 16."""
+    monkeypatch.setattr("restkv_jax.kernels.distant.SLOTS_AT_ONCE", 40)
+    rng, q = np.random.default_rng(2), Quantisation(dtype, group_size=16)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    keys, values = quantise_keys(normal(1, 1, 2, 3, 112, 16), q), quantise_values(normal(4, 2, 2, 112, 16), q)
+    positions = jnp.broadcast_to(jnp.arange(112), (1, 1, 2, 3, 112))
+    queries = Queries(normal(2, 2, 3, 1, 16), jnp.array([[111], [90]]), 100)
+    rest = positions, jnp.int32(2), jnp.array([2, 0]), jnp.array([112, 77]), jnp.array([[True, True], [False, True]])
+    found, expected = (
+        read_distant(empty_softmax(queries.vectors), queries, *stores, *rest)
+        for stores in ((keys, values), (keys.dequantised(jnp.float32), values.dequantised(jnp.float32)))
+    )
+    np.testing.assert_allclose(found.context(), expected.context(), rtol=1e-5, atol=1e-6)
+    assert not np.asarray(found.context())[1, 0].any(), "nothing was to be read"
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("int4", 0.28), ("int8", 0.53), ("float8_e4m3fn", 0.53)])
@@ -177,10 +200,10 @@ def test_a_pair_put_into_a_group_leaves_the_others_where_its_scale_reaches(dtype
     member = np.arange(5)
     small, large = np.float32(0.01) * keys[:, 0], 4 * np.abs(keys).max() * np.ones((5, 16), np.float32)
     others = np.arange(8) != member[:, None]
-    for x, y in zip(wide(put_into_group(group, member, small, small)), wide(group), strict=True):
+    for x, y in zip(wide(group.put(member, small, small)), wide(group), strict=True):
         np.testing.assert_array_equal(x[others], y[others])
-    after = put_into_group(group, member, large, large)
+    after = group.put(member, large, large)
     for x, y in zip(wide(after), wide(group), strict=True):
         np.testing.assert_allclose(x[~others], np.broadcast_to(large[:, None], keys.shape)[~others], rtol=2.0**-7)
-        bound = 0.51 * np.asarray(after.key_scales, np.float32).max() * {"float8_e4m3fn": 32}.get(dtype, 1)
+        bound = 0.51 * np.asarray(after.keys.scales, np.float32).max() * {"float8_e4m3fn": 32}.get(dtype, 1)
         assert np.abs(x[others] - y[others]).max() <= bound
