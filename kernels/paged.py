@@ -44,7 +44,7 @@ class Pages(NamedTuple):
 
 
 class QuantisedPages(NamedTuple):
-    """As `Pages`, each page a group of `stored`, [A, M, pages, page_size, D]."""
+    """As `Pages`, each page a group of `stored`, with axes [A, M] before them."""
 
     stored: QuantisedPairs
     positions: Array

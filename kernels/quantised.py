@@ -52,6 +52,21 @@ class Quantisation:
                 raise TypeError(f"{name}={value!r} must be an integer")
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
+        if self.group_size % self.in_word:
+            raise ValueError(
+                f"group_size={self.group_size} does not fill words of {self.in_word} codes of {self.dtype}; choose a "
+                f"multiple of {self.in_word}, such as {-(-self.group_size // self.in_word) * self.in_word}"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 4 if self.dtype == "int4" else 8
+
+    @property
+    def in_word(self) -> int:
+        """Codes of a word, `P`."""
+        return 32 // self.bits
 
     def num_grouped(self, length: Array | int) -> Array | int:
         """How many of `length` tokens are in whole groups; the others stay in full precision."""
@@ -67,16 +82,12 @@ class Quantisation:
         return min(self.group_size, dim)
 
     def check_dim(self, dim: int) -> None:
-        """Refuses a head dimension that groups and bytes do not divide."""
+        """Refuses a head dimension whose channels groups do not divide."""
         if dim % self.channels(dim):
             fits = ", ".join(str(x) for x in range(2, dim + 1) if dim % x == 0 and x >= 8) or str(dim)
             raise ValueError(
                 f"group_size={self.group_size} does not divide the head dimension {dim}, whose channels it groups; "
                 f"choose from {fits}, or more"
-            )
-        if self.dtype == "int4" and dim % 2:
-            raise ValueError(
-                f"cache_dtype='int4' puts two channels into a byte, but the head dimension is {dim}; take 'int8'"
             )
 
 
@@ -103,8 +114,7 @@ def parse_quantisation(text: str) -> Quantisation:
 class QuantisedKeys(flax.struct.PyTreeNode):
     """Keys of `G` groups of `S` tokens, a scale per group and channel, with axes `...` before.
 
-    `codes` [..., G, S, D] int8, the bits of float8 as uint8, or two int4 in a uint8 [..., G, S, D / 2]; `scales`
-    bfloat16 [..., G, D]; `quantisation` static.
+    `codes` uint32 [..., G, S / P, D], `P` tokens' codes in a word; `scales` bfloat16 [..., G, D]; `quantisation` static.
     """
 
     codes: Array
@@ -133,8 +143,8 @@ class QuantisedKeys(flax.struct.PyTreeNode):
 class QuantisedValues(flax.struct.PyTreeNode):
     """Values of `G` groups of `S` tokens, a scale per token and each of `C` parts of the channels.
 
-    `codes` as those of `QuantisedKeys`; `scales` bfloat16 [..., G, C, S], the tokens last since a TPU stores the last
-    axis in steps of 128; `quantisation` static.
+    `codes` as those of `QuantisedKeys`; `scales` bfloat16 [..., G, C * S], one axis since a TPU stores the last one in
+    steps of 128; `quantisation` static.
     """
 
     codes: Array
@@ -143,18 +153,22 @@ class QuantisedValues(flax.struct.PyTreeNode):
 
     def dequantised(self, dtype: Any) -> Array:
         """[..., G * S, D]."""
-        by_channels = split(decode(self.codes, self.quantisation), self.scales.shape[-2], -1)
-        scales = jnp.swapaxes(self.scales, -1, -2)[..., None].astype(jnp.float32)
-        return merge(merge(by_channels * scales, -1), -2).astype(dtype)
+        scales = jnp.swapaxes(self._scales_by_part(), -1, -2).astype(jnp.float32)
+        by_channels = split(decode(self.codes, self.quantisation), scales.shape[-1], -1)
+        return merge(merge(by_channels * scales[..., None], -1), -2).astype(dtype)
 
     def put(self, member: Array, value: Array) -> Self:
         """Puts one value [..., D] into each group, `G` among the axes before, at its place int32 [...]."""
-        codes, scales = _encode_values(value[..., None, :], self.quantisation)
-        is_member = jnp.arange(self.quantisation.group_size) == member[..., None]
-        return self.replace(
-            codes=jnp.where(is_member[..., None], codes, self.codes),
-            scales=jnp.where(is_member[..., None, :], scales, self.scales),
-        )
+        q = self.quantisation
+        codes, scales = _encode_values(value[..., None, :], q)
+        is_member = jnp.arange(q.group_size) == member[..., None]
+        codes = jnp.where(is_member[..., None], codes.astype(jnp.float32), decode(self.codes, q)).astype(codes.dtype)
+        scales = jnp.where(is_member[..., None, :], scales, self._scales_by_part())
+        return self.replace(codes=pack(codes, q), scales=merge(scales, -1))
+
+    def _scales_by_part(self) -> Array:
+        """[..., G, C, S]."""
+        return split(self.scales, self.scales.shape[-1] // self.quantisation.group_size, -1)
 
 
 class QuantisedPairs(flax.struct.PyTreeNode):
@@ -198,23 +212,24 @@ def quantise(keys: Array, values: Array, quantisation: Quantisation) -> Quantise
 def quantise_keys(keys: Array, quantisation: Quantisation) -> QuantisedKeys:
     """Keys [..., G * S, D] as codes and scales."""
     q = quantisation
-    keys = split(keys.astype(jnp.float32), keys.shape[-2] // q.group_size, -2)
+    keys = into_groups(keys.astype(jnp.float32), q.group_size)
     scales = scales_of(keys, -2, q)
     return QuantisedKeys(pack(encode(keys, scales, q), q), scales[..., 0, :], q)
 
 
 def quantise_values(values: Array, quantisation: Quantisation) -> QuantisedValues:
     """Values [..., G * S, D] as codes and scales."""
-    values = split(values, values.shape[-2] // quantisation.group_size, -2)
-    return QuantisedValues(*_encode_values(values, quantisation), quantisation)
+    values = into_groups(values, quantisation.group_size)
+    codes, scales = _encode_values(values, quantisation)
+    return QuantisedValues(pack(codes, quantisation), merge(scales, -1), quantisation)
 
 
 def _encode_values(values: Array, quantisation: Quantisation) -> tuple[Array, Array]:
-    """Codes of values [..., S, D] as they are stored, and scales [..., C, S]."""
+    """Codes of values [..., S, D], and scales [..., C, S]."""
     q, dim = quantisation, values.shape[-1]
     by_channels = split(values.astype(jnp.float32), dim // q.channels(dim), -1)
     scales = scales_of(by_channels, -1, q)
-    return pack(merge(encode(by_channels, scales, q), -1), q), jnp.swapaxes(scales[..., 0], -1, -2)
+    return merge(encode(by_channels, scales, q), -1), jnp.swapaxes(scales[..., 0], -1, -2)
 
 
 def empty_keys(shape: tuple[int, ...], quantisation: Quantisation) -> QuantisedKeys:
@@ -229,7 +244,7 @@ def empty_values(shape: tuple[int, ...], quantisation: Quantisation) -> Quantise
     *before, length, dim = shape
     size = quantisation.group_size
     groups = (*before, length // size)
-    scales = jnp.zeros((*groups, dim // quantisation.channels(dim), size), jnp.bfloat16)
+    scales = jnp.zeros((*groups, dim // quantisation.channels(dim) * size), jnp.bfloat16)
     return QuantisedValues(_empty_codes(groups, dim, quantisation), scales, quantisation)
 
 
@@ -239,22 +254,19 @@ def empty_pairs(shape: tuple[int, ...], quantisation: Quantisation) -> Quantised
 
 
 def _empty_codes(groups: tuple[int, ...], dim: int, quantisation: Quantisation) -> Array:
-    packed = dim // 2 if quantisation.dtype == "int4" else dim
-    return jnp.zeros((*groups, quantisation.group_size, packed), code_dtype(quantisation))
+    return jnp.zeros((*groups, quantisation.group_size // quantisation.in_word, dim), jnp.uint32)
 
 
-def code_dtype(quantisation: Quantisation) -> jnp.dtype:
-    """Of the arrays that hold codes: uint8 but for int8.
-
-    `jnp.int4` takes a whole byte on a CPU, and writing into arrays of float8 converts all of them there.
-    """
-    return jnp.dtype("int8" if quantisation.dtype == "int8" else "uint8")
+def into_groups(x: Array, size: int) -> Array:
+    """[..., G * S, D] to [..., G, S, D], groups of `size`."""
+    *before, length, dim = x.shape
+    return x.reshape(*before, length // size, size, dim)
 
 
 def split(x: Array, count: int, axis: int) -> Array:
     """Cuts an axis into `count` parts: [..., N, D] to [..., count, N / count, D] or its like."""
     axis %= x.ndim
-    return x.reshape(*x.shape[:axis], count, x.shape[axis] // max(count, 1), *x.shape[axis + 1 :])
+    return x.reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
 
 
 def merge(x: Array, axis: int) -> Array:
@@ -288,20 +300,26 @@ def encode(x: Array, scales: Array, quantisation: Quantisation) -> Array:
 
 
 def pack(codes: Array, quantisation: Quantisation) -> Array:
-    """Codes [..., D] as they are stored; of int4 channel `i` in the low half of byte `i`, `i + D / 2` above it."""
-    if quantisation.dtype != "int4":
-        return jax.lax.bitcast_convert_type(codes, code_dtype(quantisation))
-    low, high = jnp.split(codes.astype(jnp.uint8), 2, axis=-1)
-    return (low & 15) | (high << 4)
+    """Codes [..., S, D] in words, uint32 [..., S / P, D]: token `i` is part `i // (S / P)` of word `i % (S / P)`.
+
+    Words rather than bytes: a TPU lays them out in whole tiles, and a CPU has vectors of them.
+    """
+    bits, parts = quantisation.bits, split(codes, quantisation.in_word, -2)
+    if codes.dtype == jnp.float8_e4m3fn:
+        parts = jax.lax.bitcast_convert_type(parts, jnp.uint8)
+    shifts = bits * jnp.arange(quantisation.in_word, dtype=jnp.uint32)[:, None, None]
+    return ((parts.astype(jnp.uint32) & (2**bits - 1)) << shifts).sum(-3, dtype=jnp.uint32)
 
 
-def decode(codes: Array, quantisation: Quantisation) -> Array:
-    """Codes as they are stored, as float32 numbers [..., D]."""
-    if quantisation.dtype != "int4":
-        return jax.lax.bitcast_convert_type(codes, jnp.dtype(quantisation.dtype)).astype(jnp.float32)
-    # both halves by one shift of 32 bits: a CPU has vectors of these, and needs none for a concatenation
-    halves = (codes.astype(jnp.int32)[..., None, :] << jnp.array([28, 24])[:, None]) >> 28
-    return merge(halves, -1).astype(jnp.float32)
+def decode(words: Array, quantisation: Quantisation) -> Array:
+    """The codes in words uint32 [..., S / P, D], as float32 numbers [..., S, D]."""
+    bits, steps = quantisation.bits, jnp.arange(quantisation.in_word, dtype=jnp.uint32)[:, None, None]
+    if quantisation.dtype == "float8_e4m3fn":
+        parts = (words[..., None, :, :] >> (bits * steps)).astype(jnp.uint8)
+        return merge(jax.lax.bitcast_convert_type(parts, jnp.float8_e4m3fn).astype(jnp.float32), -2)
+    # to the top of the word and back down, so that the sign follows
+    signed = (words[..., None, :, :] << (32 - bits * (steps + 1))).astype(jnp.int32) >> (32 - bits)
+    return merge(signed.astype(jnp.float32), -2)
 
 
 def read_quantised(state: Softmax, queries: Queries, stored: QuantisedPairs, layer: Array, positions: Array) -> Softmax:
@@ -310,7 +328,7 @@ def read_quantised(state: Softmax, queries: Queries, stored: QuantisedPairs, lay
     Args:
       state: of [B, K, G, T] queries, what has been read so far.
       queries: [B, K, G, T, D].
-      stored: [L, B, K, G, S, D] of all layers, read where they stand.
+      stored: of all layers, with axes [L, B, K] before its groups, read where they stand.
       layer: int32 scalar.
       positions: int32 [B, K, G * S], -1 where a slot is empty.
     """

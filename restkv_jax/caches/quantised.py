@@ -33,7 +33,7 @@ class QuantisedCache(Cache):
     group is older than the residual window, the group is quantised.
 
     Attributes:
-      stored: [L, B, K, G, S, D], whole groups; `Q = G * S` are their slots.
+      stored: of `G` groups of `S` tokens, with axes [L, B, K] before them; `Q = G * S` are their slots.
       recent_keys: [L, B, K, W, D], after RoPE.
       recent_values: [L, B, K, W, D].
       positions: int32 [L, B, K, S], of the token in its sequence; -1 where a slot is empty.

@@ -25,7 +25,7 @@ class QuantisedPagedCache(InPages):
     """As `PagedCache`, in pages of `quantisation.group_size` slots, and the newest pairs as in `QuantisedCache`.
 
     Attributes:
-      stored: [A, M, pages, page_size, D].
+      stored: a group per page, with axes [A, M] before them.
       positions: int32 [A, M, pages, page_size], -1 where a slot is empty.
       page_table: int32 [L, B, K, J], as in `PagedCache`.
       lengths: int32 [L, B, K], pairs held, those in the ring included.

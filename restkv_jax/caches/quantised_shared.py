@@ -28,8 +28,8 @@ class QuantisedSharedCache(SharedCache):
     The token that leaves the ring is quantised into its group at once: a channel's scale grows where its key needs it.
 
     Attributes:
-      distant_keys: [A, M, B / A, R, G, S, D]; `N = G * S`.
-      distant_values: [L, B, K, G, S, D].
+      distant_keys: with axes [A, M, B / A, R] before the `G` groups of `S` tokens; `N = G * S`.
+      distant_values: with axes [L, B, K] before them.
     """
 
     distant_keys: QuantisedKeys

@@ -29,7 +29,6 @@ from restkv_jax.kernels.quantised import (
     QuantisedKeys,
     QuantisedPairs,
     QuantisedValues,
-    code_dtype,
     empty_pairs,
 )
 from restkv_jax.models.config import ModelConfig
@@ -62,8 +61,8 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 DENSE = {"keys": "l b k n d", "values": "l b k n d", "positions": "l b k n", "lengths": "l b k"}
 QUANTISED = {
-    "stored.keys.codes": "l b k q s e", "stored.keys.scales": "l b k q d", "stored.values.codes": "l b k q s e",
-    "stored.values.scales": "l b k q v s", "recent_keys": "l b k w d", "recent_values": "l b k w d",
+    "stored.keys.codes": "l b k q e d", "stored.keys.scales": "l b k q d", "stored.values.codes": "l b k q e d",
+    "stored.values.scales": "l b k q v", "recent_keys": "l b k w d", "recent_values": "l b k w d",
     "positions": "l b k n", "lengths": "l b k",
 }  # fmt: skip
 IMPORTANCE = {"importance": "l b k n", "gram": "l k g d d"}
@@ -74,8 +73,8 @@ AXES = {
     "KVCache": DENSE,
     "QuantisedCache": QUANTISED,
     "QuantisedPagedCache": {
-        "stored.keys.codes": "a m p s e", "stored.keys.scales": "a m p d", "stored.values.codes": "a m p s e",
-        "stored.values.scales": "a m p v s", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
+        "stored.keys.codes": "a m p e d", "stored.keys.scales": "a m p d", "stored.values.codes": "a m p e d",
+        "stored.values.scales": "a m p v", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
         "recent_keys": "l b k w d", "recent_values": "l b k w d", "recent_positions": "l b k w",
     },
     "EvictingCache": DENSE | IMPORTANCE,
@@ -88,8 +87,8 @@ AXES = {
     } | DISTANT,
     "QuantisedSharedCache": {
         "keys": "l b k p d", "values": "l b k p d",
-        "distant_keys.codes": "a m c r q s e", "distant_keys.scales": "a m c r q d",
-        "distant_values.codes": "l b k q s e", "distant_values.scales": "l b k q v s",
+        "distant_keys.codes": "a m c r q e d", "distant_keys.scales": "a m c r q d",
+        "distant_values.codes": "l b k q e d", "distant_values.scales": "l b k q v",
     } | DISTANT,
 }  # fmt: skip
 OF_ALL = {"prompt_lengths": "b", "next_positions": "b"}
@@ -338,7 +337,7 @@ def _quantised_sizes(cache: Any, dim: int) -> dict[str, int]:
     q = cache.quantisation
     q.check_dim(dim)
     group = jax.eval_shape(lambda: empty_pairs((q.group_size, dim), q))
-    sizes = {"s": q.group_size, "e": group.keys.codes.shape[-1], "v": group.values.scales.shape[-2]}
+    sizes = {"s": q.group_size, "e": q.group_size // q.in_word, "v": group.values.scales.shape[-1]}
     if isinstance(cache, QuantisedSharedCache):
         return sizes | {"n": cache.distant_keys.codes.shape[4] * q.group_size}
     if isinstance(cache, QuantisedPagedCache):
@@ -351,7 +350,7 @@ def _dtype_of(name: str, cache: Any) -> Any:
     if name.endswith(".scales"):
         return jnp.dtype(jnp.bfloat16)
     if name.endswith(".codes"):
-        return code_dtype(cache.quantisation)
+        return jnp.dtype(jnp.uint32)
     if name.split("_")[-1] in ("keys", "values"):
         return cache.dtype
     return np.dtype(np.float32 if name in ("importance", "gram", "skips.gates") else np.int32)
