@@ -38,6 +38,8 @@ POLICIES = {
     "shared": rk.full(),
     "shared and evicted": rk.snapkv(BUDGET, WINDOW),
 }
+QUANTISED = {"full": "int8", "restkv": "int4", "laprox": "int8", "while_generating": "int8", "shared and evicted": "int8"}
+"""Which policies run again on a quantised cache: one for each kind of cache."""
 MODEL = rk.build_model(CONFIG)
 # No token twice in a row: RoPE turns the keys of equal tokens, whose norms then tie but for rounding.
 TOKENS = np.stack([np.random.default_rng(row).permutation(CONFIG["vocab_size"])[:100] for row in range(4)])
@@ -54,9 +56,9 @@ EXTENDED = {"full", "restkv", "laprox", "while_generating", "shared", "shared an
 """One policy for each kind of cache."""
 
 
-def run(model, params, policy, is_extended):
+def run(model, params, policy, is_extended, cache_dtype=None):
     """Logits of prefill, some steps and two extensions, kept positions, and what the first two programs gather."""
-    prompt = check_and_pad(model, params, TOKENS, MASK, (policy,), NEW, 64, None)
+    prompt = check_and_pad(model, params, TOKENS, MASK, (policy,), NEW, 64, None, cache_dtype=cache_dtype)
     token, active = jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
     arrays = params, *prompt.arrays
     with beside(params):
@@ -78,15 +80,17 @@ def main(data: int, model_parallel: int) -> None:
     mesh = automatic(jax.make_mesh((data, model_parallel), ("data", "model"), devices=devices))
     params = rk.init_params(MODEL, jax.random.key(0))
     placed = jax.device_put(params, parameter_shardings(MODEL, mesh))
-    for name, policy in POLICIES.items():
-        model = MODEL.clone(sharing=SHARING) if name.startswith("shared") else MODEL
-        logits, kept, in_reading, in_step = run(model, placed, policy, name in EXTENDED)
-        expected, kept_alone, _, _ = run(model, params, policy, name in EXTENDED)
+    plain, quantised = ((name, None) for name in POLICIES), QUANTISED.items()
+    for name, dtype in (*plain, *quantised):
+        policy, model = POLICIES[name], MODEL.clone(sharing=SHARING) if name.startswith("shared") else MODEL
+        options = policy, name in EXTENDED, dtype and rk.Quantisation(dtype, 8, 8)
+        logits, kept, in_reading, in_step = run(model, placed, *options)
+        expected, kept_alone, _, _ = run(model, params, *options)
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())
         tokens_equal = bool((logits.argmax(-1) == expected.argmax(-1)).all())
         common = min(kept.shape[-1], kept_alone.shape[-1])
         kept_equal = bool((kept[..., :common] == kept_alone[..., :common]).all() and (kept[..., common:] == -1).all())
-        line = dict(name=name, error=error, tokens=tokens_equal, kept=kept_equal, prefill=in_reading, decode=in_step)
+        line = dict(name=f"{name} {dtype}", error=error, tokens=tokens_equal, kept=kept_equal, prefill=in_reading, decode=in_step)
         print(json.dumps(line), flush=True)
 
 
