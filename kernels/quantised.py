@@ -7,7 +7,7 @@ float32: where float16's would overflow, they do not.
 
 import dataclasses
 import re
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import flax.struct
 import jax
@@ -24,6 +24,8 @@ LARGEST_CODES = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 
 SLOTS_AT_ONCE = 1024
 """Slots of every row and KV head that are in full precision at one time."""
+
+N = TypeVar("N", Array, int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Quantisation:
         """Codes of a word, `P`."""
         return 32 // self.bits
 
-    def num_grouped(self, length: Array | int) -> Array | int:
+    def num_grouped(self, length: N) -> N:
         """How many of `length` tokens are in whole groups; the others stay in full precision."""
         over = length - self.residual
         return over * (over > 0) // self.group_size * self.group_size
@@ -114,7 +116,8 @@ def parse_quantisation(text: str) -> Quantisation:
 class QuantisedKeys(flax.struct.PyTreeNode):
     """Keys of `G` groups of `S` tokens, a scale per group and channel, with axes `...` before.
 
-    `codes` uint32 [..., G, S / P, D], `P` tokens' codes in a word; `scales` bfloat16 [..., G, D]; `quantisation` static.
+    `codes` uint32 [..., G, S / P, D], those of `P` tokens in a word; `scales` bfloat16 [..., G, D]; `quantisation`
+    static.
     """
 
     codes: Array

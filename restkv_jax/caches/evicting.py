@@ -39,7 +39,8 @@ class ByImportance(Cache):
         return jnp.argmin(jnp.where(is_recent, jnp.inf, self.importance[layer]), axis=-1)
 
     def observe(self, view: LayerView, memory: Any) -> Self:
-        before, pairs = self.importance[view.index], self.held(view.index)
+        layer = jnp.asarray(view.index)
+        before, pairs = self.importance[layer], self.held(layer)
         importance = update_importance(before, view.queries, pairs, self.gram[view.index], self.policy)
         return self.replace(importance=put_layer(self.importance, view.index, importance))
 

@@ -84,7 +84,8 @@ class QuantisedCache(Cache):
             return jnp.where(is_recent, recent[layer][:, :, slots % self.num_recent], jnp.pad(grouped, rest))
 
         recent = self.recent_keys, self.recent_values
-        return Pairs(*(join(*both) for both in zip(recent, stored, strict=True)), self.positions[layer])
+        keys, values = (join(*both) for both in zip(recent, stored, strict=True))
+        return Pairs(keys, values, self.positions[layer])
 
     def memory(self, layer: Array) -> "QuantisedMemory":
         return QuantisedMemory(self, layer)
@@ -131,7 +132,8 @@ class QuantisedCache(Cache):
         if not slots.shape[-1]:
             return self
         both = (self.recent_keys[layer], new.keys), (self.recent_values[layer], new.values)
-        codes = quantise(*(take_places(jnp.concatenate(x, axis=2), places) for x in both), q)
+        keys, values = (take_places(jnp.concatenate(x, axis=2), places) for x in both)
+        codes = quantise(keys, values, q)
         groups, is_whole = (x[..., :: q.group_size] for x in (slots // q.group_size, is_whole))
         groups = unless(is_whole, groups, self.stored.num_groups)
         return self.replace(

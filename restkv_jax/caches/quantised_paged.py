@@ -167,14 +167,14 @@ class QuantisedPagedKeeper(PagedKeeper):
         candidates, keep = self.choose(candidates)
         lengths, ranks = keep.sum(-1, dtype=jnp.int32), jnp.cumsum(keep, axis=-1) - 1
         filled = self.fill(candidates, keep & (ranks < q.num_grouped(lengths)[..., None]), q.group_size)
-        stored = quantise(*(merge(filled.pop(name), 3) for name in ("keys", "values")), q)
+        keys, values = (merge(filled.pop(name), 3) for name in ("keys", "values"))
         ring = jnp.maximum(ring_slots(lengths, q.residual + q.group_size - 1), 0)
         places = jnp.argsort(~keep, axis=-1, stable=True)  # of the kept ones, in their order
         places = jnp.take_along_axis(places, jnp.minimum(ring, places.shape[-1] - 1), axis=-1)
         recent = jax.vmap(gather_pairs)(Pairs(candidates.keys, candidates.values, candidates.positions), places)
         return QuantisedPagedCache(
             **filled | {"lengths": lengths},
-            stored=stored,
+            stored=quantise(keys, values, q),
             recent_keys=recent.keys,
             recent_values=recent.values,
             recent_positions=recent.positions,

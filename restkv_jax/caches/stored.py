@@ -330,7 +330,9 @@ def _check_ranges(cache: Any, sizes: dict[str, int]) -> None:
     if isinstance(cache, SharedCache):
         _, blocks = cache.sharing.groups.in_parts(sizes["m"])
         if (blocks, sizes["a"] * sizes["c"]) != (sizes["r"], sizes["b"]):
-            raise ValueError(f"distant_keys has {sizes['r']} blocks of {sizes['a'] * sizes['c']} rows, unlike the sharing")
+            raise ValueError(
+                f"distant_keys has {sizes['r']} blocks of {sizes['a'] * sizes['c']} rows, unlike the sharing"
+            )
 
 
 def _quantised_sizes(cache: Any, dim: int) -> dict[str, int]:

@@ -56,7 +56,8 @@ def measure_costs(
 
 def _costs_at(loaded: Loaded, grid: Grid, length: int, tokens, mask, together) -> list[Cost]:
     """The costs of all configurations for one batch."""
-    (model, params, _), configs, stored = loaded, policies(grid, length), {"cache_dtype": grid.cache_dtype}
+    (model, params, _), configs = loaded, policies(grid, length)
+    stored: dict[str, Any] = {"cache_dtype": grid.cache_dtype}
     shapes = {
         e: cache_shapes(model, params, tokens, mask, policy, NEW_TOKENS, **stored) for e, policy in configs.items()
     }

@@ -244,8 +244,10 @@ def check_cache_dtype(cache_dtype: CacheDType, model: Decoder, cache: Cache | No
 def check_residual(
     quantisation: Quantisation | None, policies: Sequence[EvictionPolicy], sharing: Sharing | None
 ) -> None:
-    """Refuses resolved budgets of which nothing would be quantised; where keys are shared they are of distant tokens."""
-    for policy in policies if quantisation is not None else ():
+    """Refuses resolved budgets, of distant tokens where keys are shared, of which nothing would be quantised."""
+    if quantisation is None:
+        return
+    for policy in policies:
         residual, size = 0 if sharing is not None else quantisation.residual, quantisation.group_size
         if policy.budget is not None and policy.slots_given < residual + size:
             beside = f" beside residual={residual} in full precision" if residual else ""

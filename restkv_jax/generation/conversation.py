@@ -67,7 +67,7 @@ def start_conversation(
         raise ValueError(
             f"budget={policy.budget!r} is a percentage of one prompt; give a conversation a number of slots"
         )
-    check_residual(quantisation, (policy,))
+    check_residual(quantisation, (policy,), model.sharing)
     with beside(params) as placed:
         cache = empty_cache(model, placed["embedding"].dtype, policy, None, max_new_tokens, 1, quantisation)
     return Conversation(messages, cache)

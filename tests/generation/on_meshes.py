@@ -38,7 +38,13 @@ POLICIES = {
     "shared": rk.full(),
     "shared and evicted": rk.snapkv(BUDGET, WINDOW),
 }
-QUANTISED = {"full": "int8", "restkv": "int4", "laprox": "int8", "while_generating": "int8", "shared and evicted": "int8"}
+QUANTISED = {
+    "full": "int8",
+    "restkv": "int4",
+    "laprox": "int8",
+    "while_generating": "int8",
+    "shared and evicted": "int8",
+}
 """Which policies run again on a quantised cache: one for each kind of cache."""
 MODEL = rk.build_model(CONFIG)
 # No token twice in a row: RoPE turns the keys of equal tokens, whose norms then tie but for rounding.
@@ -90,7 +96,8 @@ def main(data: int, model_parallel: int) -> None:
         tokens_equal = bool((logits.argmax(-1) == expected.argmax(-1)).all())
         common = min(kept.shape[-1], kept_alone.shape[-1])
         kept_equal = bool((kept[..., :common] == kept_alone[..., :common]).all() and (kept[..., common:] == -1).all())
-        line = dict(name=f"{name} {dtype}", error=error, tokens=tokens_equal, kept=kept_equal, prefill=in_reading, decode=in_step)
+        found = dict(error=error, tokens=tokens_equal, kept=kept_equal, prefill=in_reading, decode=in_step)
+        line = dict(name=f"{name} {dtype or ''}", **found)
         print(json.dumps(line), flush=True)
 
 

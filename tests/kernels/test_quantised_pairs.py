@@ -47,7 +47,7 @@ def in_numpy(x, axis, dtype):
 def packed(codes, dtype):
     """In words: of S tokens, S / P words hold one of every P-th part each, the first in the lowest bits."""
     bits = 4 if dtype == "int4" else 8
-    *before, length, dim = codes.shape
+    *before, _, dim = codes.shape
     parts = codes.view(np.uint8).astype(np.uint64).reshape(*before, 32 // bits, -1, dim) % 2**bits
     return sum(parts[..., i, :, :] << np.uint64(bits * i) for i in range(32 // bits)).astype(np.uint32)
 
@@ -62,11 +62,12 @@ def as_pairs(keys, values, quantisation):
         (c.astype(np.float32) * s.astype(np.float32)).reshape(keys.shape)
         for c, s in ((key_codes, key_scales), (codes, scales))
     ]
+    by_part = np.swapaxes(scales[..., 0].reshape(*by_group.shape[:-1], -1), -1, -2)
     return {
         "keys.codes": packed(key_codes, q.dtype),
         "keys.scales": key_scales[..., 0, :],
         "values.codes": packed(codes.reshape(by_group.shape), q.dtype),
-        "values.scales": np.swapaxes(scales[..., 0].reshape(*by_group.shape[:-1], -1), -1, -2).reshape(*by_group.shape[:-2], -1),
+        "values.scales": by_part.reshape(*by_group.shape[:-2], -1),
     }, wide
 
 
@@ -166,7 +167,7 @@ def test_bytes_are_what_is_promised(dtype, most, dim):
     (dict(dtype="int8", group_size=1), ValueError, "group_size=1 must be at least 2"),
     (dict(dtype="int8", residual=0), ValueError, "residual=0 must be at least 1"),
     (dict(dtype="int8", residual=1.5), TypeError, "residual=1.5 must be an integer"),
-    (dict(dtype="int4", group_size=12), ValueError, "group_size=12 does not fill words of 8 codes of int4; .* such as 16"),
+    (dict(dtype="int4", group_size=12), ValueError, "group_size=12 does not fill words of 8 codes of int4"),
 ])  # fmt: skip
 def test_quantisations_that_make_no_sense(fields, error, words):
     with pytest.raises(error, match=words):
