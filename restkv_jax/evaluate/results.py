@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -29,12 +30,16 @@ class PromptId(NamedTuple):
 
 
 class PromptResult(NamedTuple):
-    """What was said after one prompt, by the label of each configuration, and what should have been."""
+    """What was said after one prompt, by the label of each configuration, and what should have been.
+
+    `read_seconds` is the prompt's share of the time that its batch took to be read for all configurations.
+    """
 
     item: PromptId
     prompt_tokens: int
     answers: tuple[str, ...]
     said: dict[str, str]
+    read_seconds: float | None = None
 
 
 class Cell(NamedTuple):
@@ -96,12 +101,16 @@ class LayerErrors(NamedTuple):
 
 
 class Results(NamedTuple):
-    """A sweep as read from its directory; `costs` is None and `errors` empty where they were not measured."""
+    """A sweep as read from its directory; `costs` is None and `errors` empty where they were not measured.
+
+    `read_seconds` are the medians of the prompts' times of reading for all configurations, by length.
+    """
 
     grid: Grid
     cells: dict[Cell, Scores]
     costs: Costs | None
     errors: tuple[LayerErrors, ...] = ()
+    read_seconds: Mapping[int, float] = types.MappingProxyType({})
 
 
 def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
@@ -197,7 +206,11 @@ def read_lines(directory: pathlib.Path) -> dict[PromptId, PromptResult]:
                 values = json.loads(text)
                 item = PromptId(*(values[name] for name in PromptId._fields))
                 found[item] = PromptResult(
-                    item, values["prompt_tokens"], tuple(values["answers"]), dict(values["said"])
+                    item,
+                    values["prompt_tokens"],
+                    tuple(values["answers"]),
+                    dict(values["said"]),
+                    values.get("read_seconds"),
                 )
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"line {number} of {str(path)!r} is broken ({error!r}); remove it") from error
@@ -216,8 +229,9 @@ def read_results(directory: pathlib.Path) -> Results:
         grid = Grid(**values)
     except TypeError as error:
         raise ValueError(f"{str(directory / SWEEP)!r} is of another version: {error}") from error
-    cells = score_lines(grid, read_lines(directory).values())
-    return Results(grid, cells, read_costs(directory), read_errors(directory))
+    lines = read_lines(directory).values()
+    extras = read_costs(directory), read_errors(directory)
+    return Results(grid, score_lines(grid, lines), *extras, median_read_seconds(lines))
 
 
 def write_errors(directory: pathlib.Path, errors: Iterable[LayerErrors]) -> None:
@@ -266,6 +280,15 @@ def score_lines(grid: Grid, lines: Iterable[PromptResult]) -> dict[Cell, Scores]
             if answered:
                 cells[Cell(*condition, config)] = _scores(answered, config.label)
     return cells
+
+
+def median_read_seconds(lines: Iterable[PromptResult]) -> dict[int, float]:
+    """The median time of reading a prompt for all configurations, by length."""
+    by_length: dict[int, list[float]] = {}
+    for line in lines:
+        if line.read_seconds is not None:
+            by_length.setdefault(line.item.length, []).append(line.read_seconds)
+    return {length: float(np.median(by_length[length])) for length in sorted(by_length)}
 
 
 def _scores(lines: list[PromptResult], label: str) -> Scores:

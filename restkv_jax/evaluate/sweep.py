@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,22 +13,23 @@ from typing import Any, NamedTuple
 
 import filelock
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from restkv_jax.evaluate.batching import pad_batch
+from restkv_jax.caches.base import Cache
+from restkv_jax.evaluate.batching import even_size, pad_batch
+from restkv_jax.evaluate.example import has_example, save_example
 from restkv_jax.evaluate.grid import CacheConfig, Grid, conditions, is_file, policies
 from restkv_jax.evaluate.results import PromptId, PromptResult, append_line, drop_broken_line, read_lines, results_path
+from restkv_jax.evaluate.steps import Reading, answer_reading, cache_of_first, read_batch
 from restkv_jax.evaluate.tasks.making import make_prompts
 from restkv_jax.evaluate.tasks.prompts import Prompt
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.generating import generate_each
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.loading import Loaded
+from restkv_jax.timing import CompilationClock
 
 ANSWER_STEP = 16
 """Answers are generated up to a multiple of this many tokens, so that few programs serve all tasks."""
@@ -36,8 +38,8 @@ ANSWER_STEP = 16
 class RunSettings(NamedTuple):
     """How a sweep is carried out, which changes none of its results.
 
-    `batch_size` prompts are generated at once, divided among the devices of the process; `together` policies share a
-    prefill, and their caches exist at one time; this is process `process` of `num_processes`.
+    At most `batch_size` prompts are generated at once, divided among the devices of the process; `together` policies
+    share a prefill, and their caches exist at one time; this is process `process` of `num_processes`.
     """
 
     batch_size: int = 10
@@ -62,10 +64,18 @@ class EncodedPrompts(NamedTuple):
     tokens: dict[int, list[int]]
     max_new_tokens: int
 
-    def batches(self, size: int) -> list[list[int]]:
-        """The numbers of the prompts of every batch, those of like length together."""
+    def batches(self, most: int) -> list[list[int]]:
+        """The numbers of the prompts of every batch, those of like length together, at most `most` in each."""
         order = sorted(self.tokens, key=lambda i: (len(self.tokens[i]), i))
+        size = even_size(len(order), most)
         return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+class Found(NamedTuple):
+    """What was found of one prompt: what was said, by the label of every configuration, and its seconds of reading."""
+
+    said: dict[str, str]
+    read_seconds: float
 
 
 def run_sweep(
@@ -75,7 +85,7 @@ def run_sweep(
     settings: RunSettings,
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Answers all prompts of a grid that have no result yet, and appends each result to the process's file.
+    """Answers all prompts of a checked grid that have no result yet, and appends each result to the process's file.
 
     Batches are numbered through the whole sweep; process `p` of `n` takes those whose number is `p` modulo `n`. A
     result in the file of any process counts as done. A batch is always made of the same prompts, so a sweep that goes
@@ -89,10 +99,9 @@ def run_sweep(
       show: called with the prompts done and all prompts of this process, as they grow.
 
     Raises:
-      ValueError: before anything is measured, what `check_prompt_sets` refuses, or another process that writes.
+      ValueError: another process that writes, or a file that cannot be written.
     """
     found = prompt_sets(grid, loaded.tokenizer)
-    check_prompt_sets(grid, loaded.tokenizer, found, settings)
     mesh = Mesh(np.array(jax.local_devices()), ("rows",))
     loaded = loaded._replace(params=jax.device_put(loaded.params, NamedSharding(mesh, P())))
     path = results_path(directory, settings.process)
@@ -105,28 +114,32 @@ def run_sweep(
             encoded = encode_prompts(grid, loaded.tokenizer, prompt_set)
             items = {i: PromptId(*prompt_set[:3], i) for i in encoded.batches(settings.batch_size)[number]}
             if not all(item in done for item in items.values()):
-                said = answer_batch(loaded, policies(grid, prompt_set.length), encoded, list(items), settings, mesh)
+                look = None
+                if prompt_set == found[0] and number == 0 and not has_example(directory):
+                    look = functools.partial(save_example, directory, grid, loaded.tokenizer, encoded)
+                configs = policies(grid, prompt_set.length)
+                results = answer_batch(loaded, configs, encoded, list(items), settings, mesh, look)
                 for i, item in items.items():
                     if item not in done:
-                        append_line(
-                            file, PromptResult(item, len(encoded.tokens[i]), encoded.prompts[i].answers, said[i])
-                        )
+                        answers, tokens = encoded.prompts[i].answers, len(encoded.tokens[i])
+                        append_line(file, PromptResult(item, tokens, answers, *results[i]))
             shown += size
             show(shown, total)
 
 
-def check_prompt_sets(grid: Grid, tokenizer: Any, found: Sequence[PromptSet], settings: RunSettings) -> None:
-    """Refuses what could not be carried out to the end.
+def check_sweep(loaded: Loaded, grid: Grid, settings: RunSettings) -> None:
+    """Refuses what could not be carried out to the end, before anything is written.
 
     Raises:
       ValueError: no prompts at all, a length too small for its task or budgets, or other prompts in other processes.
     """
+    found = prompt_sets(grid, loaded.tokenizer)
     if not found:
         raise ValueError("tasks: no prompts are left to measure")
     for prompt_set in found:
         policies(grid, prompt_set.length)
         if not is_file(prompt_set.task):
-            make_prompts(prompt_set.task, tokenizer, prompt_set.length, 1, grid.seed, prompt_set.depth)
+            make_prompts(prompt_set.task, loaded.tokenizer, prompt_set.length, 1, grid.seed, prompt_set.depth)
     if settings.num_processes > 1:
         digest = np.uint32(zlib.crc32(repr(found).encode()))
         try:
@@ -149,10 +162,9 @@ def batches_of_process(found: Sequence[PromptSet], settings: RunSettings) -> lis
     """The batches of this process: prompt set, number of the batch in it, prompts."""
     units = []
     for prompt_set in found:
-        starts = range(0, prompt_set.num_prompts, settings.batch_size)
-        units += [
-            (prompt_set, n, min(settings.batch_size, prompt_set.num_prompts - start)) for n, start in enumerate(starts)
-        ]
+        size = even_size(prompt_set.num_prompts, settings.batch_size)
+        starts = range(0, prompt_set.num_prompts, size)
+        units += [(prompt_set, n, min(size, prompt_set.num_prompts - start)) for n, start in enumerate(starts)]
     return units[settings.process :: settings.num_processes]
 
 
@@ -220,33 +232,45 @@ def answer_batch(
     batch: Sequence[int],
     settings: RunSettings,
     mesh: Mesh,
-) -> dict[int, dict[str, str]]:
-    """What is said after the prompts of a batch, by their number and by the label of every configuration.
+    look: Callable[[int, dict[str, Cache]], None] | None = None,
+) -> dict[int, Found]:
+    """What is said after the prompts of a batch, by their number.
 
-    A batch with fewer prompts than the others is filled up with its first, so that one program serves all.
+    Batches of one length that have a prompt less than others are filled up with their first, so that one program serves
+    all.
+
+    Args:
+      loaded: what to measure.
+      configs: policies by configuration.
+      encoded: the prompts.
+      batch: numbers of those to answer.
+      settings: how.
+      mesh: of the process's devices.
+      look: called once with the number of the batch's first prompt and the first caches that hold it, by label.
     """
-    rows = -(-settings.batch_size // mesh.size) * mesh.size
+    size = even_size(len(encoded.tokens), settings.batch_size)
+    rows = -(-size // mesh.size) * mesh.size
     tokens, mask = pad_batch([encoded.tokens[i] for i in batch], rows)
     said: dict[int, dict[str, str]] = {i: {} for i in batch}
-    columns = [(config.label, policy) for config, policy in configs.items()]
+    columns, seconds = [(config.label, policy) for config, policy in configs.items()], 0.0
     for start in range(0, len(columns), settings.together):
-        labels, group_policies = zip(*columns[start : start + settings.together], strict=True)
-        out = _generated_tokens(loaded.model, loaded.params, tokens, mask, group_policies, encoded.max_new_tokens, mesh)
+        labels, group = zip(*columns[start : start + settings.together], strict=True)
+        read = functools.partial(read_batch, loaded.model, loaded.params, tokens, mask, group)
+        reading, taken = _timed(read, encoded.max_new_tokens, mesh)
+        seconds += taken
+        if look is not None and start == 0:
+            look(batch[0], {label: cache_of_first(reading, i) for i, label in enumerate(labels)})
+        out = answer_reading(loaded.model, loaded.params, reading, encoded.max_new_tokens, mesh)
         for label, new in zip(labels, np.asarray(out), strict=True):
             texts = loaded.tokenizer.batch_decode(new[: len(batch)], skip_special_tokens=True)
             for i, text in zip(batch, texts, strict=True):
                 said[i][label] = text
-    return said
+    return {i: Found(said[i], round(seconds / rows, 6)) for i in batch}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "mesh"))
-def _generated_tokens(model, params, tokens, mask, policies, max_new_tokens, mesh) -> Array:
-    """int32 [P, B, max_new_tokens]; every device generates from its own rows."""
-
-    def alone(params, tokens, mask):
-        outs = generate_each(model, params, tokens, mask, policies, max_new_tokens)
-        return jnp.stack([out.tokens for out in outs])
-
-    rows = P("rows")
-    divided = jax.shard_map(alone, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(None, "rows"), check_vma=False)
-    return divided(params, tokens, mask)
+def _timed(read: Callable[..., Reading], *args: Any) -> tuple[Reading, float]:
+    """A reading, and its seconds without compilation."""
+    with CompilationClock() as clock:
+        start = time.perf_counter()
+        reading = jax.block_until_ready(read(*args))
+        return reading, max(0.0, time.perf_counter() - start - clock.seconds)

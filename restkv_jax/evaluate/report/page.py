@@ -33,6 +33,7 @@ from restkv_jax.evaluate.report.tables import (
     findings,
     ranking_table,
     rate_table,
+    reading_table,
     score_tables,
     variant_tables,
 )
@@ -150,6 +151,7 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
         "variant_tables": variant_tables(grid, scores) if variant_configs(grid) else [],
         "error_tables": error_tables(grid, results.errors),
         "cost_tables": cost_tables(grid, results.costs) if results.costs else [],
+        "reading_table": reading_table(results.read_seconds),
         "rate_table": rate_table(results.costs) if results.costs else None,
         "device": results.costs.device if results.costs else None,
     }

@@ -150,6 +150,13 @@ def cost_tables(grid: Grid, costs: Costs) -> list[Table]:
     ]
 
 
+def reading_table(read_seconds: Mapping[int, float]) -> Table | None:
+    """How long a prompt took to be read in the sweep, with the choices of all configurations; None if not known."""
+    rows = [Row(f"{length:,} tokens", [TableCell(text_of(s, SECONDS))]) for length, s in read_seconds.items()]
+    title = "Reading a prompt of a batch, once for all configurations"
+    return Table(title, "prompt", ["time"], rows) if rows else None
+
+
 def rate_table(costs: Costs) -> Table | None:
     """How fast the sweep went in each way; None if that was not measured."""
     rows = [Row(rate.how, [TableCell(f"{rate.prompts_per_second:.3g}")]) for rate in costs.rates]
