@@ -29,8 +29,10 @@ from restkv_jax.evaluate.costs import measure_costs
 from restkv_jax.evaluate.example import plot_example
 from restkv_jax.evaluate.grid import CacheConfig, Grid, check_grid
 from restkv_jax.evaluate.layer_errors import measure_layer_errors
+from restkv_jax.evaluate.measuring import RunSettings
 from restkv_jax.evaluate.report.page import write_report
-from restkv_jax.evaluate.report.summary import collect
+from restkv_jax.evaluate.report.summary import Scenario, collect, collect_divergences, standard_error
+from restkv_jax.evaluate.report.tables import nats_text
 from restkv_jax.evaluate.results import (
     Results,
     open_sweep,
@@ -40,7 +42,7 @@ from restkv_jax.evaluate.results import (
     write_costs,
     write_errors,
 )
-from restkv_jax.evaluate.sweep import RunSettings, check_sweep, run_sweep
+from restkv_jax.evaluate.sweep import check_sweep, run_sweep
 from restkv_jax.loading import Loaded, load_checkpoint
 from restkv_jax.models.digest import checksum
 
@@ -198,17 +200,27 @@ def _read_grid_file(app: cyclopts.App, commands: tuple[str, ...], arguments: cyc
 
 
 def score_tables(results: Results) -> list[Table]:
-    """A table for each task and length: a line per method, a column per budget, mean scores in percent."""
-    columns, tables = [None, *results.grid.budgets], []
+    """A table for each task and length: a line per method, a column per budget.
+
+    Mean scores in percent; divergences in nats per token, with their standard errors.
+    """
+    tables = []
     for scenario, by_config in collect(results).items():
-        count = max(map(len, by_config.values()))
-        title = f"{scenario.task}, {scenario.length:,} tokens, {count} prompts"
-        table = Table("method", *(budget or "" for budget in columns), title=title)
-        means = {config: f"{100 * np.mean(list(scores.values())):.1f}" for config, scores in by_config.items()}
-        for method in results.grid.methods:
-            table.add_row(method, *(means.get(CacheConfig(method, budget), "") for budget in columns))
-        tables.append(table)
+        texts = {config: f"{100 * np.mean(list(scores.values())):.1f}" for config, scores in by_config.items()}
+        tables.append(_table(results.grid, scenario, max(map(len, by_config.values())), texts))
+    for scenario, by_config in collect_divergences(results).items():
+        texts = {e: nats_text(float(np.mean([*v.values()])), standard_error(v.values())) for e, v in by_config.items()}
+        tables.append(_table(results.grid, scenario, max(map(len, by_config.values())), texts, ", nats per token"))
     return tables
+
+
+def _table(grid: Grid, scenario: Scenario, count: int, texts: dict[CacheConfig, str], unit: str = "") -> Table:
+    columns = [None, *grid.budgets]
+    title = f"{scenario.task}, {scenario.length:,} tokens, {count} prompts{unit}"
+    table = Table("method", *(budget or "" for budget in columns), title=title)
+    for method in grid.methods:
+        table.add_row(method, *(texts.get(CacheConfig(method, budget), "") for budget in columns))
+    return table
 
 
 def _keep_programs(directory: str) -> None:

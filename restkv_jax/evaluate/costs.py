@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.grid import CacheConfig, Grid, is_file, parse_method, policies
+from restkv_jax.evaluate.measuring import RunSettings, measure_batch
 from restkv_jax.evaluate.results import Cost, Costs, Rate
-from restkv_jax.evaluate.sweep import PromptSet, RunSettings, answer_batch, encode_prompts, prompt_sets
+from restkv_jax.evaluate.sweep import PromptSet, encode_prompts, prompt_sets
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import decode_step, generate
@@ -129,7 +130,7 @@ def _rates(loaded: Loaded, grid: Grid, prompt_set: PromptSet, batch_size: int) -
 
     def one_by_one():
         for i in batch:
-            answer_batch(loaded, configs, encoded, [i], RunSettings(1), mesh)
+            measure_batch(loaded, configs, encoded, [i], RunSettings(1), mesh)
 
     def one_by_one_for_each():
         for policy in configs.values():
@@ -140,7 +141,7 @@ def _rates(loaded: Loaded, grid: Grid, prompt_set: PromptSet, batch_size: int) -
 
     names = f"{len(configs)} methods"
     ways = {
-        f"batches of {len(batch)}, {names} from one prefill": lambda: answer_batch(
+        f"batches of {len(batch)}, {names} from one prefill": lambda: measure_batch(
             loaded, configs, encoded, batch, RunSettings(len(batch)), mesh
         ),
         f"one prompt at a time, {names} from one prefill": one_by_one,

@@ -32,7 +32,8 @@ class PromptId(NamedTuple):
 class PromptResult(NamedTuple):
     """What was said after one prompt, by the label of each configuration, and what should have been.
 
-    `read_seconds` is the prompt's share of the time that its batch took to be read for all configurations.
+    `read_seconds` is the prompt's share of the time that its batch took to be read for all configurations;
+    `divergences`, of a prompt without answers, are from the full cache in nats per token, by label.
     """
 
     item: PromptId
@@ -40,6 +41,7 @@ class PromptResult(NamedTuple):
     answers: tuple[str, ...]
     said: dict[str, str]
     read_seconds: float | None = None
+    divergences: Mapping[str, float] = types.MappingProxyType({})
 
 
 class Cell(NamedTuple):
@@ -59,6 +61,15 @@ class Scores(NamedTuple):
     index: np.ndarray
     match: np.ndarray
     exact: np.ndarray
+
+
+class Divergences(NamedTuple):
+    """Of the prompts of a cell, in the order of their numbers `index` int [N]: `nats`, float [N], the divergence from
+    the full cache's next-token distribution in nats per token.
+    """
+
+    index: np.ndarray
+    nats: np.ndarray
 
 
 class Cost(NamedTuple):
@@ -111,6 +122,7 @@ class Results(NamedTuple):
     costs: Costs | None
     errors: tuple[LayerErrors, ...] = ()
     read_seconds: Mapping[int, float] = types.MappingProxyType({})
+    divergences: Mapping[Cell, Divergences] = types.MappingProxyType({})
 
 
 def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
@@ -125,13 +137,15 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
       ValueError: the directory holds a sweep of another grid or model; says what differs.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    files = {task: _digest(pathlib.Path(task)) for task in grid.tasks if is_file(task)}
+    texts = [] if grid.text is None else [grid.text]
+    files = {path: _digest(pathlib.Path(path)) for path in [*filter(is_file, grid.tasks), *texts]}
     ours = json.loads(json.dumps({"grid": dataclasses.asdict(grid), "weights": weights, "files": files}))
     path = directory / SWEEP
     if not path.is_file():
         _replace_text(path, json.dumps(ours, indent=1) + "\n")
         return
     theirs = _read_sweep(path)
+    theirs["grid"] = dataclasses.asdict(Grid()) | theirs["grid"]  # an option may be younger than the sweep
     ours, theirs = (
         values["grid"] | {"the model's weights": values["weights"], "the files": values["files"]}
         for values in (ours, theirs)
@@ -170,7 +184,7 @@ def _digest(path: pathlib.Path) -> str | None:
 
 def append_line(file: IO[str], line: PromptResult) -> None:
     """Writes the result of one prompt so that it outlives the process."""
-    values = line._asdict()
+    values = {name: value for name, value in line._asdict().items() if name != "divergences" or value}
     values = values.pop("item")._asdict() | values
     print(json.dumps(values), file=file, flush=True)
     os.fsync(file.fileno())
@@ -211,6 +225,7 @@ def read_lines(directory: pathlib.Path) -> dict[PromptId, PromptResult]:
                     tuple(values["answers"]),
                     dict(values["said"]),
                     values.get("read_seconds"),
+                    dict(values.get("divergences", {})),
                 )
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"line {number} of {str(path)!r} is broken ({error!r}); remove it") from error
@@ -223,7 +238,7 @@ def read_results(directory: pathlib.Path) -> Results:
     Raises:
       ValueError: no sweep, or broken lines.
     """
-    values: dict[str, Any] = _read_sweep(directory / SWEEP)["grid"]
+    values = _read_sweep(directory / SWEEP)["grid"]
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     try:
         grid = Grid(**values)
@@ -231,7 +246,8 @@ def read_results(directory: pathlib.Path) -> Results:
         raise ValueError(f"{str(directory / SWEEP)!r} is of another version: {error}") from error
     lines = read_lines(directory).values()
     extras = read_costs(directory), read_errors(directory)
-    return Results(grid, score_lines(grid, lines), *extras, median_read_seconds(lines))
+    cells, divergences = score_lines(grid, lines)
+    return Results(grid, cells, *extras, median_read_seconds(lines), divergences)
 
 
 def write_errors(directory: pathlib.Path, errors: Iterable[LayerErrors]) -> None:
@@ -263,8 +279,8 @@ def read_costs(directory: pathlib.Path) -> Costs | None:
     return Costs(values["device"], tuple(Cost(**c) for c in values["costs"]), tuple(Rate(**r) for r in values["rates"]))
 
 
-def score_lines(grid: Grid, lines: Iterable[PromptResult]) -> dict[Cell, Scores]:
-    """The scores of all cells that have prompts, in the grid's order."""
+def score_lines(grid: Grid, lines: Iterable[PromptResult]) -> tuple[dict[Cell, Scores], dict[Cell, Divergences]]:
+    """The scores, and the divergences, of all cells that have prompts, in the grid's order."""
     by_condition: dict[tuple, list[PromptResult]] = {}
     for line in lines:
         by_condition.setdefault(line.item[:3], []).append(line)
@@ -272,14 +288,19 @@ def score_lines(grid: Grid, lines: Iterable[PromptResult]) -> dict[Cell, Scores]
     measured = [condition for condition in order if condition in by_condition] + [
         condition for condition in by_condition if condition not in order
     ]
-    cells = {}
+    cells, divergences = {}, {}
     for condition in measured:
         ordered = sorted(by_condition[condition], key=lambda line: line.item.index)
         for config in cache_configs(grid):
-            answered = [line for line in ordered if config.label in line.said]
+            cell, label = Cell(*condition, config), config.label
+            answered = [line for line in ordered if label in line.said]
+            followed = [line for line in ordered if label in line.divergences]
             if answered:
-                cells[Cell(*condition, config)] = _scores(answered, config.label)
-    return cells
+                cells[cell] = _scores(answered, label)
+            if followed:
+                index = np.array([line.item.index for line in followed])
+                divergences[cell] = Divergences(index, np.array([line.divergences[label] for line in followed]))
+    return cells, divergences
 
 
 def median_read_seconds(lines: Iterable[PromptResult]) -> dict[int, float]:

@@ -285,8 +285,8 @@ def test_command_measures_the_same_grid():
     grid = dataclasses.replace(GRID, model="a model")
     assert rerun_command(grid, pathlib.Path("out")) == (
         "restkv evaluate --tasks single multivalue --methods full restkv snapkv 'restkv(temporal=mean)' "
-        "--budgets 5% 64 --lengths 256 512 --depths 0.0 0.5 1.0 --prompts 12 --seed 0 --model 'a model' --dtype auto "
-        "--output out"
+        "--budgets 5% 64 --lengths 256 512 --depths 0.0 0.5 1.0 --prompts 12 --ask within --seed 0 --model 'a model' "
+        "--dtype auto --output out"
     )
 
 

@@ -11,6 +11,7 @@ from restkv_jax.evaluate.tasks.needles import (
     TRACKING_QUESTION,
     join_keys,
 )
+from restkv_jax.evaluate.tasks.texts import DIVERGENCE
 from restkv_jax.evaluate.tasks.words import COMMON_WORDS, FREQUENT_WORDS
 
 KEYS = ("quick-fox", "calm-river", "brave-lamp", "sour-violin")
@@ -76,6 +77,9 @@ DESCRIPTIONS = {
     "common_words": Description(
         "A numbered list of words, ten of which come up more often than the others; these are asked for.",
         COMMON_WORDS.format(words="1. lamp 2. river 3. lamp 4. window …", count=10),
+    ),
+    DIVERGENCE: Description(
+        "Running text without a question: a prefix is compressed, and the 64 tokens that follow it are read.", None
     ),
     "frequent_words": Description(
         "A text of made-up words; the three most frequent ones are asked for.",

@@ -19,6 +19,7 @@ from restkv_jax.evaluate.report.summary import (
     Estimates,
     base_configs,
     collect,
+    collect_divergences,
     count_prompts,
     depth_cells,
     estimate_all,
@@ -29,6 +30,7 @@ from restkv_jax.evaluate.report.tables import (
     FROM_BEST,
     FROM_FULL,
     cost_tables,
+    divergence_tables,
     error_tables,
     findings,
     ranking_table,
@@ -67,7 +69,7 @@ def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str
       ValueError: no sweep in the directory, or none of its prompts measured yet.
     """
     results = read_results(directory)
-    if not results.cells:
+    if not results.cells and not results.divergences:
         raise ValueError(f"{str(directory)!r} has no results yet; run `restkv evaluate` first")
     estimates = estimate_all(collect(results))
     content = _content(results, estimates) | _draw(directory, results, estimates, kept)
@@ -145,8 +147,11 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
         "from_full": FROM_FULL,
         "from_best": FROM_BEST,
         "significant": f"{100 * SIGNIFICANT:g}",
+        "chat": grid.chat,
+        "asks_after": grid.ask == "after",
         "findings": findings(grid, next(iter(rankings.values()))),
         "score_tables": score_tables(grid, scores, estimates),
+        "divergence_tables": divergence_tables(grid, collect_divergences(results)),
         "rankings": [ranking_table(grid, ranking, name) for name, ranking in rankings.items() if ranking],
         "variant_tables": variant_tables(grid, scores) if variant_configs(grid) else [],
         "error_tables": error_tables(grid, results.errors),
@@ -159,8 +164,10 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
 
 def _draw(directory: pathlib.Path, results: Results, estimates: Estimates, kept: Figure | None) -> dict[str, Any]:
     """Writes the pictures; those that the results have nothing for are left out."""
-    accuracy = Picture("accuracy.png", "The share of the answers said by each method as its budget grows.")
-    plot_accuracy(results, estimates).savefig(directory / accuracy.file, dpi=DPI)
+    accuracy = None
+    if estimates:
+        accuracy = Picture("accuracy.png", "The share of the answers said by each method as its budget grows.")
+        plot_accuracy(results, estimates).savefig(directory / accuracy.file, dpi=DPI)
     tasks = list(depth_cells(results))
     maps = []
     for task in tasks:

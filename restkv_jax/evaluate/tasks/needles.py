@@ -6,7 +6,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from restkv_jax.evaluate.tasks.prompts import Draft
+from restkv_jax.evaluate.tasks.prompts import Draft, Question
 from restkv_jax.evaluate.tasks.vocabulary import adjectives, nouns
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -19,20 +19,21 @@ MANY_HEADER = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards."
 )
-ONE_QUESTION = (
-    "What is the special magic number for {keys} mentioned in the provided text? "
-    "The special magic number for {keys} mentioned in the provided text is"
+ONE_ASKED = Question(
+    "What is the special magic number for {keys} mentioned in the provided text?",
+    " The special magic number for {keys} mentioned in the provided text is",
 )
-MANY_QUESTION = (
-    "What are all the special magic numbers for {keys} mentioned in the provided text? "
-    "The special magic numbers for {keys} mentioned in the provided text are"
+MANY_ASKED = Question(
+    "What are all the special magic numbers for {keys} mentioned in the provided text?",
+    " The special magic numbers for {keys} mentioned in the provided text are",
 )
 TRACKING_HEADER = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n"
-TRACKING_QUESTION = (
-    "Question: Find all variables that are assigned the value {value} in the text above. "
-    "Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned "
-    "the value {value}, they are:"
+TRACKING_ASKED = Question(
+    "Question: Find all variables that are assigned the value {value} in the text above.",
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned "
+    "the value {value}, they are:",
 )
+ONE_QUESTION, MANY_QUESTION, TRACKING_QUESTION = ONE_ASKED.text, MANY_ASKED.text, TRACKING_ASKED.text
 ASSIGNMENT = "VAR {name} = {value}"
 MIN_NEEDLE_TOKENS = 12
 """No tokenizer at hand writes a needle in fewer; the prompts are cut to size afterwards."""
@@ -91,10 +92,10 @@ class Needles:
         rng.shuffle(pairs)
         asked = rng.sample(keys, self.num_asked)
         answers = tuple(value for key in asked for k, value in pairs if k == key)
-        header, question = (ONE_HEADER, ONE_QUESTION) if self.asks_one else (MANY_HEADER, MANY_QUESTION)
+        header, question = (ONE_HEADER, ONE_ASKED) if self.asks_one else (MANY_HEADER, MANY_ASKED)
         question = question.format(keys=join_keys(asked))
         sentences = [NEEDLE.format(key=key, value=value) for key, value in pairs]
-        room = num_tokens - count(_join(header, sentences, question))
+        room = num_tokens - count(_join(header, sentences, question.text))
         fillers = _noise(room, count) if self.haystack == "noise" else _other_needles(room, keys, values, rng)
         pinned, depth = "", self.depth
         if depth is not None:
@@ -104,9 +105,9 @@ class Needles:
             lines = _mix(sentences, fillers[:n], rng)
             if depth is not None:
                 lines.insert(round(depth * len(lines)), pinned)
-            return _join(header, lines, question)
+            return _join(header, lines, question.text)
 
-        return Draft(text, 0, len(fillers), answers)
+        return Draft(text, 0, len(fillers), answers, question)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +122,13 @@ class Chain:
         value = str(rng.randrange(10_000, 100_000))
         sources = [value, *(f"VAR {name}" for name in names)]
         sentences = [ASSIGNMENT.format(name=name, value=source) for name, source in zip(names, sources, strict=False)]
-        question = TRACKING_QUESTION.format(value=value, count=len(names))
-        fillers = _noise(num_tokens - count(_join(TRACKING_HEADER, sentences, question)), count)
+        question = TRACKING_ASKED.format(value=value, count=len(names))
+        fillers = _noise(num_tokens - count(_join(TRACKING_HEADER, sentences, question.text)), count)
 
         def text(n: int, rng: random.Random) -> str:
-            return _join(TRACKING_HEADER, _mix(sentences, fillers[:n], rng), question)
+            return _join(TRACKING_HEADER, _mix(sentences, fillers[:n], rng), question.text)
 
-        return Draft(text, 0, len(fillers), tuple(names))
+        return Draft(text, 0, len(fillers), tuple(names), question)
 
 
 def join_keys(keys: Sequence[str]) -> str:
