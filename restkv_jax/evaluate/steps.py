@@ -73,7 +73,8 @@ def extend_reading(
         def step(cache: Cache, count: int) -> list[tuple[Array, Cache]]:
             of_all, mask_of_all = jnp.tile(tokens, (count, 1)), jnp.tile(mask, (count, 1))
             logits, cache = extend(model, params, of_all, mask_of_all, cache, None, max_new_tokens)
-            return list(zip(jnp.split(logits, count), split_rows(cache, count), strict=True))
+            caches = [cache] if count == 1 else split_rows(cache, count)
+            return list(zip(jnp.split(logits, count), caches, strict=True))
 
         found = _by_group(_unboxed(reading).caches, step)
         return _boxed(Reading(*map(tuple, zip(*found, strict=True))))

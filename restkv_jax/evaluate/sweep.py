@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from restkv_jax.evaluate.batching import even_size
 from restkv_jax.evaluate.example import has_example, save_example
-from restkv_jax.evaluate.grid import Grid, conditions, is_file, policies
+from restkv_jax.evaluate.grid import CacheConfig, Grid, conditions, is_file, policies
 from restkv_jax.evaluate.measuring import EncodedPrompts, RunSettings, measure_batch
 from restkv_jax.evaluate.results import PromptId, PromptResult, append_line, drop_broken_line, read_lines, results_path
 from restkv_jax.evaluate.tasks.encoding import EncodedPrompt, Form, encode_prompt
@@ -27,8 +27,9 @@ from restkv_jax.evaluate.tasks.files import read_prompts
 from restkv_jax.evaluate.tasks.making import TASKS, make_prompts
 from restkv_jax.evaluate.tasks.prompts import Prompt
 from restkv_jax.evaluate.tasks.texts import DIVERGENCE, NUM_FOLLOWING, cut_pieces, read_text
+from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.encoding import has_template
-from restkv_jax.generation.reading import bucket_length
+from restkv_jax.generation.reading import bucket_length, extend, prefill
 from restkv_jax.loading import Loaded
 
 ANSWER_STEP = 16
@@ -111,12 +112,31 @@ def check_sweep(loaded: Loaded, grid: Grid, settings: RunSettings) -> None:
             encode_prompts(grid, loaded.tokenizer, prompt_set)
         elif not is_file(prompt_set.task):
             _make(grid, loaded.tokenizer, prompt_set, 1)
+    if grid.ask == "after":
+        _check_extending(loaded, policies(grid, found[0].length), found[0].length)
     if settings.num_processes > 1:
         digest = np.uint32(zlib.crc32(repr(found).encode()))
         try:
             multihost_utils.assert_equal(digest, "prompt sets differ")
         except AssertionError as error:
             raise ValueError("tasks: the processes have read different prompts; give all the same files") from error
+
+
+def _check_extending(loaded: Loaded, configs: dict[CacheConfig, EvictionPolicy], length: int) -> None:
+    """Refuses methods whose caches cannot be read further onto; nothing is computed."""
+    prompt = jax.ShapeDtypeStruct((1, length), np.int32)
+
+    def read_twice(params: Any, prompt: jax.Array, policy: EvictionPolicy) -> Any:
+        _, cache = prefill(loaded.model, params, prompt, None, policy)
+        return extend(loaded.model, params, prompt[:, :1], None, cache)
+
+    for method, policy in {config.method: policy for config, policy in configs.items()}.items():
+        try:
+            jax.eval_shape(functools.partial(read_twice, policy=policy), loaded.params, prompt)
+        except (NotImplementedError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"method {method!r} cannot be asked afterwards ({error}); leave it out, or give --ask within"
+            ) from error
 
 
 @contextlib.contextmanager
