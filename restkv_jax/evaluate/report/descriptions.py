@@ -61,6 +61,13 @@ DESCRIPTIONS = {
         "The whole text consists of such sentences, each with its own name; the number of one of them is asked for.",
         _needles((KEYS[1], VALUES[1]), _first, (KEYS[2], VALUES[2]), question=_one),
     ),
+    "essays": Description(
+        "One sentence with a number is hidden in essays; the number is asked for.", _needles(_first, question=_one)
+    ),
+    "essays_multikey": Description(
+        "Four such sentences are hidden in essays, each with its own name; the number of one of them is asked for.",
+        _needles((KEYS[1], VALUES[1]), _first, (KEYS[2], VALUES[2]), question=_one),
+    ),
     "multivalue": Description(
         "Four numbers are hidden under one name; all four are asked for.",
         _needles(*((KEYS[0], value) for value in VALUES), question=MANY_QUESTION.format(keys=KEYS[0])),

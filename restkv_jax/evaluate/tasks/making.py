@@ -15,13 +15,16 @@ TASKS: dict[str, Task] = {
     "single": Needles(),
     "multikey": Needles(num_keys=8),
     "haystack": Needles(haystack="needles"),
+    "essays": Needles(haystack="essays"),
+    "essays_multikey": Needles(num_keys=4, haystack="essays"),
     "multivalue": Needles(num_values=4),
     "multiquery": Needles(num_keys=4, num_asked=4),
     "tracking": Chain(num_hops=4),
     "common_words": CommonWords(),
     "frequent_words": FrequentWords(),
 }
-"""The tasks by name: RULER's niah_single, _multikey (8 keys, and all needles), _multivalue, _multiquery, vt, cwe, fwe.
+"""The tasks by name: RULER's niah_single_1, niah_multikey (8 keys in noise, and all needles), niah_single_2 and
+niah_multikey_1 (essays, with one and four keys), niah_multivalue, niah_multiquery, vt, cwe, fwe.
 """
 
 
@@ -47,6 +50,7 @@ def make_prompts(
       length_of: how many tokens a prompt takes, where it is not read as the text that it is.
 
     Raises:
+      OSError: essays that cannot be fetched.
       ValueError: an unknown task, `num_tokens` too small for what is asked and the question, or a depth out of [0, 1]
         or one for a task that does not ask for one needle.
     """

@@ -6,6 +6,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from restkv_jax.evaluate.tasks.essays import essay_sentences
 from restkv_jax.evaluate.tasks.prompts import Draft, Question
 from restkv_jax.evaluate.tasks.vocabulary import adjectives, nouns
 
@@ -59,7 +60,8 @@ class Needles:
       num_keys: keys, each with a needle per value.
       num_values: values of each key.
       num_asked: keys asked for.
-      haystack: what the rest of the text is, "noise" or further "needles".
+      haystack: what the rest of the text is, "noise", further "needles", or running text from "essays", which begins at
+        a random sentence (RULER's always with the first).
       depth: where the asked needle stands among the sentences, 0 at their beginning to 1 at their end; None anywhere.
         Only where one needle is asked for.
     """
@@ -67,7 +69,7 @@ class Needles:
     num_keys: int = 1
     num_values: int = 1
     num_asked: int = 1
-    haystack: Literal["noise", "needles"] = "noise"
+    haystack: Literal["noise", "needles", "essays"] = "noise"
     depth: float | None = None
 
     def __post_init__(self):
@@ -96,7 +98,12 @@ class Needles:
         question = question.format(keys=join_keys(asked))
         sentences = [NEEDLE.format(key=key, value=value) for key, value in pairs]
         room = num_tokens - count(_join(header, sentences, question.text))
-        fillers = _noise(room, count) if self.haystack == "noise" else _other_needles(room, keys, values, rng)
+        if self.haystack == "noise":
+            fillers = _noise(room, count)
+        elif self.haystack == "needles":
+            fillers = _other_needles(room, keys, values, rng)
+        else:
+            fillers = _sentences_of_essays(room, count, rng)
         pinned, depth = "", self.depth
         if depth is not None:
             pinned = sentences.pop(next(i for i, (key, _) in enumerate(pairs) if key in asked))
@@ -105,7 +112,7 @@ class Needles:
             lines = _mix(sentences, fillers[:n], rng)
             if depth is not None:
                 lines.insert(round(depth * len(lines)), pinned)
-            return _join(header, lines, question.text)
+            return _join(header, [" ".join(lines)] if self.haystack == "essays" else lines, question.text)
 
         return Draft(text, 0, len(fillers), answers, question)
 
@@ -151,6 +158,17 @@ def _mix(sentences: list[str], fillers: list[str], rng: random.Random) -> list[s
 def _noise(room: int, count: Callable[[str], int]) -> list[str]:
     """Lines of noise that fill `room` tokens."""
     return [NOISE] * (room // max(1, count("\n" + NOISE) - count("")))
+
+
+def _sentences_of_essays(room: int, count: Callable[[str], int], rng: random.Random) -> list[str]:
+    """Neighbouring sentences that fill `room` tokens and more; after the last essay comes the first again."""
+    sentences = essay_sentences()
+    start, number = rng.randrange(len(sentences)), max(1, room // 16)
+    while True:
+        found = [sentences[(start + i) % len(sentences)] for i in range(number)]
+        if count(" ".join(found)) >= room:
+            return found
+        number *= 2
 
 
 def _other_needles(room: int, keys: Sequence[str], values: Sequence[str], rng: random.Random) -> list[str]:
