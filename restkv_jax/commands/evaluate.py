@@ -35,6 +35,7 @@ from restkv_jax.evaluate.report.summary import Scenario, collect, collect_diverg
 from restkv_jax.evaluate.report.tables import nats_text
 from restkv_jax.evaluate.results import (
     Results,
+    check_output,
     open_sweep,
     read_costs,
     read_errors,
@@ -108,6 +109,7 @@ def run(args: Sequence[str]) -> None:
     options, grid = parse_evaluate(args)
     with as_usage_error():
         check_grid(grid)
+        check_output(options.output)
     if options.compilation_cache is not None:
         _keep_programs(options.compilation_cache)
     settings = _join(options)

@@ -1,6 +1,7 @@
 """What each method keeps of one prompt of a sweep: noted while it is read, drawn once the sweep is done."""
 
 import pathlib
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.evaluate.grid import Grid, cache_configs, parse_method
+from restkv_jax.evaluate.results import DAMAGED
 from restkv_jax.eviction.budgets import budget_slots, parse_budget
 from restkv_jax.models.files import written_whole
 from restkv_jax.plot import kept_shares, plot_shares, token_span
@@ -59,8 +61,12 @@ def plot_example(directory: pathlib.Path) -> Figure | None:
     """
     if not has_example(directory):
         return None
-    with np.load(directory / KEPT) as noted:
-        labels, shares, span = noted["labels"].tolist(), noted["shares"], noted["span"].tolist()
+    path = directory / KEPT
+    try:
+        with np.load(path) as noted:
+            labels, shares, span = noted["labels"].tolist(), noted["shares"], noted["span"].tolist()
+    except (*DAMAGED, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error!r}); remove it, and the report goes without it") from error
     spans = {"answer": (span[0], span[1])} if span else {}
     title = f"What is kept of a prompt of {shares.shape[-1]:,} tokens"
     return plot_shares(dict(zip(labels, shares, strict=True)), spans, title)

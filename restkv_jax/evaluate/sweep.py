@@ -20,7 +20,15 @@ from restkv_jax.evaluate.batching import even_size
 from restkv_jax.evaluate.example import has_example, save_example
 from restkv_jax.evaluate.grid import CacheConfig, Grid, conditions, is_file, policies
 from restkv_jax.evaluate.measuring import EncodedPrompts, RunSettings, measure_batch
-from restkv_jax.evaluate.results import PromptId, PromptResult, append_line, drop_broken_line, read_lines, results_path
+from restkv_jax.evaluate.results import (
+    PromptId,
+    PromptResult,
+    append_line,
+    drop_broken_line,
+    read_lines,
+    results_path,
+    writing,
+)
 from restkv_jax.evaluate.tasks.encoding import EncodedPrompt, Form, encode_prompt
 from restkv_jax.evaluate.tasks.essays import read_essays
 from restkv_jax.evaluate.tasks.files import read_prompts
@@ -74,7 +82,7 @@ def run_sweep(
     path = results_path(directory, settings.process)
     units = batches_of_process(found, settings)
     total, shown = sum(size for _, _, size in units), 0
-    with _only_writer(path), path.open("a", encoding="utf-8") as file:
+    with writing(path), _only_writer(path), path.open("a", encoding="utf-8") as file:
         drop_broken_line(path)
         done = read_lines(directory)
         for prompt_set, number, size in units:

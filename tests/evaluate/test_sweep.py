@@ -1,5 +1,6 @@
 """Sweeps as a user types them: grids, batches, resumption, several processes, bad input."""
 
+import errno
 import json
 import os
 import pathlib
@@ -143,6 +144,28 @@ def test_report_and_table_come_before_what_else_is_measured(tmp_path, monkeypatc
     assert main(["evaluate", "--compilation-cache", "none", *args]) == 2
     report = (tmp_path / "out" / "report.html").read_text()
     assert "One prompt: each row is a layer" in report and "Reading a prompt of a batch" in report
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "out", pathlib.Path("/proc/absent/out")):
+        assert evaluate(place, "--tasks", "single") == 2
+        err = capsys.readouterr().err
+        assert str(place) in err and "give" in err and err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_the_sweep_goes_on_from_there(sweep, tmp_path, capsys, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert evaluate(tmp_path, "--tasks", "single", "multikey") == 2
+    err = capsys.readouterr().err
+    assert f"{str(tmp_path / 'results-0.jsonl')!r} cannot be written (No space left on device)" in err
+    assert "the same command goes on" in err and err.count("\n") == 1
+    assert evaluate(tmp_path, "--tasks", "single", "multikey") == 0
+    assert said(tmp_path) == said(sweep)
 
 
 def test_needle_depths_are_measured_where_a_task_has_one_needle(tmp_path):

@@ -39,7 +39,7 @@ from restkv_jax.evaluate.report.tables import (
     score_tables,
     variant_tables,
 )
-from restkv_jax.evaluate.results import Results, read_results
+from restkv_jax.evaluate.results import Results, read_results, replace_text, writing
 
 TITLE = "What evicting the KV cache costs in answers"
 KEPT = "kept.png"
@@ -66,13 +66,15 @@ def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str
       the path of report.html.
 
     Raises:
-      ValueError: no sweep in the directory, or none of its prompts measured yet.
+      ValueError: no sweep in the directory, none of its prompts measured yet, files that are damaged or cannot be
+        written.
     """
     results = read_results(directory)
     if not results.cells and not results.divergences:
         raise ValueError(f"{str(directory)!r} has no results yet; run `restkv evaluate` first")
     estimates = estimate_all(collect(results))
-    content = _content(results, estimates) | _draw(directory, results, estimates, kept)
+    with writing(directory):
+        content = _content(results, estimates) | _draw(directory, results, estimates, kept)
     content |= {"title": title, "command": rerun_command(results.grid, directory)}
     templates = jinja2.Environment(
         loader=jinja2.FunctionLoader(
@@ -86,7 +88,7 @@ def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str
     templates.filters["markdown"] = escape_markdown
     templates.filters["data_uri"] = lambda file: data_uri(directory / file)
     for name in ("report.md", "report.html"):
-        (directory / name).write_text(templates.get_template(f"{name}.jinja").render(content), encoding="utf-8")
+        replace_text(directory / name, templates.get_template(f"{name}.jinja").render(content))
     return directory / "report.html"
 
 
