@@ -25,7 +25,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-METHODS = ("snapkv(window=8)", "laprox(window=8)")
+METHODS = ("snapkv(window=8)",)
 OWN = [{"prompt": f"No. {10**i} is {i}. " * 5, "question": "Which?", "answers": [str(i)]} for i in range(3)]
 
 

@@ -94,8 +94,8 @@ def divergence_tables(grid: Grid, divergences: Mapping[Scenario, Mapping[CacheCo
 
 
 def nats_text(mean: float, error: float) -> str:
-    """`0.123 ± 0.004`."""
-    return f"{mean:.3f}" + ("" if np.isnan(error) else f" ± {error:.3f}")
+    """`0.1234 ± 0.0041`."""
+    return f"{mean:.4f}" + ("" if np.isnan(error) else f" ± {error:.4f}")
 
 
 def ranking_table(grid: Grid, ranking: Ranking, title: str) -> Table:
