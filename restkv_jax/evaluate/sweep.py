@@ -174,7 +174,7 @@ def prompt_sets(grid: Grid, tokenizer: Any) -> list[PromptSet]:
     A task whose file or essays cannot be read is left out, with a warning that names it. The length of a file's prompts
     is that of their bucket: budgets in percent are of that.
     """
-    found = []
+    found, no_essays = [], _why_no_essays(grid)
     for task in grid.tasks:
         try:
             if is_file(task):
@@ -182,8 +182,8 @@ def prompt_sets(grid: Grid, tokenizer: Any) -> list[PromptSet]:
                 counts = collections.Counter(map(bucket_length, lengths))
                 found += [PromptSet(task, length, None, count) for length, count in counts.items()]
             else:
-                if needs_essays(grid, task):
-                    read_essays()
+                if no_essays is not None and needs_essays(grid, task):
+                    raise no_essays
                 found += [PromptSet(*where, grid.prompts) for where in conditions(grid) if where[0] == task]
         except (OSError, ValueError) as error:
             warnings.warn(f"task {task!r} is left out, its prompts cannot be read: {error}", stacklevel=2)
@@ -223,6 +223,16 @@ def _make(grid: Grid, tokenizer: Any, prompt_set: PromptSet, count: int) -> list
         length_of = lambda prompt: encode_prompt(tokenizer, prompt, grid.form).length  # noqa: E731
     seed = prompt_set_seed(grid.seed, task, length, depth)
     return make_prompts(task, tokenizer, length, count, seed, depth, length_of)
+
+
+def _why_no_essays(grid: Grid) -> OSError | None:
+    """What goes wrong where essays are needed and cannot be fetched; tried once, for it may take a while."""
+    try:
+        if any(needs_essays(grid, task) for task in grid.tasks):
+            read_essays()
+    except OSError as error:
+        return error
+    return None
 
 
 def needs_essays(grid: Grid, task: str) -> bool:
