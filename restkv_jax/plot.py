@@ -95,7 +95,16 @@ def plot_kept(
     panels = dict(caches) if isinstance(caches, Mapping) else {"": caches}
     if not panels:
         raise ValueError("caches is empty; give at least one")
-    shares = {name: kept_shares(cache, row) for name, cache in panels.items()}
+    return plot_shares({name: kept_shares(cache, row) for name, cache in panels.items()}, spans, title, num_bins)
+
+
+def plot_shares(
+    shares: Mapping[str, np.ndarray],
+    spans: Mapping[str, tuple[int, int]] | None = None,
+    title: str = "What the cache keeps of the prompt",
+    num_bins: int = 320,
+) -> Figure:
+    """As `plot_kept`, of the shares that `kept_shares` gives, float [L, T] by the name of their panels."""
     lengths = {share.shape[1] for share in shares.values()}
     if len(lengths) > 1:
         raise ValueError(f"caches are of prompts of different lengths: {sorted(lengths)}; draw each prompt by itself")
@@ -103,7 +112,7 @@ def plot_kept(
     for name, (start, stop) in spans.items():
         if not 0 <= start < stop <= length:
             raise ValueError(f"spans[{name!r}]={(start, stop)} is not in the prompt of {length} tokens")
-    return _draw(shares, spans, title, num_bins)
+    return _draw(dict(shares), spans, title, num_bins)
 
 
 def _draw(shares: dict[str, np.ndarray], spans: dict[str, tuple[int, int]], title: str, num_bins: int) -> Figure:

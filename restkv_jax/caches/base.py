@@ -226,6 +226,15 @@ def joins(first: Cache, second: Cache) -> bool:
     )
 
 
+def that_join(caches: Sequence[Cache]) -> list[list[int]]:
+    """Indices of caches, those whose rows can be those of one batch together."""
+    groups: list[list[int]] = []
+    for i, cache in enumerate(caches):
+        group = next((group for group in groups if joins(caches[group[0]], cache)), None)
+        groups.append([i]) if group is None else group.append(i)
+    return groups
+
+
 def join_rows(caches: Sequence[C]) -> C:
     """The rows of caches that join, as one batch."""
 

@@ -29,10 +29,13 @@ from restkv_jax.evaluate.costs import measure_costs
 from restkv_jax.evaluate.example import plot_example
 from restkv_jax.evaluate.grid import CacheConfig, Grid, check_grid
 from restkv_jax.evaluate.layer_errors import measure_layer_errors
+from restkv_jax.evaluate.measuring import RunSettings
 from restkv_jax.evaluate.report.page import write_report
-from restkv_jax.evaluate.report.summary import collect
+from restkv_jax.evaluate.report.summary import Scenario, collect, collect_divergences, standard_error
+from restkv_jax.evaluate.report.tables import nats_text
 from restkv_jax.evaluate.results import (
     Results,
+    check_output,
     open_sweep,
     read_costs,
     read_errors,
@@ -40,7 +43,7 @@ from restkv_jax.evaluate.results import (
     write_costs,
     write_errors,
 )
-from restkv_jax.evaluate.sweep import RunSettings, run_sweep
+from restkv_jax.evaluate.sweep import check_sweep, run_sweep
 from restkv_jax.loading import Loaded, load_checkpoint
 from restkv_jax.models.digest import checksum
 
@@ -59,17 +62,20 @@ COLUMNS = (
 class EvaluateOptions:
     """Measures how well a model answers on small caches: tasks x methods x budgets x lengths in one sweep.
 
-    The same command goes on where one that was killed stopped. Several processes share the work.
+    Every result is written as soon as it is known, table and report as soon as all are, and what else is measured after
+    that. The same command goes on where one that was killed stopped. Several processes share the work.
 
     Args:
       output: directory of the results; created if missing.
       grid: YAML file with any of these options by name, such as tasks, methods, budgets and lengths; the command line
         takes precedence.
-      batch_size: prompts generated at once.
+      batch_size: most prompts generated at once.
       together: methods and budgets that share a prefill; their caches are in memory together, so lower it for large
         models.
       errors: also measure how far every layer's attention moves, on a batch of each task and length.
-      costs: also measure bytes and times.
+      costs: also say how many bytes caches take.
+      rates: also measure the time of each method's prefill, of a token, and of the ways to run a sweep, which takes
+        longer than many a sweep.
       compilation_cache: directory in which JAX keeps compiled programs, or "none"; ~/.cache/restkv-jax, or what
         JAX_COMPILATION_CACHE_DIR says, if left out.
       distributed: join the other processes of a TPU slice, or those at --coordinator.
@@ -83,8 +89,9 @@ class EvaluateOptions:
     grid: pathlib.Path | None = None
     batch_size: int = 10
     together: int = 128
-    errors: bool = True
+    errors: bool = False
     costs: bool = True
+    rates: bool = False
     compilation_cache: str | None = None
     distributed: bool = False
     coordinator: str | None = None
@@ -102,12 +109,14 @@ def run(args: Sequence[str]) -> None:
     options, grid = parse_evaluate(args)
     with as_usage_error():
         check_grid(grid)
+        check_output(options.output)
     if options.compilation_cache is not None:
         _keep_programs(options.compilation_cache)
     settings = _join(options)
     with as_usage_error():
         with show_while("loading the model", quiet=options.quiet):
             loaded = load_checkpoint(grid.model, grid.dtype, dense=grid.dense)
+        check_sweep(loaded, grid, settings)
         weights = checksum(loaded.params)
         try:
             if settings.process == 0:
@@ -123,33 +132,41 @@ def run(args: Sequence[str]) -> None:
             run_sweep(loaded, grid, options.output, settings, show)
         _wait_for_all(settings, "the sweep is done")
         if settings.process == 0:
-            _conclude(options, loaded, grid)
+            _report(options)
+            if measure_once(options, loaded, grid):
+                _report(options, quiet=True)
     # who leaves first ends the others
     _wait_for_all(settings, "the report is written")
 
 
-def _conclude(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> None:
-    """Measures what is measured once, and shows the results."""
-    measure_once(options, loaded, grid)
-    report = write_report(options.output, plot_example(loaded, grid))
-    if not options.quiet:
+def _report(options: EvaluateOptions, quiet: bool = False) -> None:
+    """Shows the results and writes the report."""
+    report = write_report(options.output, plot_example(options.output))
+    if not (options.quiet or quiet):
         for table in score_tables(read_results(options.output)):
             Console().print(table)
         print(f"wrote {report}")
 
 
-def measure_once(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> None:
-    """Measures the configurations' reconstruction errors and costs, unless they are there or not asked for."""
+def measure_once(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> bool:
+    """Measures the configurations' costs and reconstruction errors, unless they are there or not asked for.
+
+    Returns:
+      whether anything was measured.
+    """
 
     def show(name: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         return iter if options.quiet else functools.partial(track, description=name, console=Console(stderr=True))
 
     # on one device, and so on its share of a batch
     settings = RunSettings(-(-options.batch_size // jax.local_device_count()), options.together)
-    if options.errors and not read_errors(options.output):
+    costs = read_costs(options.output)
+    lacks_costs = costs is None if not options.rates else costs is None or not costs.rates
+    if lacks_costs := lacks_costs and (options.costs or options.rates):
+        write_costs(options.output, measure_costs(loaded, grid, settings, options.rates, show("costs")))
+    if lacks_errors := options.errors and not read_errors(options.output):
         write_errors(options.output, measure_layer_errors(loaded, grid, settings, show("layer errors")))
-    if options.costs and read_costs(options.output) is None:
-        write_costs(options.output, measure_costs(loaded, grid, settings, show("costs")))
+    return lacks_costs or lacks_errors
 
 
 def parse_evaluate(args: Sequence[str]) -> tuple[EvaluateOptions, Grid]:
@@ -185,17 +202,27 @@ def _read_grid_file(app: cyclopts.App, commands: tuple[str, ...], arguments: cyc
 
 
 def score_tables(results: Results) -> list[Table]:
-    """A table for each task and length: a line per method, a column per budget, mean scores in percent."""
-    columns, tables = [None, *results.grid.budgets], []
+    """A table for each task and length: a line per method, a column per budget.
+
+    Mean scores in percent; divergences in nats per token, with their standard errors.
+    """
+    tables = []
     for scenario, by_config in collect(results).items():
-        count = max(map(len, by_config.values()))
-        title = f"{scenario.task}, {scenario.length:,} tokens, {count} prompts"
-        table = Table("method", *(budget or "" for budget in columns), title=title)
-        means = {config: f"{100 * np.mean(list(scores.values())):.1f}" for config, scores in by_config.items()}
-        for method in results.grid.methods:
-            table.add_row(method, *(means.get(CacheConfig(method, budget), "") for budget in columns))
-        tables.append(table)
+        texts = {config: f"{100 * np.mean(list(scores.values())):.1f}" for config, scores in by_config.items()}
+        tables.append(_table(results.grid, scenario, max(map(len, by_config.values())), texts))
+    for scenario, by_config in collect_divergences(results).items():
+        texts = {e: nats_text(float(np.mean([*v.values()])), standard_error(v.values())) for e, v in by_config.items()}
+        tables.append(_table(results.grid, scenario, max(map(len, by_config.values())), texts, ", nats per token"))
     return tables
+
+
+def _table(grid: Grid, scenario: Scenario, count: int, texts: dict[CacheConfig, str], unit: str = "") -> Table:
+    columns = [None, *grid.budgets]
+    title = f"{scenario.task}, {scenario.length:,} tokens, {count} prompts{unit}"
+    table = Table("method", *(budget or "" for budget in columns), title=title)
+    for method in grid.methods:
+        table.add_row(method, *(texts.get(CacheConfig(method, budget), "") for budget in columns))
+    return table
 
 
 def _keep_programs(directory: str) -> None:

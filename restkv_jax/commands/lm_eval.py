@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import glob
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ def run(args: Sequence[str]) -> None:
         one that comes with the package.
 
     Raises:
-      UsageError: arguments that cannot work, or no task that can be loaded.
+      UsageError: arguments that cannot work, a task that there is not, or none that can be loaded.
     """
     setup_logging()
     harness = HarnessCLI()
@@ -73,7 +74,12 @@ def _loadable_tasks(config: EvaluatorConfig, left_out: dict[str, str]) -> list[s
     found: dict[str, None] = {}
     unreachable: set[str] = set()
     for task in asked:
-        for name in manager.match_tasks([task]) or sorted(glob.glob(f"{task}/*.yaml") or glob.glob(task)) or [task]:
+        names = manager.match_tasks([task]) or sorted(glob.glob(f"{task}/*.yaml") or glob.glob(task))
+        if not names:
+            near = " or ".join(difflib.get_close_matches(task, manager.all_tasks))
+            advice = f"did you mean {near}?" if near else "`restkv lm-eval ls tasks` lists those that there are"
+            raise UsageError(f"--tasks: {task!r} is unknown; {advice}")
+        for name in names:
             found |= dict.fromkeys(_load(manager, name, left_out, unreachable))
     if not found:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in left_out.items())

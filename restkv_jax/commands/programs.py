@@ -1,15 +1,11 @@
 """Compiled programs, which JAX keeps on disk so that the next command need not compile them."""
 
 import os
-import pathlib
 import warnings
 
 import jax
 
-
-def cache_directory() -> pathlib.Path:
-    """`~/.cache/restkv-jax`, or that place in `XDG_CACHE_HOME` where that is set."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "restkv-jax"
+from restkv_jax.fetching import cache_directory
 
 
 def keep_programs() -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
-from restkv_jax.evaluate.batching import pad_batch
+from restkv_jax.evaluate.batching import even_size, pad_batch
 from restkv_jax.evaluate.tasks.prompts import Prompt
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import generate_each
@@ -47,7 +47,8 @@ def measure_accuracy(
       tokenizer: of `transformers`.
       prompts: from `make_prompts`.
       policies: what to keep of the prompts; the prompts are read once for all of them.
-      batch_size: prompts generated at once; a batch shorter than this is filled up, so that one program serves all.
+      batch_size: most prompts generated at once; they are divided evenly, and a batch that has one less is filled up,
+        so that one program serves all.
       show: wraps the iteration over batches, for progress.
       sharing: whose keys each layer reads distant tokens by; its own by default.
 
@@ -80,8 +81,9 @@ def generate_texts(
     answers = (tokenizer(prompt.continuation)["input_ids"] for prompt in prompts)
     max_new_tokens = max(map(len, answers)) + 4
     texts: list[list[str]] = [[] for _ in policies]
-    for start in show(range(0, len(prompts), batch_size)):
-        tokens, mask = pad_batch(encoded[start : start + batch_size], batch_size, length)
+    size = even_size(len(prompts), batch_size)
+    for start in show(range(0, len(prompts), size)):
+        tokens, mask = pad_batch(encoded[start : start + size], size, length)
         outs = generate_each(model, params, tokens, mask, tuple(policies), max_new_tokens, sharing=sharing)
         for said, out in zip(texts, outs, strict=True):
             said += tokenizer.batch_decode(np.asarray(out.tokens), skip_special_tokens=True)

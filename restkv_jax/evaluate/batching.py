@@ -8,6 +8,11 @@ from restkv_jax.generation.encoding import pad_left
 from restkv_jax.generation.reading import bucket_length
 
 
+def even_size(count: int, most: int) -> int:
+    """The size of batches that divide `count` prompts evenly, at most `most` in each: as few batches as can be."""
+    return -(-count // -(-count // most))
+
+
 def pad_batch(rows: Sequence[Sequence[int]], batch_size: int, length: int | None = None) -> tuple[Array, Array]:
     """Rows filled up with the first one, so that one program serves all batches, and padded on the left.
 

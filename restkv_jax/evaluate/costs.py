@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.evaluate.batching import pad_batch
 from restkv_jax.evaluate.grid import CacheConfig, Grid, is_file, parse_method, policies
+from restkv_jax.evaluate.measuring import RunSettings, measure_batch
 from restkv_jax.evaluate.results import Cost, Costs, Rate
-from restkv_jax.evaluate.sweep import PromptSet, RunSettings, answer_batch, encode_prompts, prompt_sets
+from restkv_jax.evaluate.sweep import PromptSet, encode_prompts, prompt_sets
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import decode_step, generate
@@ -27,9 +28,13 @@ MOST_RATED = 5
 
 
 def measure_costs(
-    loaded: Loaded, grid: Grid, settings: RunSettings, show: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    loaded: Loaded,
+    grid: Grid,
+    settings: RunSettings,
+    timed: bool = False,
+    show: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Costs:
-    """Measures bytes and times on prompts of the grid's first task, at each of its lengths.
+    """Measures bytes, and if asked times, on prompts of the grid's first task, at each of its lengths.
 
     Bytes are of one prompt's cache with room for 16 tokens, from shapes alone. Times are medians after compilation, of
     a batch: of the prefill for the first budget of each method without options, and of a generated token for every
@@ -40,6 +45,7 @@ def measure_costs(
       loaded: what to measure.
       grid: its lengths, methods and budgets count.
       settings: its batch size, and how many configurations share a prefill.
+      timed: measure times and rates too, which takes longer than many a sweep.
       show: wraps the iteration over lengths, for progress.
     """
     made = [prompt_set for prompt_set in prompt_sets(grid, loaded.tokenizer) if not is_file(prompt_set.task)]
@@ -48,13 +54,13 @@ def measure_costs(
     for length in show(sorted(by_length)):
         encoded = encode_prompts(grid, loaded.tokenizer, by_length[length])
         first = encoded.batches(settings.batch_size)[0]
-        tokens, mask = pad_batch([encoded.tokens[i] for i in first], settings.batch_size)
-        found += _costs_at(loaded, grid, length, tokens, mask, settings.together)
-    rates = _rates(loaded, grid, by_length[min(by_length)], settings.batch_size) if by_length else ()
+        tokens, mask = pad_batch([encoded.tokens[i] for i in first], len(first))
+        found += _costs_at(loaded, grid, length, tokens, mask, settings.together, timed)
+    rates = _rates(loaded, grid, by_length[min(by_length)], settings.batch_size) if by_length and timed else ()
     return Costs(jax.devices()[0].device_kind, tuple(found), rates)
 
 
-def _costs_at(loaded: Loaded, grid: Grid, length: int, tokens, mask, together) -> list[Cost]:
+def _costs_at(loaded: Loaded, grid: Grid, length: int, tokens, mask, together, timed) -> list[Cost]:
     """The costs of all configurations for one batch."""
     (model, params, _), configs = loaded, policies(grid, length)
     stored: dict[str, Any] = {"cache_dtype": grid.cache_dtype}
@@ -62,7 +68,7 @@ def _costs_at(loaded: Loaded, grid: Grid, length: int, tokens, mask, together) -
         e: cache_shapes(model, params, tokens, mask, policy, NEW_TOKENS, **stored) for e, policy in configs.items()
     }
     everything = cache_bytes(cache_shapes(model, params, tokens, mask, full(), NEW_TOKENS))
-    plain = {config: policy for config, policy in configs.items() if not parse_method(config.method).options}
+    plain = {c: policy for c, policy in configs.items() if timed and not parse_method(c.method).options}
     seconds = _token_seconds(
         loaded, {_structure(shapes[e]): policy for e, policy in plain.items()}, tokens, mask, together, stored
     )
@@ -125,7 +131,7 @@ def _rates(loaded: Loaded, grid: Grid, prompt_set: PromptSet, batch_size: int) -
 
     def one_by_one():
         for i in batch:
-            answer_batch(loaded, configs, encoded, [i], RunSettings(1), mesh, grid.cache_dtype)
+            measure_batch(loaded, configs, encoded, [i], RunSettings(1), mesh, grid.cache_dtype)
 
     def one_by_one_for_each():
         for policy in configs.values():
@@ -142,7 +148,7 @@ def _rates(loaded: Loaded, grid: Grid, prompt_set: PromptSet, batch_size: int) -
 
     names = f"{len(configs)} methods"
     ways = {
-        f"batches of {len(batch)}, {names} from one prefill": lambda: answer_batch(
+        f"batches of {len(batch)}, {names} from one prefill": lambda: measure_batch(
             loaded, configs, encoded, batch, RunSettings(len(batch)), mesh, grid.cache_dtype
         ),
         f"one prompt at a time, {names} from one prefill": one_by_one,

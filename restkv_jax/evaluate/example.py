@@ -1,49 +1,82 @@
-"""What each method keeps of one prompt of a sweep."""
+"""What each method keeps of one prompt of a sweep: noted while it is read, drawn once the sweep is done."""
 
+import pathlib
+import zipfile
+from typing import Any
+
+import numpy as np
 from matplotlib.figure import Figure
 
-from restkv_jax.evaluate.grid import Grid, parse_method, policies
-from restkv_jax.evaluate.sweep import encode_prompts, prompt_sets
-from restkv_jax.generation.encoding import pad_left
-from restkv_jax.generation.reading import prefill_each
-from restkv_jax.loading import Loaded
-from restkv_jax.plot import plot_kept, token_span
+from restkv_jax.caches.base import Cache
+from restkv_jax.evaluate.grid import Grid, cache_configs, parse_method
+from restkv_jax.evaluate.results import DAMAGED
+from restkv_jax.eviction.budgets import budget_slots, parse_budget
+from restkv_jax.models.files import written_whole
+from restkv_jax.plot import kept_shares, plot_shares, token_span
 
+KEPT = "kept.npz"
 MOST_SHOWN = 5
 
 
-def plot_example(loaded: Loaded, grid: Grid) -> Figure | None:
-    """Draws what the first methods keep, at their second smallest budget, of the first prompt of a sweep.
+def has_example(directory: pathlib.Path) -> bool:
+    """Whether an example was noted."""
+    return (directory / KEPT).is_file()
+
+
+def save_example(
+    directory: pathlib.Path, grid: Grid, tokenizer: Any, encoded: Any, number: int, caches: dict[str, Cache]
+) -> None:
+    """Notes what the first methods keep of a prompt, at their second smallest budget.
 
     Args:
-      loaded: what is measured.
-      grid: its first task and length.
-
-    Returns:
-      a figure, or None where no method evicts or there is no prompt.
+      directory: of the results.
+      grid: that of the sweep.
+      tokenizer: that of the prompts.
+      encoded: the `EncodedPrompts` that the prompt is of.
+      number: of the prompt.
+      caches: with the prompt as their first row, by the label of their configuration.
     """
-    found = prompt_sets(grid, loaded.tokenizer)
-    shown = _shown(grid, found[0].length) if found else {}
-    if not shown:
+    tokens, prompt = encoded.tokens[number], encoded.prompts[number]
+    shown = {label: kept_shares(caches[label]) for label in _shown(grid, len(tokens)) if label in caches}
+    if shown:
+        span = _span_of_answer(tokenizer, prompt, tokens)
+        with written_whole(directory / KEPT) as unfinished, unfinished.open("wb") as file:
+            np.savez_compressed(
+                file, labels=list(shown), shares=np.stack(list(shown.values())), span=np.array(span, int)
+            )
+
+
+def _span_of_answer(tokenizer: Any, prompt: Any, tokens: list[int]) -> tuple[int, ...]:
+    """The place of the first answer among the tokens; empty where it is not known."""
+    if not prompt.answers or prompt.answers[0] not in prompt.text or tokenizer(prompt.text)["input_ids"] != tokens:
+        return ()
+    return token_span(tokenizer, prompt.text, prompt.answers[0])
+
+
+def plot_example(directory: pathlib.Path) -> Figure | None:
+    """Draws what was noted; None where nothing was, as where no method evicts.
+
+    Args:
+      directory: of the results.
+    """
+    if not has_example(directory):
         return None
-    encoded = encode_prompts(grid, loaded.tokenizer, found[0])
-    number = min(encoded.prompts)
-    prompt, tokens = encoded.prompts[number], encoded.tokens[number]
-    arrays = pad_left([tokens], len(tokens))
-    _, caches = prefill_each(loaded.model, loaded.params, *arrays, tuple(shown.values()))
-    where = prompt.text.find(prompt.answers[0])
-    spans = {}
-    if where >= 0:
-        spans["answer"] = token_span(loaded.tokenizer, prompt.text, prompt.answers[0])
-    title = f"What is kept of a prompt of the task {found[0].task}, {len(tokens):,} tokens"
-    return plot_kept(dict(zip(shown, caches, strict=True)), spans=spans, title=title)
+    path = directory / KEPT
+    try:
+        with np.load(path) as noted:
+            labels, shares, span = noted["labels"].tolist(), noted["shares"], noted["span"].tolist()
+    except (*DAMAGED, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error!r}); remove it, and the report goes without it") from error
+    spans = {"answer": (span[0], span[1])} if span else {}
+    title = f"What is kept of a prompt of {shares.shape[-1]:,} tokens"
+    return plot_shares(dict(zip(labels, shares, strict=True)), spans, title)
 
 
-def _shown(grid: Grid, length: int) -> dict:
-    """One policy of each of the first methods without options, by its label."""
-    by_method: dict[str, list] = {}
-    for config, policy in policies(grid, length).items():
-        if policy.budget is not None and not parse_method(config.method).options:
-            by_method.setdefault(config.method, []).append((policy.budget, config.label, policy))
-    chosen = [sorted(group, key=lambda each: each[0])[:2][-1] for group in by_method.values()]
-    return {label: policy for _, label, policy in chosen[:MOST_SHOWN]}
+def _shown(grid: Grid, length: int) -> list[str]:
+    """The labels of the first methods without options, each at its second smallest budget."""
+    by_method: dict[str, list[tuple[int, str]]] = {}
+    for config in cache_configs(grid):
+        if config.budget is not None and not parse_method(config.method).options:
+            slots = budget_slots(parse_budget(config.budget), length)
+            by_method.setdefault(config.method, []).append((slots, config.label))
+    return [sorted(group)[:2][-1][1] for group in by_method.values()][:MOST_SHOWN]

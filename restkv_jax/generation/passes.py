@@ -150,6 +150,14 @@ def append(
     model: Decoder, params: Any, tokens: Array, mask: Array, cache: Cache, chunk_size: int = 1
 ) -> tuple[Array, Cache]:
     """Puts tokens int32 [B, T], padded on the left, into a cache: the next logits, float32 [B, V], and the cache."""
+    hidden, cache = append_all(model, params, tokens, mask, cache, chunk_size)
+    return logits(model, params, hidden[:, -1]), cache
+
+
+def append_all(
+    model: Decoder, params: Any, tokens: Array, mask: Array, cache: Cache, chunk_size: int = 1
+) -> tuple[Array, Cache]:
+    """As `append`, with the last hidden states of all tokens, [B, T, M], for the logits after each of them."""
 
     def make_memory(index: Array, new: Pairs, cache: Cache) -> tuple[Memory, Cache]:
         return cache.enter(index, new)
@@ -160,5 +168,4 @@ def append(
     positions, chunk_size = positions_of(mask, cache.next_positions), largest_divisor(tokens.shape[1], chunk_size)
     hooks = Hooks(make_memory, observe)
     hidden, cache = read(model, params, tokens, None, hooks, cache, positions=positions, chunk_size=chunk_size)
-    cache = cache.replace(next_positions=cache.next_positions + mask.sum(1, dtype=jnp.int32))
-    return logits(model, params, hidden[:, -1]), cache
+    return hidden, cache.replace(next_positions=cache.next_positions + mask.sum(1, dtype=jnp.int32))

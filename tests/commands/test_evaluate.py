@@ -18,11 +18,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def test_a_grid_comes_from_a_file_and_the_command_line_goes_before(tmp_path):
     file = tmp_path / "grid.yaml"
-    file.write_text("tasks: [haystack]\nmethods: [full, restkv(temporal=mean)]\nbudgets: [2%, 64]\nprompts: 7\n")
+    file.write_text(
+        "tasks: [haystack]\nmethods: [full, restkv(temporal=mean)]\nbudgets: [2%, 64]\nprompts: 7\nchat: true\n"
+        "ask: after\n"
+    )
     options, grid = parse_evaluate(
         ["--output", "out", "--grid", str(file), "--prompts", "9", "--lengths", "512", "1024"]
     )
-    assert grid == Grid(("haystack",), ("full", "restkv(temporal=mean)"), ("2%", "64"), (512, 1024), prompts=9)
+    assert grid == Grid(
+        ("haystack",), ("full", "restkv(temporal=mean)"), ("2%", "64"), (512, 1024), prompts=9, chat=True, ask="after"
+    )
     assert [config.label for config in cache_configs(grid)] == [
         "full",
         "restkv(temporal=mean) 2%",
@@ -31,7 +36,7 @@ def test_a_grid_comes_from_a_file_and_the_command_line_goes_before(tmp_path):
     made = policies(grid, 1024)
     assert [policy.budget for policy in made.values()] == [None, 20, 64]
     assert [policy.window for policy in made.values()][1:] == [10, 32], "half of the budget where it would not fit"
-    assert options.batch_size == 10
+    assert (options.batch_size, options.costs, options.errors, options.rates) == (10, True, False, False)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +47,7 @@ def test_a_grid_comes_from_a_file_and_the_command_line_goes_before(tmp_path):
         ("prompts: many\n", 'unable to convert "many" into int'),
         ("prompts: 2.5\n", "is not an integer"),
         ("depths: [deep]\n", 'unable to convert "deep" into float'),
+        ("ask: later\n", 'Invalid value "later"'),
         ("tasks: [", "cannot be read"),
     ],
 )

@@ -1,6 +1,10 @@
 """The model for lm-evaluation-harness, through its evaluator and as a user types the command."""
 
+import functools
+import importlib.metadata
 import json
+import pathlib
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +19,16 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 import restkv_jax as rk
+from restkv_jax.commands import lm_eval as lm_eval_command
 from restkv_jax.commands.cli import main
+from restkv_jax.evaluate.harness import fitting
 from restkv_jax.evaluate.harness import model as harness
 from restkv_jax.evaluate.harness.model import EMBEDDED, RestKV
 from restkv_jax.evaluate.harness.model_args import parse_model_args
+from restkv_jax.generation.sampling import TokenScores
 from restkv_jax.models import logits, read
 
+ROOT = pathlib.Path(__file__).parents[2]
 SENTENCE = "The sky is blue. Here we go. There and back again. "
 PROMPTS = [SENTENCE * count + f"No. {10**i}:" for i, count in enumerate((3, 1, 3, 1, 3))]
 EVICTED = {"method": "snapkv", "budget": 40, "window": 8}
@@ -99,6 +107,10 @@ def test_evaluator_runs_generation_and_multiple_choice(directory, tasks, evicted
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
     )
+    config = results["config"]
+    assert config["model_num_parameters"] == sum(x.size for x in jax.tree.leaves(evicted.params))
+    assert (config["model_dtype"], config["model_sha"]) == ("float32", "") and len(config["model_checksum"]) == 16
+    json.dumps(evicted.get_model_info())
     assert results["results"]["completion"]["exact_match,none"] == 0
     assert 0 <= results["results"]["choice"]["acc,none"] <= 1
     said = [sample["resps"][0][0] for sample in results["samples"]["completion"]]
@@ -243,7 +255,8 @@ def test_options_of_generation_that_have_no_effect_are_refused(evicted, options,
         ({"method": "streaming_llm", "budget": 4}, "budget=4 must exceed sinks=4"),
         ({"method": "full", "budget": 64}, "budget is not an option of method=full"),
         ({"pooling": "median"}, "pooling='median' is unknown"),
-        ({"batch_size": "auto"}, "batch_size='auto' must be an integer"),
+        ({"batch_size": "many"}, "batch_size='many' must be an integer"),
+        ({"batch_size": 2, "max_batch_size": 8}, "max_batch_size=8 bounds batch_size='auto'"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"pretrained": "no/such/place"}, "model 'no/such/place' cannot be loaded"),
     ],
@@ -251,6 +264,43 @@ def test_options_of_generation_that_have_no_effect_are_refused(evicted, options,
 def test_bad_model_arguments_are_named(args, message):
     with pytest.raises(ValueError, match=message):
         RestKV(**args)
+
+
+def test_batches_are_as_large_as_fit(directory, monkeypatch):
+    model = RestKV(pretrained=directory, batch_size="auto:4", max_batch_size=6, **EVICTED)
+    generate(model, PROMPTS[1:2], max_gen_toks=3)
+    assert model.batch_sizes == {64: 6}, "8, the most on a CPU, and no more than 6"
+    row = fitting.cache_bytes(fitting.cache_shapes(model.model, model.params, jnp.zeros((1, 64), int), None, rk.full()))
+    row += 4 * (2 * 64 * 32 + 3 * 64 * 48 + 259)
+    for free, size in ((2 * 5 * row, 4), (2 * row, 1), (0, 1), (2 * 100 * row, 8)):
+        monkeypatch.setattr(fitting, "free_bytes", lambda free=free: free)
+        assert fitting.fitting_batch(model.model, model.params, 64) == size
+
+
+def test_many_short_continuations_share_few_programs(evicted, monkeypatch):
+    shapes = []
+
+    def scored(model, params, tokens, mask, continuation, policy):
+        shapes.append((tokens.shape, continuation.shape))
+        return TokenScores(np.zeros(continuation.shape), np.zeros(continuation.shape, bool))
+
+    monkeypatch.setattr(harness, "score_continuation", scored)
+    assert len(score(evicted, *(("Which?" + "x" * (i % 5), "y" * (1 + i % 16)) for i in range(64)))) == 64
+    assert len(shapes) == 16 and set(shapes) == {((4, 64), (4, length)) for length in (1, 4, 16)}
+
+
+def test_the_harness_finds_the_model_by_its_entry_point():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    ((name, value),) = declared["lm_eval.models"].items()
+    entry = importlib.metadata.EntryPoint(name, value, "lm_eval.models")
+    assert name == "restkv" and entry.load() is RestKV is lm_eval.api.registry.get_model(name)
+
+
+def test_unknown_tasks_are_one_line(tasks, capsys, monkeypatch):
+    only_ours = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval_command, "TaskManager", only_ours)
+    assert main(["lm-eval", "--include_path", str(tasks), "--tasks", "choise"]) == 2
+    assert capsys.readouterr().err == "restkv: error: --tasks: 'choise' is unknown; did you mean choice?\n"
 
 
 @pytest.mark.slow

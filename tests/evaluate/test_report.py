@@ -12,6 +12,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from restkv_jax.commands.cli import main
+from restkv_jax.evaluate.example import plot_example
 from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs
 from restkv_jax.evaluate.report import write_report
 from restkv_jax.evaluate.report.page import missing_prompts, rerun_command
@@ -285,8 +286,8 @@ def test_command_measures_the_same_grid():
     grid = dataclasses.replace(GRID, model="a model")
     assert rerun_command(grid, pathlib.Path("out")) == (
         "restkv evaluate --tasks single multivalue --methods full restkv snapkv 'restkv(temporal=mean)' "
-        "--budgets 5% 64 --lengths 256 512 --depths 0.0 0.5 1.0 --prompts 12 --seed 0 --model 'a model' --dtype auto "
-        "--output out"
+        "--budgets 5% 64 --lengths 256 512 --depths 0.0 0.5 1.0 --prompts 12 --ask within --seed 0 --model 'a model' "
+        "--dtype auto --output out"
     )
 
 
@@ -364,3 +365,44 @@ def test_directory_without_results_is_refused(tmp_path, capsys):
     open_sweep(tmp_path, GRID, "checksum")
     with pytest.raises(ValueError, match="has no results yet"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[1]", "\xff", '{"device": 1, "costs": [], "rates": []}', '{"costs": 3}'])
+@pytest.mark.parametrize("name", ["costs.json", "errors.json", "kept.npz", "sweep.json"])
+def test_damaged_files_are_one_line(tmp_path, capsys, name, text):
+    make_sweep(tmp_path, SMALL, costs=False)
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    if name == "kept.npz":
+        with pytest.raises(ValueError, match=r"kept\.npz' is damaged .* remove it"):
+            plot_example(tmp_path)
+        return
+    assert main(["report", str(tmp_path)]) == (0 if (name, text) == ("errors.json", "[]") else 2)
+    if (name, text) == ("errors.json", "[]"):
+        return  # as a sweep of methods that have no errors leaves it
+    err = capsys.readouterr().err
+    assert name in err and err.count("\n") == 1 and any(word in err for word in ("remove it", "give", "measure"))
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"task": "single"}', '"said": ["a"]', '"said": {"restkv 64": 3}', '"answers": 5', "\xff"]
+)
+def test_damaged_lines_are_named(tmp_path, capsys, line):
+    make_sweep(tmp_path, SMALL, costs=False)
+    path = tmp_path / "results-0.jsonl"
+    good = path.read_text().splitlines()
+    if line.startswith('"'):
+        name = line.split(":")[0]
+        line = re.sub(name + r": (\{.*?\}|\[.*?\])", line.replace("\\", ""), good[1])
+    path.write_bytes("\n".join([good[0], line, good[2], ""]).encode("latin-1"))
+    assert main(["report", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"line 2 of {str(path)!r} is broken" in err and "remove it" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["accuracy.png", "costs.png"])
+def test_a_full_disk_is_one_line(tmp_path, capsys, name):
+    make_sweep(tmp_path, SMALL)
+    (tmp_path / name).symlink_to("/dev/full")
+    assert main(["report", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"{str(tmp_path)!r} cannot be written (No space left on device); make room" in err and err.count("\n") == 1

@@ -1,5 +1,6 @@
 """Sweeps as a user types them: grids, batches, resumption, several processes, bad input."""
 
+import errno
 import json
 import os
 import pathlib
@@ -19,11 +20,20 @@ pytest.importorskip("yaml")
 import jax.numpy as jnp
 
 import restkv_jax as rk
+from restkv_jax.commands import evaluate as commands
 from restkv_jax.commands.cli import main
 from restkv_jax.evaluate import generate_texts, make_prompts
+from restkv_jax.evaluate.batching import even_size
 from restkv_jax.evaluate.grid import Grid
 from restkv_jax.evaluate.results import read_lines, read_results
-from restkv_jax.evaluate.sweep import RunSettings, batches_of_process, encode_prompts, prompt_set_seed, prompt_sets
+from restkv_jax.evaluate.sweep import (
+    PromptSet,
+    RunSettings,
+    batches_of_process,
+    encode_prompts,
+    prompt_set_seed,
+    prompt_sets,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 METHODS = "--methods full snapkv laprox --budgets 25%"
@@ -77,7 +87,8 @@ def test_a_broken_last_line_is_redone(sweep, tmp_path):
     lines = (sweep / "results-0.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "results-0.jsonl").write_text("".join(lines[:3]) + lines[3][:50])
     assert evaluate(tmp_path, "--tasks", "single", "multikey") == 0
-    assert sorted((tmp_path / "results-0.jsonl").read_text().splitlines()) == sorted(map(str.rstrip, lines))
+    assert said(tmp_path) == said(sweep)
+    assert set(map(str.rstrip, lines[:3])) < set((tmp_path / "results-0.jsonl").read_text().splitlines())
 
 
 def test_results_of_another_grid_are_refused(sweep, capsys):
@@ -91,7 +102,7 @@ def test_results_of_another_grid_are_refused(sweep, capsys):
 def test_a_length_too_small_for_a_task_is_refused_before_anything_is_measured(tmp_path, capsys):
     assert evaluate(tmp_path / "out", "--tasks", "single", "common_words", "--lengths", "128") == 2
     assert "num_tokens=128 cannot hold what task='common_words' asks" in capsys.readouterr().err
-    assert not read_lines(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -112,6 +123,49 @@ def test_own_prompts_are_bucketed_and_what_cannot_be_read_is_named(tmp_path, cap
     own.write_text(own.read_text() + '{"prompt": "More?", "answers": ["no"]}\n')
     assert evaluate(tmp_path / "out", "--tasks", missing, str(empty), str(own)) == 2
     assert "the files" in capsys.readouterr().err
+
+
+def test_batches_are_no_larger_than_there_are_prompts(sweep):
+    assert [even_size(count, 8) for count in (1, 4, 8, 9, 23)] == [1, 4, 8, 5, 8]
+    sizes = [size for _, _, size in batches_of_process([PromptSet("single", 256, None, 23)], RunSettings(10))]
+    assert sizes == [8, 8, 7]
+    lines = read_lines(sweep).values()
+    assert {bool(line.read_seconds) for line in lines} == {True}, "2, 2 and 1 of 5 prompts"
+
+
+def test_report_and_table_come_before_what_else_is_measured(tmp_path, monkeypatch, capsys):
+    def measure_costs(*args):
+        assert "Scores" in (tmp_path / "out" / "report.md").read_text()
+        assert "25%" in capsys.readouterr().out
+        raise ValueError("seen")
+
+    monkeypatch.setattr(commands, "measure_costs", measure_costs)
+    args = ["--output", str(tmp_path / "out"), *SMALL, "--costs", "--tasks", "single"]
+    assert main(["evaluate", "--compilation-cache", "none", *args]) == 2
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "One prompt: each row is a layer" in report and "Reading a prompt of a batch" in report
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "out", pathlib.Path("/proc/absent/out")):
+        assert evaluate(place, "--tasks", "single") == 2
+        err = capsys.readouterr().err
+        assert str(place) in err and "give" in err and err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_the_sweep_goes_on_from_there(sweep, tmp_path, capsys, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert evaluate(tmp_path, "--tasks", "single", "multikey") == 2
+    err = capsys.readouterr().err
+    assert f"{str(tmp_path / 'results-0.jsonl')!r} cannot be written (No space left on device)" in err
+    assert "the same command goes on" in err and err.count("\n") == 1
+    assert evaluate(tmp_path, "--tasks", "single", "multikey") == 0
+    assert said(tmp_path) == said(sweep)
 
 
 def test_needle_depths_are_measured_where_a_task_has_one_needle(tmp_path):

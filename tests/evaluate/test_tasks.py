@@ -31,7 +31,8 @@ from restkv_jax.evaluate.tasks.needles import NOISE
 from restkv_jax.evaluate.tasks.prompts import largest_fitting
 
 NEEDLE_TASKS = tuple(name for name, task in TASKS.items() if isinstance(task, Needles))
-ONE_ASKED = tuple(name for name in NEEDLE_TASKS if TASKS[name].asks_one)
+ESSAYS = ("essays", "essays_multikey")
+ONE_ASKED = tuple(name for name in NEEDLE_TASKS if TASKS[name].asks_one and name not in ESSAYS)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,21 @@ def test_the_largest_that_fits_is_found_from_any_guess(sizes, least, room, guess
     fitting = [n for n in range(least, len(sizes) + 1) if sum(sizes[:n]) <= room]
     found = largest_fitting(lambda n: sum(sizes[:n]), least, len(sizes), room, guess)
     assert found == max(fitting, default=None)
+
+
+@pytest.mark.parametrize("task", ESSAYS)
+@pytest.mark.parametrize("depth", [0, 0.5, 1])
+def test_needles_in_essays_stand_between_sentences_of_running_text(task, depth):
+    for prompt in make_prompts(task, Words(), 600, 3, seed=2, depth=depth):
+        header, context, question = prompt.text.split("\n")
+        assert header.startswith("A special magic number is hidden") and prompt.answers[0] not in question
+        sentences = context.split(". ")
+        needles = [i for i, sentence in enumerate(sentences) if "special magic number" in sentence]
+        (asked,) = (i for i in needles if prompt.answers[0] in sentences[i])
+        assert len(needles) == TASKS[task].num_keys and asked == round(depth * (len(sentences) - 1))
+        numbers = [int(re.search(r"\d+", s)[0]) for i, s in enumerate(sentences) if i not in needles]
+        assert numbers == [(numbers[0] + i) % 400 for i in range(len(numbers))], "neighbours, in their order"
+        assert 600 - 26 <= count(Words(), prompt) <= 600
 
 
 @pytest.mark.parametrize("task", ONE_ASKED)

@@ -1,8 +1,8 @@
 """Models with an evicted cache for lm-evaluation-harness: importing this file registers `restkv`."""
 
 import importlib.resources
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
-    Collator,
     has_bos_prefix,
     maybe_truncate,
     normalize_gen_kwargs,
@@ -19,13 +18,16 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
+from restkv_jax.evaluate.harness.batches import Batch, Prompted, Scored, filled, make_batches, padded_length
 from restkv_jax.evaluate.harness.blocks import stream_blocks
+from restkv_jax.evaluate.harness.fitting import commit_in_cache, fitting_batch
 from restkv_jax.evaluate.harness.likelihood import score_continuation, score_text
 from restkv_jax.evaluate.harness.model_args import ModelArgs, parse_model_args
 from restkv_jax.generation.checks import check_sampling
 from restkv_jax.generation.encoding import pad_left
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.loading import Loaded, load_checkpoint
+from restkv_jax.models.digest import checksum
 from restkv_jax.models.tokenizer import load_tokenizer
 
 EMBEDDED = str(importlib.resources.files("restkv_jax") / "embedded")
@@ -36,25 +38,6 @@ GEN_KWARGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
 """What tasks and `--gen_kwargs` may say about generation."""
 
 
-class Scored(NamedTuple):
-    """A continuation to score: its place among the requests, both texts, and token ids of context and continuation."""
-
-    index: int
-    texts: tuple[str, str] | None
-    context: list[int]
-    continuation: list[int]
-
-
-class Prompted(NamedTuple):
-    """A prompt to go on from: its place among the requests, its text and options, token ids, the most new tokens."""
-
-    index: int
-    arguments: tuple[str, dict]
-    tokens: list[int]
-    options: dict[str, Any]
-    max_new_tokens: int
-
-
 @register_model("restkv")
 class RestKV(TemplateLM):
     """A Llama-family model whose cache keeps a budget of each prompt, for `lm_eval.simple_evaluate(model="restkv")`.
@@ -62,12 +45,12 @@ class RestKV(TemplateLM):
     Contexts and prompts are read with the method's eviction; answers are generated, and continuations scored token by
     token, on what is left. Whole texts (`loglikelihood_rolling`) have no context to evict and are read with plain
     attention. A budget in percent is of each prompt's `bucket_length`. Prompts of one bucket go through one compiled
-    program, longest first, in batches that give what each prompt gives alone. Prompts that leave no room for the
-    answer within `max_length` are cut from the left.
+    program, longest first, in batches that give what each prompt gives alone; continuations are padded to 1, 4, 16, ...
+    tokens. Prompts that leave no room for the answer within `max_length` are cut from the left.
 
     Args:
       device: not looked at, as the harness always gives one; JAX chooses, or the variable `JAX_PLATFORMS`.
-      max_batch_size: refused; batches have `batch_size` prompts.
+      max_batch_size: most prompts of a batch where `batch_size` is "auto"; refused where it is not.
       trust_remote_code: for the tasks' data sets; a model's own code is never run.
       model_args: the fields of `restkv_jax.evaluate.harness.model_args.ModelArgs` and the method's options.
 
@@ -83,13 +66,15 @@ class RestKV(TemplateLM):
         **model_args: Any,
     ):
         super().__init__()
-        if max_batch_size is not None:
-            raise ValueError(f"max_batch_size={max_batch_size} is not for this model; give batch_size")
         self.parsed = parse_model_args(model_args)
         args = self.parsed.general
+        if max_batch_size is not None and args.batch_size != "auto":
+            raise ValueError(f"max_batch_size={max_batch_size} bounds batch_size='auto'; leave it out")
         self.model, self.params, self.tokenizer = load_model_of(args)
         self.max_length = args.max_length or self.model.config.context_length
         self.batch_size = args.batch_size
+        self.max_batch_size = max_batch_size
+        self.batch_sizes: dict[int, int] = {}
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "RestKV":
@@ -101,6 +86,26 @@ class RestKV(TemplateLM):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "RestKV":
         """As `create_from_arg_obj`, from `name=value,name=value`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results: size, dtype and version of the model."""
+        leaves = jax.tree.leaves(self.params)
+        sha = commit_in_cache(self.parsed.general.pretrained)
+        return {
+            "model_num_parameters": sum(leaf.size for leaf in leaves),
+            "model_dtype": str(leaves[0].dtype),
+            "model_revision": "main" if sha else "",
+            "model_sha": sha,
+            "model_checksum": checksum(self.params),
+        }
+
+    def _size_for(self, length: int) -> int:
+        """Prompts of a batch, for texts of `length` tokens; noted for the harness where it is found by itself."""
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        fitting = fitting_batch(self.model, self.params, length)
+        self.batch_sizes[length] = min(fitting, self.max_batch_size or fitting)
+        return self.batch_sizes[length]
 
     @property
     def eot_token_id(self) -> int | None:
@@ -137,10 +142,10 @@ class RestKV(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         items = [self._fit(Scored(i, *request)) for i, request in enumerate(requests)]
-        batches = self._batches(items, lambda item: (_power(len(item.continuation)),), lambda item: item.context)
+        batches = self._batches(items, lambda item: (padded_length(item),), lambda item: item.context)
         results: list[Any] = [None] * len(items)
         for batch in self._progress(batches, len(items), disable_tqdm):
-            for item, result in zip(batch, self._score(batch), strict=True):
+            for item, result in zip(batch.items, self._score(*batch), strict=True):
                 results[item.index] = result
                 self.cache_hook.add_partial("loglikelihood", item.texts, result)
         return results
@@ -152,11 +157,11 @@ class RestKV(TemplateLM):
         context, _ = maybe_truncate(item.context or [self.prefix_token_id], len(continuation) - 1, self.max_length)
         return item._replace(context=context, continuation=continuation)
 
-    def _score(self, batch: Sequence[Scored]) -> Iterable[tuple[float, bool]]:
+    def _score(self, batch: Sequence[Scored], size: int) -> Iterable[tuple[float, bool]]:
         length = bucket_length(max(len(item.context) for item in batch))
-        rows = _filled(batch, self.batch_size)
+        rows = filled(batch, size)
         tokens, mask = pad_left([item.context for item in rows], length)
-        continuation = np.zeros((len(rows), _power(max(len(item.continuation) for item in rows))), np.int32)
+        continuation = np.zeros((len(rows), max(map(padded_length, rows))), np.int32)
         for row, item in zip(continuation, rows, strict=True):
             row[: len(item.continuation)] = item.continuation
         how = self.parsed.policy, self.parsed.general.cache_dtype
@@ -175,23 +180,18 @@ class RestKV(TemplateLM):
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
             )
         ]
-        collator = Collator(
-            windows,
-            lambda item: -_window_length(item),
-            lambda item: (bucket_length(_window_length(item)),),
-            group_by="gen_kwargs",
-        )
+        batches = self._batches(windows, lambda item: (), lambda item: item.context + item.continuation[:-1])
         totals = [0.0] * len(requests)
-        for batch in self._progress(collator.get_batched(self.batch_size), len(windows), disable_tqdm):
-            for item, total in zip(batch, self._score_windows(batch), strict=True):
+        for batch in self._progress(batches, len(windows), disable_tqdm):
+            for item, total in zip(batch.items, self._score_windows(*batch), strict=True):
                 totals[item.index] += total
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _score_windows(self, batch: Sequence[Scored]) -> list[float]:
-        length = bucket_length(max(map(_window_length, batch)))
-        rows = [item.context + item.continuation for item in _filled(batch, self.batch_size)]
+    def _score_windows(self, batch: Sequence[Scored], size: int) -> list[float]:
+        rows = [item.context + item.continuation for item in filled(batch, size)]
+        length = bucket_length(max(map(len, rows)) - 1)
         tokens, mask = pad_left([row[:-1] for row in rows], length)
         targets, _ = pad_left([row[1:] for row in rows], length)
         log_probabilities = np.asarray(score_text(self.model, self.params, tokens, mask, targets).log_probabilities)
@@ -205,7 +205,7 @@ class RestKV(TemplateLM):
         batches = self._batches(items, lambda item: (item.max_new_tokens, repr(item.options)), lambda item: item.tokens)
         texts = [""] * len(items)
         for batch in self._progress(batches, len(items), disable_tqdm):
-            for item, text in zip(batch, self._generate(batch), strict=True):
+            for item, text in zip(batch.items, self._generate(*batch), strict=True):
                 texts[item.index] = text
                 self.cache_hook.add_partial("generate_until", item.arguments, text)
         return texts
@@ -222,9 +222,9 @@ class RestKV(TemplateLM):
         tokens, _ = maybe_truncate(self.tok_encode(text) or [self.prefix_token_id], room, self.max_length)
         return Prompted(index, (text, given), tokens, options, room)
 
-    def _generate(self, batch: Sequence[Prompted]) -> list[str]:
+    def _generate(self, batch: Sequence[Prompted], size: int) -> list[str]:
         length = bucket_length(max(len(item.tokens) for item in batch))
-        rows = _filled(batch, self.batch_size)
+        rows = filled(batch, size)
         tokens, mask = pad_left([item.tokens for item in rows], length)
         options = batch[0].options
         keys = sampling = None
@@ -253,27 +253,19 @@ class RestKV(TemplateLM):
         cut = postprocess_generated_text(text, until, None)
         return cut, bool(places.size) or cut != text
 
-    def _batches(self, items: Sequence[Any], also: Callable[[Any], tuple], tokens_of: Callable[[Any], list[int]]):
-        """Batches of one bucket and one `also`, the longest first; the policy is tried on all before anything runs."""
-
-        def bucket(item: Any) -> int:
-            return bucket_length(len(tokens_of(item)))
-
-        for length in sorted(set(map(bucket, items))):
+    def _batches(
+        self, items: Sequence[Any], also: Callable[[Any], tuple], tokens_of: Callable[[Any], list[int]]
+    ) -> Iterator[Batch]:
+        """As `make_batches`; the policy is tried on all before anything runs."""
+        for length in sorted({bucket_length(len(tokens_of(item))) for item in items}):
             self.parsed.policy.resolved(length)
-        collator = Collator(
-            items,
-            lambda item: (-len(tokens_of(item)), item.index),
-            lambda item: (bucket(item), *also(item)),
-            group_by="gen_kwargs",
-        )
-        return collator.get_batched(self.batch_size)
+        return make_batches(items, also, tokens_of, self._size_for)
 
-    def _progress(self, batches: Iterable[Any], total: int, disable: bool):
+    def _progress(self, batches: Iterable[Batch], total: int, disable: bool) -> Iterator[Batch]:
         with tqdm(total=total, disable=disable or self.rank != 0, desc="Running requests") as bar:
             for batch in batches:
                 yield batch
-                bar.update(len(batch))
+                bar.update(len(batch.items))
 
 
 def load_model_of(args: ModelArgs) -> Loaded:
@@ -311,17 +303,3 @@ def check_gen_kwargs(given: dict, max_gen_toks: int) -> dict[str, Any]:
         options.setdefault("temperature", 1.0)
         check_sampling(jax.random.key(0), *(options.get(name) for name in SAMPLING))
     return options
-
-
-def _window_length(item: Scored) -> int:
-    return len(item.context) + len(item.continuation) - 1
-
-
-def _filled(batch: Sequence[Any], batch_size: int) -> list[Any]:
-    """Repeats the first row up to a power of two or the full batch, so that few batch sizes are compiled."""
-    return [*batch, *[batch[0]] * (min(_power(len(batch)), batch_size) - len(batch))]
-
-
-def _power(count: int) -> int:
-    """The next power of two."""
-    return 1 << (count - 1).bit_length()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import check_options, make_policy, suggest
@@ -23,7 +23,7 @@ class ModelArgs:
       dtype: of weights and cache; "auto" is bfloat16, on a CPU float32.
       max_length: most tokens of a prompt and its answer together; the model's own maximum if left out.
       max_gen_toks: most tokens to generate where a task does not say.
-      batch_size: prompts read at once.
+      batch_size: prompts read at once, or "auto" for as many as fit into memory.
       seed: of the random draws, where a task samples.
       dense: leave out the sharing of keys that the model was adapted to.
       cache_dtype: what the cache stores keys and values in: int8, int4 or float8_e4m3fn, or with the sizes of groups
@@ -36,7 +36,7 @@ class ModelArgs:
     dtype: DType = "auto"
     max_length: int | None = None
     max_gen_toks: int = 256
-    batch_size: int = 1
+    batch_size: int | Literal["auto"] = 1
     seed: int = 0
     dense: bool = False
     cache_dtype: str | None = None
@@ -60,8 +60,11 @@ def parse_model_args(given: Mapping[str, Any]) -> ParsedArgs:
     """
     values = {name: value for name, value in given.items() if value is not None}
     general_names = {field.name for field in dataclasses.fields(ModelArgs)}
-    if str(values.get("batch_size", "")).isdecimal():
-        values["batch_size"] = int(values["batch_size"])  # the harness's own `--batch_size` is text
+    size = str(values.get("batch_size", ""))  # the harness's own `--batch_size` is text
+    if size.isdecimal():
+        values["batch_size"] = int(size)
+    elif size.partition(":")[0] == "auto":  # "auto:4" asks to look anew four times; it is always looked anew
+        values["batch_size"] = "auto"
     try:
         general = ModelArgs(**{name: values.pop(name) for name in general_names & values.keys()})
         check_options(general.method, values, general_names)
@@ -73,7 +76,7 @@ def parse_model_args(given: Mapping[str, Any]) -> ParsedArgs:
 
 def _check_general(general: ModelArgs) -> None:
     for name in ("max_length", "max_gen_toks", "batch_size"):
-        if getattr(general, name) is not None:
+        if getattr(general, name) not in (None, "auto"):
             check_integer(name, getattr(general, name), 1, "tokens or prompts")
     check_integer("seed", general.seed, 0, "of random draws")
     if general.cache_dtype is not None:

@@ -11,6 +11,7 @@ from restkv_jax.evaluate.tasks.needles import (
     TRACKING_QUESTION,
     join_keys,
 )
+from restkv_jax.evaluate.tasks.texts import DIVERGENCE
 from restkv_jax.evaluate.tasks.words import COMMON_WORDS, FREQUENT_WORDS
 
 KEYS = ("quick-fox", "calm-river", "brave-lamp", "sour-violin")
@@ -60,6 +61,13 @@ DESCRIPTIONS = {
         "The whole text consists of such sentences, each with its own name; the number of one of them is asked for.",
         _needles((KEYS[1], VALUES[1]), _first, (KEYS[2], VALUES[2]), question=_one),
     ),
+    "essays": Description(
+        "One sentence with a number is hidden in essays; the number is asked for.", _needles(_first, question=_one)
+    ),
+    "essays_multikey": Description(
+        "Four such sentences are hidden in essays, each with its own name; the number of one of them is asked for.",
+        _needles((KEYS[1], VALUES[1]), _first, (KEYS[2], VALUES[2]), question=_one),
+    ),
     "multivalue": Description(
         "Four numbers are hidden under one name; all four are asked for.",
         _needles(*((KEYS[0], value) for value in VALUES), question=MANY_QUESTION.format(keys=KEYS[0])),
@@ -76,6 +84,9 @@ DESCRIPTIONS = {
     "common_words": Description(
         "A numbered list of words, ten of which come up more often than the others; these are asked for.",
         COMMON_WORDS.format(words="1. lamp 2. river 3. lamp 4. window …", count=10),
+    ),
+    DIVERGENCE: Description(
+        "Running text without a question: a prefix is compressed, and the 64 tokens that follow it are read.", None
     ),
     "frequent_words": Description(
         "A text of made-up words; the three most frequent ones are asked for.",

@@ -19,6 +19,7 @@ from restkv_jax.evaluate.report.summary import (
     Estimates,
     base_configs,
     collect,
+    collect_divergences,
     count_prompts,
     depth_cells,
     estimate_all,
@@ -29,14 +30,16 @@ from restkv_jax.evaluate.report.tables import (
     FROM_BEST,
     FROM_FULL,
     cost_tables,
+    divergence_tables,
     error_tables,
     findings,
     ranking_table,
     rate_table,
+    reading_table,
     score_tables,
     variant_tables,
 )
-from restkv_jax.evaluate.results import Results, read_results
+from restkv_jax.evaluate.results import Results, read_results, replace_text, writing
 
 TITLE = "What evicting the KV cache costs in answers"
 KEPT = "kept.png"
@@ -63,13 +66,15 @@ def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str
       the path of report.html.
 
     Raises:
-      ValueError: no sweep in the directory, or none of its prompts measured yet.
+      ValueError: no sweep in the directory, none of its prompts measured yet, files that are damaged or cannot be
+        written.
     """
     results = read_results(directory)
-    if not results.cells:
+    if not results.cells and not results.divergences:
         raise ValueError(f"{str(directory)!r} has no results yet; run `restkv evaluate` first")
     estimates = estimate_all(collect(results))
-    content = _content(results, estimates) | _draw(directory, results, estimates, kept)
+    with writing(directory):
+        content = _content(results, estimates) | _draw(directory, results, estimates, kept)
     content |= {"title": title, "command": rerun_command(results.grid, directory)}
     templates = jinja2.Environment(
         loader=jinja2.FunctionLoader(
@@ -83,7 +88,7 @@ def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str
     templates.filters["markdown"] = escape_markdown
     templates.filters["data_uri"] = lambda file: data_uri(directory / file)
     for name in ("report.md", "report.html"):
-        (directory / name).write_text(templates.get_template(f"{name}.jinja").render(content), encoding="utf-8")
+        replace_text(directory / name, templates.get_template(f"{name}.jinja").render(content))
     return directory / "report.html"
 
 
@@ -144,12 +149,16 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
         "from_full": FROM_FULL,
         "from_best": FROM_BEST,
         "significant": f"{100 * SIGNIFICANT:g}",
+        "chat": grid.chat,
+        "asks_after": grid.ask == "after",
         "findings": findings(grid, next(iter(rankings.values()))),
         "score_tables": score_tables(grid, scores, estimates),
+        "divergence_tables": divergence_tables(grid, collect_divergences(results)),
         "rankings": [ranking_table(grid, ranking, name) for name, ranking in rankings.items() if ranking],
         "variant_tables": variant_tables(grid, scores) if variant_configs(grid) else [],
         "error_tables": error_tables(grid, results.errors),
         "cost_tables": cost_tables(grid, results.costs) if results.costs else [],
+        "reading_table": reading_table(results.read_seconds),
         "rate_table": rate_table(results.costs) if results.costs else None,
         "device": results.costs.device if results.costs else None,
     }
@@ -157,8 +166,10 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
 
 def _draw(directory: pathlib.Path, results: Results, estimates: Estimates, kept: Figure | None) -> dict[str, Any]:
     """Writes the pictures; those that the results have nothing for are left out."""
-    accuracy = Picture("accuracy.png", "The share of the answers said by each method as its budget grows.")
-    plot_accuracy(results, estimates).savefig(directory / accuracy.file, dpi=DPI)
+    accuracy = None
+    if estimates:
+        accuracy = Picture("accuracy.png", "The share of the answers said by each method as its budget grows.")
+        plot_accuracy(results, estimates).savefig(directory / accuracy.file, dpi=DPI)
     tasks = list(depth_cells(results))
     maps = []
     for task in tasks:

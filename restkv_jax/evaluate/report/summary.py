@@ -1,5 +1,6 @@
 """The numbers of a report: means with intervals, comparisons on the same prompts, rankings."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -85,6 +86,21 @@ def collect(results: Results, score: Score = "match") -> dict[Scenario, dict[Cac
     return found
 
 
+def collect_divergences(results: Results) -> dict[Scenario, dict[CacheConfig, ByPrompt]]:
+    """As `collect`, the divergences of the tasks without answers."""
+    found: dict[Scenario, dict[CacheConfig, ByPrompt]] = {}
+    for cell, values in results.divergences.items():
+        by_prompt = found.setdefault(Scenario(cell.task, cell.length), {}).setdefault(cell.config, {})
+        by_prompt.update({(cell.depth, i): n for i, n in zip(values.index.tolist(), values.nats.tolist(), strict=True)})
+    return found
+
+
+def standard_error(values: Iterable[float]) -> float:
+    """Of the mean; not a number for a single value."""
+    sample = np.fromiter(values, float)
+    return float(sample.std(ddof=1) / np.sqrt(sample.size)) if sample.size > 1 else math.nan
+
+
 def estimate(*groups: Iterable[float], limits: tuple[float, float] = (0.0, 1.0)) -> Estimate:
     """Mean over groups of their means, with its interval."""
     samples = [np.fromiter(group, float) for group in groups]
@@ -104,6 +120,20 @@ def pair(a: ByPrompt, b: ByPrompt) -> tuple[np.ndarray, np.ndarray]:
     """The scores float [N] of the prompts that both have."""
     shared = [prompt for prompt in a if prompt in b]
     return np.array([a[prompt] for prompt in shared]), np.array([b[prompt] for prompt in shared])
+
+
+def rank_divergences(
+    by_config: Mapping[CacheConfig, ByPrompt], columns: Sequence[CacheConfig]
+) -> dict[CacheConfig, Standing]:
+    """As `rank_within` for divergences, of which the lowest is best; intervals are one standard error to each side."""
+    lower_is_better = {e: {prompt: -nats for prompt, nats in values.items()} for e, values in by_config.items()}
+    estimates = {}
+    for config, values in by_config.items():
+        mean, error = float(np.mean(list(values.values()))), standard_error(values.values())
+        estimates[config] = Estimate(mean, Interval(mean - error, mean + error), len(values))
+    negated = {config: e._replace(mean=-e.mean) for config, e in estimates.items()}
+    ranked = rank_within(lower_is_better, negated, columns)
+    return {config: standing._replace(estimate=estimates[config]) for config, standing in ranked.items()}
 
 
 def rank_within(
@@ -215,8 +245,8 @@ def compare_variants(
 def count_prompts(results: Results) -> dict[tuple[str, int, float | None], int]:
     """How many prompts there are at every task, length and depth that has some."""
     found: dict[tuple[str, int, float | None], int] = {}
-    for cell, scores in results.cells.items():
-        found[cell[:3]] = max(found.get(cell[:3], 0), scores.index.size)
+    for cell, values in [*results.cells.items(), *results.divergences.items()]:
+        found[cell[:3]] = max(found.get(cell[:3], 0), values.index.size)
     return found
 
 

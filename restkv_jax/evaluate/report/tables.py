@@ -16,6 +16,7 @@ from restkv_jax.evaluate.report.summary import (
     Standing,
     base_configs,
     compare_variants,
+    rank_divergences,
     rank_within,
     variant_configs,
 )
@@ -74,6 +75,27 @@ def score_tables(
         title = f"{scenario.length:,} tokens, {_count_text([s.estimate.count for s in standings.values()])}"
         tables.setdefault(scenario.task, []).append(Table(title, "method", [f"budget {b}" for b in grid.budgets], rows))
     return tables
+
+
+def divergence_tables(grid: Grid, divergences: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]]) -> list[Table]:
+    """A table per task and length: the divergence from the full cache, methods × budgets."""
+    tables = []
+    for scenario, by_config in divergences.items():
+        columns = [config for config in base_configs(grid) if config.budget is not None]
+        standings = rank_divergences(by_config, columns)
+        rows = [
+            _row(method, own, {e: _nats_cell(standings[e]) for e in own if e in standings}, grid.budgets)
+            for method, own in _by_method(columns).items()
+        ]
+        counts = _count_text([len(values) for values in by_config.values()])
+        title = f"{scenario.task}, {scenario.length:,} tokens, {counts}, nats per token"
+        tables.append(Table(title, "method", [f"budget {b}" for b in grid.budgets], rows))
+    return tables
+
+
+def nats_text(mean: float, error: float) -> str:
+    """`0.1234 ± 0.0041`."""
+    return f"{mean:.4f}" + ("" if np.isnan(error) else f" ± {error:.4f}")
 
 
 def ranking_table(grid: Grid, ranking: Ranking, title: str) -> Table:
@@ -150,6 +172,13 @@ def cost_tables(grid: Grid, costs: Costs) -> list[Table]:
     ]
 
 
+def reading_table(read_seconds: Mapping[int, float]) -> Table | None:
+    """How long a prompt took to be read in the sweep, with the choices of all configurations; None if not known."""
+    rows = [Row(f"{length:,} tokens", [TableCell(text_of(s, SECONDS))]) for length, s in read_seconds.items()]
+    title = "Reading a prompt of a batch, once for all configurations"
+    return Table(title, "prompt", ["time"], rows) if rows else None
+
+
 def rate_table(costs: Costs) -> Table | None:
     """How fast the sweep went in each way; None if that was not measured."""
     rows = [Row(rate.how, [TableCell(f"{rate.prompts_per_second:.3g}")]) for rate in costs.rates]
@@ -196,6 +225,12 @@ def _score_cell(estimate: Estimate, marks: str = "", is_strong: bool = False) ->
 def _standing_cell(standing: Standing) -> TableCell:
     marks = FROM_FULL * standing.differs_from_full + FROM_BEST * standing.differs_from_best
     return _score_cell(standing.estimate, marks, standing.is_best)
+
+
+def _nats_cell(standing: Standing) -> TableCell:
+    mean, interval, _ = standing.estimate
+    text = nats_text(mean, interval.high - mean)
+    return TableCell(text, marks=FROM_BEST * standing.differs_from_best, is_strong=standing.is_best)
 
 
 def _comparison_cell(comparison: Comparison) -> TableCell:

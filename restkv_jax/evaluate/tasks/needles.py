@@ -6,7 +6,8 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from restkv_jax.evaluate.tasks.prompts import Draft
+from restkv_jax.evaluate.tasks.essays import essay_sentences
+from restkv_jax.evaluate.tasks.prompts import Draft, Question
 from restkv_jax.evaluate.tasks.vocabulary import adjectives, nouns
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -19,20 +20,21 @@ MANY_HEADER = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards."
 )
-ONE_QUESTION = (
-    "What is the special magic number for {keys} mentioned in the provided text? "
-    "The special magic number for {keys} mentioned in the provided text is"
+ONE_ASKED = Question(
+    "What is the special magic number for {keys} mentioned in the provided text?",
+    " The special magic number for {keys} mentioned in the provided text is",
 )
-MANY_QUESTION = (
-    "What are all the special magic numbers for {keys} mentioned in the provided text? "
-    "The special magic numbers for {keys} mentioned in the provided text are"
+MANY_ASKED = Question(
+    "What are all the special magic numbers for {keys} mentioned in the provided text?",
+    " The special magic numbers for {keys} mentioned in the provided text are",
 )
 TRACKING_HEADER = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n"
-TRACKING_QUESTION = (
-    "Question: Find all variables that are assigned the value {value} in the text above. "
-    "Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned "
-    "the value {value}, they are:"
+TRACKING_ASKED = Question(
+    "Question: Find all variables that are assigned the value {value} in the text above.",
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned "
+    "the value {value}, they are:",
 )
+ONE_QUESTION, MANY_QUESTION, TRACKING_QUESTION = ONE_ASKED.text, MANY_ASKED.text, TRACKING_ASKED.text
 ASSIGNMENT = "VAR {name} = {value}"
 MIN_NEEDLE_TOKENS = 12
 """No tokenizer at hand writes a needle in fewer; the prompts are cut to size afterwards."""
@@ -58,7 +60,8 @@ class Needles:
       num_keys: keys, each with a needle per value.
       num_values: values of each key.
       num_asked: keys asked for.
-      haystack: what the rest of the text is, "noise" or further "needles".
+      haystack: what the rest of the text is, "noise", further "needles", or running text from "essays", which begins at
+        a random sentence (RULER's always with the first).
       depth: where the asked needle stands among the sentences, 0 at their beginning to 1 at their end; None anywhere.
         Only where one needle is asked for.
     """
@@ -66,7 +69,7 @@ class Needles:
     num_keys: int = 1
     num_values: int = 1
     num_asked: int = 1
-    haystack: Literal["noise", "needles"] = "noise"
+    haystack: Literal["noise", "needles", "essays"] = "noise"
     depth: float | None = None
 
     def __post_init__(self):
@@ -91,11 +94,16 @@ class Needles:
         rng.shuffle(pairs)
         asked = rng.sample(keys, self.num_asked)
         answers = tuple(value for key in asked for k, value in pairs if k == key)
-        header, question = (ONE_HEADER, ONE_QUESTION) if self.asks_one else (MANY_HEADER, MANY_QUESTION)
+        header, question = (ONE_HEADER, ONE_ASKED) if self.asks_one else (MANY_HEADER, MANY_ASKED)
         question = question.format(keys=join_keys(asked))
         sentences = [NEEDLE.format(key=key, value=value) for key, value in pairs]
-        room = num_tokens - count(_join(header, sentences, question))
-        fillers = _noise(room, count) if self.haystack == "noise" else _other_needles(room, keys, values, rng)
+        room = num_tokens - count(_join(header, sentences, question.text))
+        if self.haystack == "noise":
+            fillers = _noise(room, count)
+        elif self.haystack == "needles":
+            fillers = _other_needles(room, keys, values, rng)
+        else:
+            fillers = _sentences_of_essays(room, count, rng)
         pinned, depth = "", self.depth
         if depth is not None:
             pinned = sentences.pop(next(i for i, (key, _) in enumerate(pairs) if key in asked))
@@ -104,9 +112,9 @@ class Needles:
             lines = _mix(sentences, fillers[:n], rng)
             if depth is not None:
                 lines.insert(round(depth * len(lines)), pinned)
-            return _join(header, lines, question)
+            return _join(header, [" ".join(lines)] if self.haystack == "essays" else lines, question.text)
 
-        return Draft(text, 0, len(fillers), answers)
+        return Draft(text, 0, len(fillers), answers, question)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +129,13 @@ class Chain:
         value = str(rng.randrange(10_000, 100_000))
         sources = [value, *(f"VAR {name}" for name in names)]
         sentences = [ASSIGNMENT.format(name=name, value=source) for name, source in zip(names, sources, strict=False)]
-        question = TRACKING_QUESTION.format(value=value, count=len(names))
-        fillers = _noise(num_tokens - count(_join(TRACKING_HEADER, sentences, question)), count)
+        question = TRACKING_ASKED.format(value=value, count=len(names))
+        fillers = _noise(num_tokens - count(_join(TRACKING_HEADER, sentences, question.text)), count)
 
         def text(n: int, rng: random.Random) -> str:
-            return _join(TRACKING_HEADER, _mix(sentences, fillers[:n], rng), question)
+            return _join(TRACKING_HEADER, _mix(sentences, fillers[:n], rng), question.text)
 
-        return Draft(text, 0, len(fillers), tuple(names))
+        return Draft(text, 0, len(fillers), tuple(names), question)
 
 
 def join_keys(keys: Sequence[str]) -> str:
@@ -150,6 +158,17 @@ def _mix(sentences: list[str], fillers: list[str], rng: random.Random) -> list[s
 def _noise(room: int, count: Callable[[str], int]) -> list[str]:
     """Lines of noise that fill `room` tokens."""
     return [NOISE] * (room // max(1, count("\n" + NOISE) - count("")))
+
+
+def _sentences_of_essays(room: int, count: Callable[[str], int], rng: random.Random) -> list[str]:
+    """Neighbouring sentences that fill `room` tokens and more; after the last essay comes the first again."""
+    sentences = essay_sentences()
+    start, number = rng.randrange(len(sentences)), max(1, room // 16)
+    while True:
+        found = [sentences[(start + i) % len(sentences)] for i in range(number)]
+        if count(" ".join(found)) >= room:
+            return found
+        number *= 2
 
 
 def _other_needles(room: int, keys: Sequence[str], values: Sequence[str], rng: random.Random) -> list[str]:

@@ -9,21 +9,25 @@ from typing import NamedTuple
 
 import scipy.special
 
-from restkv_jax.evaluate.tasks.prompts import Draft
+from restkv_jax.evaluate.tasks.prompts import Draft, Question
 from restkv_jax.evaluate.tasks.vocabulary import plain_words
 
+COMMON_ASKED = Question(
+    "Question: What are the {count} most common words in the above list?",
+    " Answer: The top {count} words that appear most often in the list are:",
+)
 COMMON_WORDS = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
-    "Memorize the ones that appear most often.\n{words}\n"
-    "Question: What are the {count} most common words in the above list? "
-    "Answer: The top {count} words that appear most often in the list are:"
+    "Memorize the ones that appear most often.\n{words}\n" + COMMON_ASKED.text
+)
+FREQUENT_ASKED = Question(
+    "Question: Do not provide any explanation. Please ignore the dots '....'. "
+    "What are the three most frequently appeared words in the above coded text?",
+    " Answer: According to the coded text above, the three most frequently appeared words are:",
 )
 FREQUENT_WORDS = (
     "Read the following coded text and track the frequency of each coded word. "
-    "Find the three most frequently appeared coded words. {words}\n"
-    "Question: Do not provide any explanation. Please ignore the dots '....'. "
-    "What are the three most frequently appeared words in the above coded text? "
-    "Answer: According to the coded text above, the three most frequently appeared words are:"
+    "Find the three most frequently appeared coded words. {words}\n" + FREQUENT_ASKED.text
 )
 DOTS = "..."
 NUM_FREQUENT = 3
@@ -71,9 +75,8 @@ class CommonWords:
         example = self._example(example_words, Repeats(10, 3) if is_long else Repeats(3, 1), rng)
         if num_tokens < EXAMPLE_TOKENS or count(example + listed(1)) > num_tokens:
             example = ""
-        return Draft(
-            lambda n, _: example + listed(n), 1, len(words) - self.num_common, tuple(common), _numbered(common)
-        )
+        most, question = len(words) - self.num_common, COMMON_ASKED.format(count=self.num_common)
+        return Draft(lambda n, _: example + listed(n), 1, most, tuple(common), question, _numbered(common))
 
     def _example(self, words: Sequence[str], repeats: Repeats, rng: random.Random) -> str:
         order = _shuffled(len(words), self.num_common, repeats, rng)
@@ -115,7 +118,7 @@ class FrequentWords:
             counts = [int(n * share) for share in shares]
             return FREQUENT_WORDS.format(words=" ".join(words[i] for i, j in order if j < counts[i]))
 
-        return Draft(text, least, most, tuple(words[1 : NUM_FREQUENT + 1]))
+        return Draft(text, least, most, tuple(words[1 : NUM_FREQUENT + 1]), FREQUENT_ASKED)
 
 
 def _shuffled(num_words: int, num_common: int, repeats: Repeats, rng: random.Random) -> list[int]:
