@@ -146,10 +146,10 @@ def _diverged(
     reading, seconds = _read(loaded, encoded, batch, first, NUM_FOLLOWING, rows, mesh)
     if others:
         quantised, seconds = _read(loaded, encoded, batch, others, NUM_FOLLOWING, rows, mesh, cache_dtype)
-        reading = Reading(*(one + more for one, more in zip(reading, quantised, strict=True)))
+        reading = reading.beside(quantised)
     following, _ = pad_batch([encoded.following[i] for i in batch], rows, NUM_FOLLOWING)
     nats = np.asarray(divergences_of_reading(loaded.model, loaded.params, following, reading, mesh), np.float64)
-    return OfGroup(nats[1:, : len(batch)].round(8).tolist(), seconds, Reading(*(part[1:] for part in reading)))
+    return OfGroup(nats[1:, : len(batch)].round(8).tolist(), seconds, reading.after(1))
 
 
 def _read(

@@ -115,8 +115,8 @@ def divergences_of_reading(model: Decoder, params: Any, tokens: Array, reading: 
 
 
 def _hidden_after(model: Decoder, params: Any, tokens: Array, cache: Cache) -> Array:
-    """The last hidden states of tokens int32 [B, T] that are read onto a cache, [B, T, M]."""
-    if cache.extending_policy is None:
+    """The last hidden states of tokens int32 [B, T] that are read onto a cache as decoding would, [B, T, M]."""
+    if cache.extending_policy is None and cache.quantisation is None:
         return append_all(model, params, tokens, jnp.ones(tokens.shape, bool), cache, CHUNK_SIZE)[0]
 
     def step(cache: Cache, token: Array) -> tuple[Cache, Array]:

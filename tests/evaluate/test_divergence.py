@@ -56,11 +56,13 @@ def sweep(tmp_path_factory, model, text):
     return directory
 
 
-def divergence_by_hand(decoder, params, piece, policy):
+def divergence_by_hand(decoder, params, piece, policy, cache_dtype=None):
     """Teacher-forced, token by token, against one forward pass over the whole text."""
     tokens = jnp.asarray([[*piece.prefix, *piece.following]])
     of_all = jax.nn.log_softmax(logits(decoder, params, read(decoder, params, tokens)[0])[0, LENGTH:])
-    _, cache = rk.prefill(decoder, params, jnp.asarray([piece.prefix]), None, policy, NUM_FOLLOWING)
+    _, cache = rk.prefill(
+        decoder, params, jnp.asarray([piece.prefix]), None, policy, NUM_FOLLOWING, cache_dtype=cache_dtype
+    )
     found = []
     for token, full in zip(piece.following, np.asarray(of_all, np.float64), strict=True):
         scores, cache = rk.decode_step(decoder, params, jnp.asarray([token]), cache)
@@ -69,12 +71,12 @@ def divergence_by_hand(decoder, params, piece, policy):
     return np.mean(found)
 
 
-def check_by_hand(directory, model, method):
+def check_by_hand(directory, model, method, cache_dtype=None):
     decoder, params, tokenizer = rk.load_model(model, dtype=jnp.float32)
     piece = cut_pieces(tokenizer, TEXT, LENGTH, COUNT, prompt_set_seed(0, "divergence", LENGTH, None))[-1]
     ((config, policy),) = policies(Grid(methods=(method,), budgets=("25%",)), LENGTH).items()
     found = read_lines(directory)["divergence", LENGTH, None, COUNT - 1].divergences[config.label]
-    expected = divergence_by_hand(decoder, params, piece, policy)
+    expected = divergence_by_hand(decoder, params, piece, policy, cache_dtype)
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-7) and expected > 1e-5
 
 
@@ -88,6 +90,15 @@ def test_divergences_of_eviction_while_generating_are_those_of_decoding_by_hand(
     args = "--tasks", "divergence", "--text", text, "--methods", WHILE_GENERATING, "--quiet"
     assert evaluate(tmp_path / "out", model, *args) == 0
     check_by_hand(tmp_path / "out", model, WHILE_GENERATING)
+
+
+@pytest.mark.slow
+def test_divergences_of_quantised_caches_are_from_the_full_cache_as_it_is(tmp_path, model, text):
+    how, methods = "int4(group_size=16,residual=8)", (METHODS[1], "full")
+    args = "--tasks", "divergence", "--text", text, "--methods", *methods, "--cache-dtype", how, "--quiet"
+    assert evaluate(tmp_path / "out", model, *args) == 0
+    check_by_hand(tmp_path / "out", model, METHODS[1], how)
+    assert all(line.divergences["full"] > 1e-5 for line in read_lines(tmp_path / "out").values())
 
 
 def test_pieces_are_of_the_text_and_are_followed_by_what_follows_there():
