@@ -98,7 +98,7 @@ def test_divergences_of_quantised_caches_are_from_the_full_cache_as_it_is(tmp_pa
     args = "--tasks", "divergence", "--text", text, "--methods", *methods, "--cache-dtype", how, "--quiet"
     assert evaluate(tmp_path / "out", model, *args) == 0
     check_by_hand(tmp_path / "out", model, METHODS[1], how)
-    assert all(line.divergences["full"] > 1e-5 for line in read_lines(tmp_path / "out").values())
+    assert all(line.divergences["full"] > 0 for line in read_lines(tmp_path / "out").values())
 
 
 def test_pieces_are_of_the_text_and_are_followed_by_what_follows_there():
