@@ -117,9 +117,11 @@ def curve(results: pathlib.Path, picture: pathlib.Path):
                 )
         points.sort()
         axes.plot(*zip(*[point[:2] for point in points], strict=True), marker=marker, label=dtype or "bfloat16")
-        for point in points:
+        for point in points if dtype in (None, "int4") else ():
             axes.annotate(point[2], point[:2], textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="cache of one row, MB", ylabel="KL from the full cache, nats per token")
+    axes.set_xticks([2, 5, 10, 20, 50], labels=["2", "5", "10", "20", "50"])
+    axes.xaxis.set_minor_formatter("")
     axes.legend()
     plt.savefig(picture, dpi=150)
 
@@ -176,20 +178,19 @@ def measure_time(results: pathlib.Path, model: str | None = None, slots: int = 1
             found.add(name, {"least": min(times[2:]), "median": float(np.median(times[2:]))})
 
 
-LLAMA_1B = dict(
-    model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
-    tie_word_embeddings=True,
+HALF_OF_8B = dict(
+    model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=16,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
 )  # fmt: skip
-"""Of the shape of Llama 3.2 1B."""
+"""Of the shape of Llama 3.1 8B, half of its layers: as much as one chip of 16 GB holds."""
 
 
 @app.command
 def memory(results: pathlib.Path, slots: int = 16384, topology: str = "v5e:2x2"):
-    """Bytes of a decoding step compiled for one TPU: of the cache, of temporaries, and read or written in all."""
+    """Bytes of a decoding step compiled for one TPU: of the cache, of what is written in place, of temporaries."""
     from jax.experimental import topologies
 
-    found, decoder = Results(results), rk.build_model(LLAMA_1B)
+    found, decoder = Results(results), rk.build_model(HALF_OF_8B)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     place = jax.sharding.SingleDeviceSharding(devices[0])
 
