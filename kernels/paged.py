@@ -11,7 +11,7 @@ from jax import Array
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
 from restkv_jax.kernels.pairs import Pairs, Queries, visible
 from restkv_jax.kernels.partition import Parts, divide, each_part, undivide
-from restkv_jax.kernels.quantised import QuantisedPairs
+from restkv_jax.kernels.quantised import QuantisedPairs, read_codes
 from restkv_jax.kernels.softmax import Softmax, empty_softmax, join_by_owner, read_keys
 
 SLOTS_AT_ONCE = 1024
@@ -42,6 +42,10 @@ class Pages(NamedTuple):
         """Keys and values of some pages of a part, [..., page_size, D]; of another one for pages that there are not."""
         return self.keys[page].astype(dtype), self.values[page].astype(dtype)
 
+    def read(self, queries: Queries, page: Array, seen: Array) -> Softmax:
+        """The softmax of `n` sets of queries, each over a page int32 [n] of its own."""
+        return read_keys(queries, *self.take(page, queries.vectors.dtype), seen)
+
 
 class QuantisedPages(NamedTuple):
     """As `Pages`, each page a group of `stored`, with axes [A, M] before them."""
@@ -53,8 +57,15 @@ class QuantisedPages(NamedTuple):
 
     def take(self, page: Array, dtype: Any) -> tuple[Array, Array]:
         """As `Pages.take`, dequantised."""
-        pairs = jax.tree.map(lambda x: x[page], self.stored).dequantised(dtype)
-        return tuple(x.reshape(*page.shape, self.positions.shape[-1], x.shape[-1]) for x in pairs)
+        return self._groups(page).dequantised(dtype)
+
+    def read(self, queries: Queries, page: Array, seen: Array) -> Softmax:
+        """As `Pages.read`."""
+        return read_codes(queries, self._groups(page), seen)
+
+    def _groups(self, page: Array) -> QuantisedPairs:
+        """Some pages, each with its group alone."""
+        return jax.tree.map(lambda x: jnp.expand_dims(x[page], page.ndim), self.stored)
 
 
 AnyPages = Pages | QuantisedPages
@@ -137,8 +148,7 @@ def _read_part(queries: Queries, pages: AnyPages, is_windowed: bool) -> Softmax:
         one = queries.replace(vectors=vectors[owner], positions=positions[owner, None])
         if is_windowed:
             seen &= visible(one, pages.positions[page][:, None])[:, 0]
-        blocks = read_keys(one, *pages.take(page, queries.vectors.dtype), seen[:, None])
-        return join_by_owner(state, blocks, owner)
+        return join_by_owner(state, pages.read(one, page, seen[:, None]), owner)
 
     state = jax.lax.fori_loop(0, -(-last[-1] // at_once), read, empty_softmax(vectors))
     return jax.tree.map(lambda x: x.reshape(batch, num_kv_heads, *x.shape[1:]), state)

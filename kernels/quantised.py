@@ -17,7 +17,7 @@ from jax import Array
 
 from restkv_jax.kernels.pairs import Pairs, Queries, take_columns, visible
 from restkv_jax.kernels.scores import fold_places
-from restkv_jax.kernels.softmax import Softmax, join, read_keys
+from restkv_jax.kernels.softmax import Softmax, join, read_keys, weights_of, wide_einsum
 
 LARGEST_CODES = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 """By the names of the types that pairs are stored in."""
@@ -168,6 +168,12 @@ class QuantisedValues(flax.struct.PyTreeNode):
         codes = jnp.where(is_member[..., None], codes.astype(jnp.float32), decode(self.codes, q)).astype(codes.dtype)
         scales = jnp.where(is_member[..., None, :], scales, self._scales_by_part())
         return self.replace(codes=pack(codes, q), scales=merge(scales, -1))
+
+    def by_part(self, dtype: Any) -> tuple[Array, Array]:
+        """Codes [..., C, G * S, D / C], exact in bfloat16, and their scales, float32 [..., C, G * S]."""
+        scales = jnp.moveaxis(self._scales_by_part(), -3, -2).astype(jnp.float32)
+        codes = merge(decode(self.codes, self.quantisation), -2).astype(dtype)
+        return jnp.moveaxis(split(codes, scales.shape[-3], -1), -2, -3), merge(scales, -1)
 
     def _scales_by_part(self) -> Array:
         """[..., G, C, S]."""
@@ -341,12 +347,24 @@ def read_quantised(state: Softmax, queries: Queries, stored: QuantisedPairs, lay
     size = min(num_groups, max(1, SLOTS_AT_ONCE // group))
 
     def read(state: Softmax, start: Array, is_new: Array) -> Softmax:
-        keys, values = stored.tile(layer, start, size).dequantised(queries.vectors.dtype)
         where = take_columns(positions, start * group, size * group, axis=2)
         seen = visible(queries, where)[:, :, None] & jnp.repeat(is_new, group)
-        return join(state, read_keys(queries, keys, values, seen))
+        return join(state, read_codes(queries, stored.tile(layer, start, size), seen))
 
     return fold_places(read, state, num_groups, size)
+
+
+def read_codes(queries: Queries, stored: QuantisedPairs, seen: Array) -> Softmax:
+    """The softmax of one block of quantised pairs: `read_keys` of the dequantised ones, to rounding.
+
+    The weights are multiplied by the scales of the values, which lie along the same axis, instead of the values.
+    """
+    dtype = queries.vectors.dtype
+    peak, weights = weights_of(queries, stored.keys.dequantised(dtype), seen)
+    codes, scales = stored.values.by_part(dtype)
+    scaled = (weights[..., None, :, :, :] * scales[..., None, None, :]).astype(dtype)
+    weighted = jnp.moveaxis(wide_einsum("...cgtn,...cnd->...cgtd", scaled, codes), -4, -2)
+    return Softmax(peak, weights.sum(-1), merge(weighted, -1))
 
 
 def read_pairs(state: Softmax, queries: Queries, pairs: Pairs) -> Softmax:

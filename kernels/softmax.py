@@ -67,11 +67,16 @@ def read_keys(queries: Queries, keys: Array, values: Array, seen: Array) -> Soft
       values: [..., N, D].
       seen: bool, broadcast to [..., G, T, N].
     """
-    logits = jnp.where(seen, logits_of(queries, keys), HIDDEN)
-    peak = logits.max(-1)
-    weights = jnp.where(seen, jnp.exp(logits - peak[..., None]), 0.0)
+    peak, weights = weights_of(queries, keys, seen)
     weighted = wide_einsum("...gtn,...nd->...gtd", weights.astype(values.dtype), values)
     return Softmax(peak, weights.sum(-1), weighted)
+
+
+def weights_of(queries: Queries, keys: Array, seen: Array) -> tuple[Array, Array]:
+    """The largest logit, float32 [..., G, T], and `exp(logit - peak)`, [..., G, T, N]; arguments as for `read_keys`."""
+    logits = jnp.where(seen, logits_of(queries, keys), HIDDEN)
+    peak = logits.max(-1)
+    return peak, jnp.where(seen, jnp.exp(logits - peak[..., None]), 0.0)
 
 
 def join(first: Softmax, second: Softmax) -> Softmax:
