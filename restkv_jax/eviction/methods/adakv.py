@@ -10,7 +10,7 @@ from restkv_jax.eviction.policy import EvictionPolicy
 def adakv(
     budget: int | str = 128,
     window: int = 32,
-    pooling: Literal["avg", "max", "none"] = "max",
+    pooling: Literal["avg", "max", "successor", "none"] = "max",
     kernel_size: int = 7,
     floor: float = 0.2,
     group_reduce: Literal["mean", "max"] = "mean",
@@ -23,8 +23,8 @@ def adakv(
     Args:
       budget: mean slots per layer and KV head, the window included.
       window: last tokens of the prompt, whose queries score the others.
-      pooling: smoothing over neighbouring keys.
-      kernel_size: width of that smoothing, in tokens; odd.
+      pooling: smoothing over neighbouring keys, or, "successor", over those before.
+      kernel_size: width of that smoothing, in tokens; odd where it is symmetric.
       floor: part of the budget that all heads share evenly.
       group_reduce: how the query heads of a KV head agree on one score.
     """

@@ -29,7 +29,7 @@ class ColumnRowNorm:
 def laprox(
     budget: int | str = 128,
     window: int = 32,
-    pooling: Literal["avg", "max", "none"] = "avg",
+    pooling: Literal["avg", "max", "successor", "none"] = "avg",
     kernel_size: int = 7,
     group_reduce: Literal["mean", "max"] = "mean",
     scope: Literal["model", "layer"] = "model",
@@ -40,8 +40,8 @@ def laprox(
     Args:
       budget: mean slots per layer and KV head, the window included.
       window: last tokens of the prompt, whose queries score the others.
-      pooling: smoothing over neighbouring keys.
-      kernel_size: width of that smoothing, in tokens; odd.
+      pooling: smoothing over neighbouring keys, or, "successor", over those before.
+      kernel_size: width of that smoothing, in tokens; odd where it is symmetric.
       group_reduce: how the query heads of a KV head agree on one score.
       scope: one selection over the whole model, or one per layer.
       candidates: keys before the window that each layer and KV head carries to the selection; 4 times the budget by

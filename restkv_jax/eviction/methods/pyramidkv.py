@@ -10,7 +10,7 @@ from restkv_jax.eviction.policy import EvictionPolicy
 def pyramidkv(
     budget: int | str = 128,
     window: int = 32,
-    pooling: Literal["avg", "max", "none"] = "avg",
+    pooling: Literal["avg", "max", "successor", "none"] = "avg",
     kernel_size: int = 5,
     group_reduce: Literal["mean", "max"] = "mean",
 ) -> EvictionPolicy:
@@ -22,8 +22,8 @@ def pyramidkv(
     Args:
       budget: mean slots per layer and KV head, the window included.
       window: last tokens of the prompt, whose queries score the others.
-      pooling: smoothing over neighbouring keys.
-      kernel_size: width of that smoothing, in tokens; odd.
+      pooling: smoothing over neighbouring keys, or, "successor", over those before.
+      kernel_size: width of that smoothing, in tokens; odd where it is symmetric.
       group_reduce: how the query heads of a KV head agree on one score.
     """
     return snapkv(budget, window, pooling, kernel_size, group_reduce).replace(allocation=Pyramid(even_if_short=True))

@@ -67,7 +67,7 @@ def restkv(
     temporal: Temporal = "ema",
     alpha: float = 0.3,
     order: Literal["after", "before"] = "after",
-    pooling: Literal["adaptive", "avg", "max", "none"] = "adaptive",
+    pooling: Literal["adaptive", "avg", "max", "successor", "none"] = "adaptive",
     kernel_size: int | None = None,
     scale: int = 2000,
     use_output_projection: bool = True,
@@ -92,8 +92,8 @@ def restkv(
         the moving average backwards, which weighs the oldest query as "ema" does the newest.
       alpha: weight of the newest query in the moving average.
       order: smooth the attention and then measure the error ("after"), or measure and then smooth ("before").
-      pooling: smoothing over neighbouring keys.
-      kernel_size: least width of that smoothing, in tokens; odd. By default that of `benchmark`.
+      pooling: smoothing over neighbouring keys, or, "successor", over those before.
+      kernel_size: least width of that smoothing, in tokens; odd where it is symmetric. By default that of `benchmark`.
       scale: drift of the attention, in tokens, that widens the adaptive window by two.
       use_output_projection: measure errors after the output projection, not in value space.
       group_reduce: how the query heads of a KV head agree on one score.

@@ -37,7 +37,7 @@ class WindowAttention:
 def snapkv(
     budget: int | str = 128,
     window: int = 32,
-    pooling: Literal["avg", "max", "none"] = "avg",
+    pooling: Literal["avg", "max", "successor", "none"] = "avg",
     kernel_size: int = 5,
     group_reduce: Literal["mean", "max"] = "mean",
 ) -> EvictionPolicy:
@@ -48,8 +48,8 @@ def snapkv(
     Args:
       budget: slots kept per layer and KV head, the window included.
       window: last tokens of the prompt, whose queries score the others.
-      pooling: smoothing over neighbouring keys.
-      kernel_size: width of that smoothing, in tokens; odd.
+      pooling: smoothing over neighbouring keys, or, "successor", over those before.
+      kernel_size: width of that smoothing, in tokens; odd where it is symmetric.
       group_reduce: how the query heads of a KV head agree on one score.
     """
     return EvictionPolicy(
