@@ -105,6 +105,7 @@ def test_a_step_reads_what_is_held(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.slow
 def test_evicts_while_generating_what_a_plain_cache_does(dtype):
     """Every pair held is that of its token: to the last bit in the residual window, else within the scale's reach."""
     q, policy = of(dtype), rk.restkv(40, 6, while_generating=True, pooling="max")
@@ -158,6 +159,7 @@ def assert_paged(ours, plain):
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("shared", "int8"), ("shared and evicted", "int4")])
+@pytest.mark.slow
 def test_distant_tokens_are_in_groups_and_what_leaves_the_ring_joins_one(kind, dtype):
     model, policy = KINDS[kind]
     options = model, weights(), *texts(LENGTHS), policy, 30

@@ -62,6 +62,7 @@ def test_generate_prints_what_generate_returns(capsys, model):
     assert (code, out) == (0, text + "\n")
 
 
+@pytest.mark.slow
 def test_prompt_from_file_and_standard_input_and_a_seed(capsys, model, tmp_path, monkeypatch):
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT)
@@ -150,6 +151,7 @@ def test_installed_command(model):
     ],
 )
 @pytest.mark.parametrize("method", ["restkv", pytest.param("laprox", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_window_that_does_not_fit_shrinks_and_it_is_said_once(capsys, model, method, budget, prompt, slots, said):
     args = ["--model", model, "--method", method, "--budget", budget, "--max-new-tokens", 4]
     code, out, err = run(capsys, "generate", prompt, *args)

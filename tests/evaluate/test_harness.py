@@ -145,8 +145,8 @@ def test_stop_strings_cut_and_end_generation(evicted, monkeypatch):
     stop = whole[5:7]
     blocks = []
 
-    def counted(*args):
-        for block in stream_blocks(*args):
+    def counted(*args, **options):
+        for block in stream_blocks(*args, **options):
             blocks.append(block)
             yield block
 
@@ -280,7 +280,7 @@ def test_batches_are_as_large_as_fit(directory, monkeypatch):
 def test_many_short_continuations_share_few_programs(evicted, monkeypatch):
     shapes = []
 
-    def scored(model, params, tokens, mask, continuation, policy):
+    def scored(model, params, tokens, mask, continuation, policy, cache_dtype):
         shapes.append((tokens.shape, continuation.shape))
         return TokenScores(np.zeros(continuation.shape), np.zeros(continuation.shape, bool))
 

@@ -161,6 +161,7 @@ def test_memory_follows_the_total(name):
     assert len(set(given_out)) == len(given_out)
 
 
+@pytest.mark.slow
 def test_append_keeps_what_was_there_and_refuses_when_full():
     model, params = tiny_model()
     tokens, mask = prompts(90, 90)

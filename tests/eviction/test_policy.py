@@ -261,6 +261,7 @@ def test_query_heads_of_a_group_are_reduced_after_pooling(reduce, expected):
 
 @given(data=st.data(), length=st.integers(1, 60), widest=st.integers(1, 40), seed=st.integers(0, 999))
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_window_mean_is_exact_over_twelve_orders_of_magnitude(data, length, widest, seed):
     width = data.draw(st.integers(1, widest))
     left = data.draw(st.integers(0, width - 1))

@@ -66,6 +66,7 @@ def prompts(*lengths):
     ],
 )
 @pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.slow
 def test_rows_equal_what_they_give_alone(name, family):
     model, params = tiny(family)
     tokens, mask = prompts(78, 50)

@@ -45,6 +45,7 @@ def say(conversation, text, policy=None, new=12, **options):
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.slow
 def test_every_turn_equals_reading_all_of_it(system):
     conversation, made = rk.start_conversation(*tiny(), system=system), chat_tokenizer()
     history = [] if system is None else [{"role": "system", "content": system}]

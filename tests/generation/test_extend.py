@@ -94,6 +94,7 @@ def test_pieces_of_any_size_equal_one_reading(cuts):
 
 
 @pytest.mark.parametrize("kind", kinds("dense", "full", "paged", "shared", "shared and evicted", "windowed"))
+@pytest.mark.slow
 def test_equals_decoding_token_by_token(kind):
     """Without a policy nothing is evicted, so all at once is one after the other: what decoding reads is known."""
     model, _ = KINDS[kind]
@@ -197,6 +198,7 @@ def test_held_and_new_pairs_are_judged_by_the_new_window(name):
 
 
 @pytest.mark.parametrize("kind", kinds("paged", "dense", "evicting", "shared and evicted"))
+@pytest.mark.slow
 def test_a_conversation_stays_within_its_budget(kind):
     model, policy = KINDS[kind]
     cache, sizes = document(kind), set()

@@ -193,6 +193,7 @@ def test_lengths_of_one_bucket_share_a_program():
     assert len(programs) == 2
 
 
+@pytest.mark.slow
 def test_rows_end_at_any_end_of_sequence_token_and_are_padded():
     model, params = tiny()
     tokens, mask = prompts()
@@ -364,6 +365,7 @@ def test_cache_bytes_and_shapes_follow_the_budget():
     assert rk.kept_positions(cache).shape == cache.positions.shape
 
 
+@pytest.mark.slow
 def test_bfloat16_runs_and_keeps_logits_and_importance_in_float32():
     model, params = tiny()
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -393,6 +395,7 @@ def test_generating_with_every_policy_at_once_gives_what_each_gives():
 
 
 @pytest.mark.parametrize("name", ["full", "laprox", "generating"])
+@pytest.mark.slow
 def test_a_single_token(name):
     """`max_new_tokens=1` is the prefill's token: no step is decoded."""
     (model, params), (tokens, mask) = tiny(), prompts()

@@ -214,6 +214,7 @@ def sharing_of(model, block):
 
 
 @pytest.mark.parametrize("name", FIRST_IS_FAST)
+@pytest.mark.slow
 def test_shared_keys(name, loaded):
     """Decoding on the cache of a model that shares keys gives the tokens of the pass over whole sequences."""
     _, model, params = loaded(name)

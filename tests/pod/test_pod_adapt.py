@@ -55,6 +55,7 @@ def run(capsys, *args):
     return code, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_command_adapts_queries_and_keys_to_shared_keys(capsys, directory, tmp_path):
     model, before, _ = rk.load_model(directory, "float32")
     (tmp_path / "text.txt").write_text(TEXT)
