@@ -86,8 +86,10 @@ def main(data: int, model_parallel: int) -> None:
     mesh = automatic(jax.make_mesh((data, model_parallel), ("data", "model"), devices=devices))
     params = rk.init_params(MODEL, jax.random.key(0))
     placed = jax.device_put(params, parameter_shardings(MODEL, mesh))
-    plain, quantised = ((name, None) for name in POLICIES), QUANTISED.items()
-    for name, dtype in (*plain, *quantised):
+    runs = [(name, None) for name in POLICIES]
+    if data > 1 and model_parallel > 1:  # both divisions at once; either alone adds minutes and nothing else
+        runs += QUANTISED.items()
+    for name, dtype in runs:
         policy, model = POLICIES[name], MODEL.clone(sharing=SHARING) if name.startswith("shared") else MODEL
         options = policy, name in EXTENDED, dtype and rk.Quantisation(dtype, 8, 8)
         logits, kept, in_reading, in_step = run(model, placed, *options)
