@@ -25,7 +25,34 @@ from restkv_jax.models.decoder import Decoder, LayerView
 from restkv_jax.models.memory import Memory
 
 
-class QuantisedCache(Cache):
+class WithNewest(Cache):
+    """What caches of groups have in common whose newest pairs, [L, B, K, W, D], are in full precision."""
+
+    stored: QuantisedPairs
+    recent_keys: Array
+    recent_values: Array
+
+    @property
+    def quantisation(self) -> Quantisation:
+        return self.stored.quantisation
+
+    @property
+    def num_recent(self) -> int:
+        """`W`."""
+        return self.recent_keys.shape[3]
+
+    @property
+    def dtype(self) -> Any:
+        return self.recent_keys.dtype
+
+    def enter(self, layer: Array, new: Pairs) -> tuple[Memory, Self]:
+        if new.keys.shape[2] == 1:
+            return super().enter(layer, new)
+        memory, _ = self.memory_beside(layer, new, None)  # new tokens see each other in full precision
+        return memory, self.append(layer, new)
+
+
+class QuantisedCache(WithNewest):
     """As `KVCache`, whose `S` slots per layer, row and KV head hold pairs in the order of their tokens.
 
     Of `n` pairs the first `quantisation.num_grouped(n)` are in whole groups of codes, the others, the newest, in a ring
@@ -40,25 +67,13 @@ class QuantisedCache(Cache):
       lengths: int32 [L, B, K], slots in use.
     """
 
-    stored: QuantisedPairs
-    recent_keys: Array
-    recent_values: Array
     positions: Array
     lengths: Array
-
-    @property
-    def quantisation(self) -> Quantisation:
-        return self.stored.quantisation
 
     @property
     def num_slots(self) -> int:
         """`S`."""
         return self.positions.shape[3]
-
-    @property
-    def num_recent(self) -> int:
-        """`W`."""
-        return self.recent_keys.shape[3]
 
     @property
     def num_grouped(self) -> int:
@@ -69,10 +84,6 @@ class QuantisedCache(Cache):
     def layout(quantisation: Quantisation, slots: int) -> tuple[int, int]:
         """`Q` and `W` of caches of `slots`."""
         return quantisation.num_grouped(slots), quantisation.num_recent(slots)
-
-    @property
-    def dtype(self) -> Any:
-        return self.recent_keys.dtype
 
     def held(self, layer: Array) -> Pairs:
         stored = jax.tree.map(lambda x: x[layer], self.stored).dequantised(self.dtype)
@@ -89,12 +100,6 @@ class QuantisedCache(Cache):
 
     def memory(self, layer: Array) -> "QuantisedMemory":
         return QuantisedMemory(self, layer)
-
-    def enter(self, layer: Array, new: Pairs) -> tuple[Memory, Self]:
-        if new.keys.shape[2] == 1:
-            return super().enter(layer, new)
-        memory, _ = self.memory_beside(layer, new, None)  # new tokens see each other in full precision
-        return memory, self.append(layer, new)
 
     def recent(self, layer: Array) -> Pairs:
         """The pairs in the ring, [B, K, W, D], at position -1 where a place is not in use."""

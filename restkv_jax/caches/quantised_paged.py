@@ -1,6 +1,6 @@
 """The cache in pages, quantised: a page is a group."""
 
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,17 @@ from restkv_jax.caches.base import check_shape, check_unshared
 from restkv_jax.caches.candidates import Candidates, PagedKeeper
 from restkv_jax.caches.dense import put_pairs
 from restkv_jax.caches.paged import InPages
-from restkv_jax.caches.quantised import ring_slots, unless, whole_groups
+from restkv_jax.caches.quantised import WithNewest, ring_slots, unless, whole_groups
 from restkv_jax.kernels.attention import attend
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.paged import QuantisedPages, pairs_of_pages, read_pages
 from restkv_jax.kernels.pairs import Pairs, Queries, concatenate, take_places
 from restkv_jax.kernels.partition import divide, each_part
-from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, merge, quantise, read_pairs
+from restkv_jax.kernels.quantised import merge, quantise, read_pairs
 from restkv_jax.models.decoder import Decoder
-from restkv_jax.models.memory import Memory
 
 
-class QuantisedPagedCache(InPages):
+class QuantisedPagedCache(WithNewest, InPages):
     """As `PagedCache`, in pages of `quantisation.group_size` slots, and the newest pairs as in `QuantisedCache`.
 
     Attributes:
@@ -38,19 +37,7 @@ class QuantisedPagedCache(InPages):
     POOL = "stored", "positions"
     BY_HEAD = "page_table", "lengths", "recent_keys", "recent_values", "recent_positions"
 
-    stored: QuantisedPairs
-    recent_keys: Array
-    recent_values: Array
     recent_positions: Array
-
-    @property
-    def quantisation(self) -> Quantisation:
-        return self.stored.quantisation
-
-    @property
-    def num_recent(self) -> int:
-        """`W`."""
-        return self.recent_keys.shape[3]
 
     @property
     def num_slots(self) -> int:
@@ -59,10 +46,6 @@ class QuantisedPagedCache(InPages):
     @property
     def num_places(self) -> int:
         return self.page_table.shape[-1] * self.page_size + self.num_recent
-
-    @property
-    def dtype(self) -> Any:
-        return self.recent_keys.dtype
 
     def pages(self, layer: Array) -> QuantisedPages:
         """The pool, and which pages are a layer's."""
@@ -83,12 +66,6 @@ class QuantisedPagedCache(InPages):
 
     def held(self, layer: Array) -> Pairs:
         return concatenate(pairs_of_pages(self.pages(layer), self.dtype), self.recent(layer))
-
-    def enter(self, layer: Array, new: Pairs) -> tuple[Memory, Self]:
-        if new.keys.shape[2] == 1:
-            return super().enter(layer, new)
-        memory, _ = self.memory_beside(layer, new, None)  # new tokens see each other in full precision
-        return memory, self.append(layer, new)
 
     def append(self, layer: Array, new: Pairs) -> Self:
         q, before = self.quantisation, self.lengths[layer]
