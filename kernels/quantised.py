@@ -9,6 +9,7 @@ import dataclasses
 import re
 from typing import Any, Self, TypeVar
 
+import einops
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ class QuantisedKeys(flax.struct.PyTreeNode):
 
     def dequantised(self, dtype: Any) -> Array:
         """[..., G * S, D]."""
-        return merge(self._wide(), -2).astype(dtype)
+        return einops.rearrange(self._wide(), "... g s d -> ... (g s) d").astype(dtype)
 
     def put(self, member: Array, key: Array) -> Self:
         """Puts one key [..., D] into each group, `G` among the axes before, at its place int32 [...].
@@ -157,8 +158,10 @@ class QuantisedValues(flax.struct.PyTreeNode):
     def dequantised(self, dtype: Any) -> Array:
         """[..., G * S, D]."""
         scales = jnp.swapaxes(self._scales_by_part(), -1, -2).astype(jnp.float32)
-        by_channels = split(decode(self.codes, self.quantisation), scales.shape[-1], -1)
-        return merge(merge(by_channels * scales[..., None], -1), -2).astype(dtype)
+        by_part = einops.rearrange(
+            decode(self.codes, self.quantisation), "... g s (c d) -> ... g s c d", c=scales.shape[-1]
+        )
+        return einops.rearrange(by_part * scales[..., None], "... g s c d -> ... (g s) (c d)").astype(dtype)
 
     def put(self, member: Array, value: Array) -> Self:
         """Puts one value [..., D] into each group, `G` among the axes before, at its place int32 [...]."""
@@ -167,17 +170,18 @@ class QuantisedValues(flax.struct.PyTreeNode):
         is_member = jnp.arange(q.group_size) == member[..., None]
         codes = jnp.where(is_member[..., None], codes.astype(jnp.float32), decode(self.codes, q)).astype(codes.dtype)
         scales = jnp.where(is_member[..., None, :], scales, self._scales_by_part())
-        return self.replace(codes=pack(codes, q), scales=merge(scales, -1))
+        return self.replace(codes=pack(codes, q), scales=einops.rearrange(scales, "... c s -> ... (c s)"))
 
     def by_part(self, dtype: Any) -> tuple[Array, Array]:
         """Codes [..., C, G * S, D / C], exact in bfloat16, and their scales, float32 [..., C, G * S]."""
         scales = jnp.moveaxis(self._scales_by_part(), -3, -2).astype(jnp.float32)
-        codes = merge(decode(self.codes, self.quantisation), -2).astype(dtype)
-        return jnp.moveaxis(split(codes, scales.shape[-3], -1), -2, -3), merge(scales, -1)
+        codes = decode(self.codes, self.quantisation).astype(dtype)
+        codes = einops.rearrange(codes, "... g s (c d) -> ... c (g s) d", c=scales.shape[-3])
+        return codes, einops.rearrange(scales, "... c g s -> ... c (g s)")
 
     def _scales_by_part(self) -> Array:
         """[..., G, C, S]."""
-        return split(self.scales, self.scales.shape[-1] // self.quantisation.group_size, -1)
+        return einops.rearrange(self.scales, "... (c s) -> ... c s", s=self.quantisation.group_size)
 
 
 class QuantisedPairs(flax.struct.PyTreeNode):
@@ -221,24 +225,27 @@ def quantise(keys: Array, values: Array, quantisation: Quantisation) -> Quantise
 def quantise_keys(keys: Array, quantisation: Quantisation) -> QuantisedKeys:
     """Keys [..., G * S, D] as codes and scales."""
     q = quantisation
-    keys = into_groups(keys.astype(jnp.float32), q.group_size)
+    keys = einops.rearrange(keys.astype(jnp.float32), "... (g s) d -> ... g s d", s=q.group_size)
     scales = scales_of(keys, -2, q)
     return QuantisedKeys(pack(encode(keys, scales, q), q), scales[..., 0, :], q)
 
 
 def quantise_values(values: Array, quantisation: Quantisation) -> QuantisedValues:
     """Values [..., G * S, D] as codes and scales."""
-    values = into_groups(values, quantisation.group_size)
+    values = einops.rearrange(values, "... (g s) d -> ... g s d", s=quantisation.group_size)
     codes, scales = _encode_values(values, quantisation)
-    return QuantisedValues(pack(codes, quantisation), merge(scales, -1), quantisation)
+    scales = einops.rearrange(scales, "... c s -> ... (c s)")
+    return QuantisedValues(pack(codes, quantisation), scales, quantisation)
 
 
 def _encode_values(values: Array, quantisation: Quantisation) -> tuple[Array, Array]:
     """Codes of values [..., S, D], and scales [..., C, S]."""
     q, dim = quantisation, values.shape[-1]
-    by_channels = split(values.astype(jnp.float32), dim // q.channels(dim), -1)
+    by_channels = einops.rearrange(values.astype(jnp.float32), "... (c d) -> ... c d", d=q.channels(dim))
     scales = scales_of(by_channels, -1, q)
-    return merge(encode(by_channels, scales, q), -1), jnp.swapaxes(scales[..., 0], -1, -2)
+    return einops.rearrange(encode(by_channels, scales, q), "... c d -> ... (c d)"), jnp.swapaxes(
+        scales[..., 0], -1, -2
+    )
 
 
 def empty_keys(shape: tuple[int, ...], quantisation: Quantisation) -> QuantisedKeys:
@@ -264,24 +271,6 @@ def empty_pairs(shape: tuple[int, ...], quantisation: Quantisation) -> Quantised
 
 def _empty_codes(groups: tuple[int, ...], dim: int, quantisation: Quantisation) -> Array:
     return jnp.zeros((*groups, quantisation.group_size // quantisation.in_word, dim), jnp.uint32)
-
-
-def into_groups(x: Array, size: int) -> Array:
-    """[..., G * S, D] to [..., G, S, D], groups of `size`."""
-    *before, length, dim = x.shape
-    return x.reshape(*before, length // size, size, dim)
-
-
-def split(x: Array, count: int, axis: int) -> Array:
-    """Cuts an axis into `count` parts: [..., N, D] to [..., count, N / count, D] or its like."""
-    axis %= x.ndim
-    return x.reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
-
-
-def merge(x: Array, axis: int) -> Array:
-    """The reverse of `split`; `axis` is that of the members."""
-    axis %= x.ndim
-    return x.reshape(*x.shape[: axis - 1], x.shape[axis - 1] * x.shape[axis], *x.shape[axis + 1 :])
 
 
 def scales_of(x: Array, axis: int, quantisation: Quantisation) -> Array:
@@ -313,7 +302,7 @@ def pack(codes: Array, quantisation: Quantisation) -> Array:
 
     Words rather than bytes: a TPU lays them out in whole tiles, and a CPU has vectors of them.
     """
-    bits, parts = quantisation.bits, split(codes, quantisation.in_word, -2)
+    bits, parts = quantisation.bits, einops.rearrange(codes, "... (p n) d -> ... p n d", p=quantisation.in_word)
     if codes.dtype == jnp.float8_e4m3fn:
         parts = jax.lax.bitcast_convert_type(parts, jnp.uint8)
     shifts = bits * jnp.arange(quantisation.in_word, dtype=jnp.uint32)[:, None, None]
@@ -325,10 +314,11 @@ def decode(words: Array, quantisation: Quantisation) -> Array:
     bits, steps = quantisation.bits, jnp.arange(quantisation.in_word, dtype=jnp.uint32)[:, None, None]
     if quantisation.dtype == "float8_e4m3fn":
         parts = (words[..., None, :, :] >> (bits * steps)).astype(jnp.uint8)
-        return merge(jax.lax.bitcast_convert_type(parts, jnp.float8_e4m3fn).astype(jnp.float32), -2)
+        parts = jax.lax.bitcast_convert_type(parts, jnp.float8_e4m3fn)
+        return einops.rearrange(parts.astype(jnp.float32), "... p n d -> ... (p n) d")
     # to the top of the word and back down, so that the sign follows
     signed = (words[..., None, :, :] << (32 - bits * (steps + 1))).astype(jnp.int32) >> (32 - bits)
-    return merge(signed.astype(jnp.float32), -2)
+    return einops.rearrange(signed.astype(jnp.float32), "... p n d -> ... (p n) d")
 
 
 def read_quantised(state: Softmax, queries: Queries, stored: QuantisedPairs, layer: Array, positions: Array) -> Softmax:
@@ -363,8 +353,8 @@ def read_codes(queries: Queries, stored: QuantisedPairs, seen: Array) -> Softmax
     peak, weights = weights_of(queries, stored.keys.dequantised(dtype), seen)
     codes, scales = stored.values.by_part(dtype)
     scaled = (weights[..., None, :, :, :] * scales[..., None, None, :]).astype(dtype)
-    weighted = jnp.moveaxis(wide_einsum("...cgtn,...cnd->...cgtd", scaled, codes), -4, -2)
-    return Softmax(peak, weights.sum(-1), merge(weighted, -1))
+    weighted = wide_einsum("...cgtn,...cnd->...cgtd", scaled, codes)
+    return Softmax(peak, weights.sum(-1), einops.rearrange(weighted, "... c g t d -> ... g t (c d)"))
 
 
 def read_pairs(state: Softmax, queries: Queries, pairs: Pairs) -> Softmax:

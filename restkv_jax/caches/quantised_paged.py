@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Self
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -16,7 +17,7 @@ from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.paged import QuantisedPages, pairs_of_pages, read_pages
 from restkv_jax.kernels.pairs import Pairs, Queries, concatenate, take_places
 from restkv_jax.kernels.partition import divide, each_part
-from restkv_jax.kernels.quantised import merge, quantise, read_pairs
+from restkv_jax.kernels.quantised import quantise, read_pairs
 from restkv_jax.models.decoder import Decoder
 
 
@@ -144,7 +145,7 @@ class QuantisedPagedKeeper(PagedKeeper):
         candidates, keep = self.choose(candidates)
         lengths, ranks = keep.sum(-1, dtype=jnp.int32), jnp.cumsum(keep, axis=-1) - 1
         filled = self.fill(candidates, keep & (ranks < q.num_grouped(lengths)[..., None]), q.group_size)
-        keys, values = (merge(filled.pop(name), 3) for name in ("keys", "values"))
+        keys, values = (einops.rearrange(filled.pop(name), "a m p s d -> a m (p s) d") for name in ("keys", "values"))
         ring = jnp.maximum(ring_slots(lengths, q.residual + q.group_size - 1), 0)
         places = jnp.argsort(~keep, axis=-1, stable=True)  # of the kept ones, in their order
         places = jnp.take_along_axis(places, jnp.minimum(ring, places.shape[-1] - 1), axis=-1)
