@@ -104,6 +104,21 @@ def test_a_step_reads_what_is_held(dtype):
     np.testing.assert_allclose(logits, rk.decode_step(MODEL, weights(), token, plain)[0], rtol=1e-4, atol=2e-5)
 
 
+def test_an_extension_judges_what_the_cache_holds():
+    """It keeps what it would of a plain cache whose pairs were quantised and dequantised, and reads the same."""
+    _, cache = rk.prefill(MODEL, weights(), *texts(LENGTHS), None, 8, cache_dtype=of("int4"))
+    _, plain = rk.prefill(MODEL, weights(), *texts(LENGTHS), None, 8)
+    held = [cache.held(layer) for layer in range(3)]
+    alike = plain.replace(keys=jnp.stack([x.keys for x in held]), values=jnp.stack([x.values for x in held]))
+    further = texts((30, 12, 25), 2), rk.restkv(60, 8), 4
+    (logits, ours), (expected, theirs), (_, exact) = (
+        rk.extend(MODEL, weights(), *further[0], x, *further[1:]) for x in (cache, alike, plain)
+    )
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=2e-5)
+    np.testing.assert_array_equal(rk.kept_positions(ours), rk.kept_positions(theirs))
+    assert (np.asarray(rk.kept_positions(ours)) != rk.kept_positions(exact)).any(), "or it would not matter"
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.slow
 def test_evicts_while_generating_what_a_plain_cache_does(dtype):
@@ -256,10 +271,11 @@ def test_a_cache_from_a_file_goes_on_and_keeps_its_dtype(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("int4", 0.28), ("int8", 0.53), ("float8_e4m3fn", 0.53)])
-def test_bytes_are_what_is_promised(dtype, most):
-    model = rk.build_model(CONFIG | {"head_dim": 128})
+@pytest.mark.parametrize(("dim", "length"), [(128, 16384), (64, 32768)])
+def test_bytes_are_what_is_promised(dim, length, dtype, most):
+    model = rk.build_model(CONFIG | {"head_dim": dim})
     params = jax.eval_shape(lambda key: rk.init_params(model, key, jnp.bfloat16), jax.random.key(0))
-    prompts = jax.ShapeDtypeStruct((1, 16384), jnp.int32)
+    prompts = jax.ShapeDtypeStruct((1, length), jnp.int32)
     sizes = [
         rk.cache_bytes(
             jax.eval_shape(
