@@ -129,6 +129,18 @@ def test_generated_text_is_what_generate_gives(evicted):
 
 
 @pytest.mark.slow
+def test_the_cache_may_be_quantised(directory, evicted):
+    how = "int4(group_size=16,residual=8)"
+    model = RestKV(pretrained=directory, batch_size=4, **EVICTED, cache_dtype=how.replace(",", ";"))
+    tokens, policy = evicted.tok_encode(PROMPTS[0]), rk.snapkv(budget=40, window=8)
+    out = rk.generate(model.model, model.params, [tokens], policy=policy, max_new_tokens=20, cache_dtype=how)
+    expected = model.tokenizer.decode(np.asarray(out.tokens[0, : out.lengths[0]]), skip_special_tokens=True)
+    assert generate(model, PROMPTS[:1], max_gen_toks=20) == [expected]
+    (quantised, _), (as_it_is, _) = (score(x, (PROMPTS[0], " yes"))[0] for x in (model, evicted))
+    assert quantised != as_it_is and quantised == pytest.approx(as_it_is, rel=0.05)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["uniform", "model"])
 def test_batches_give_what_each_prompt_gives_alone(directory, allocation):
     args = {"pretrained": directory, "method": "restkv", "budget": "20%", "window": 8, "allocation": allocation}
