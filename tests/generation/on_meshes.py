@@ -1,6 +1,6 @@
 """Prefill and decoding of every method on a mesh of emulated devices: collectives of the programs, and results.
 
-`python on_meshes.py DATA MODEL` prints one line of JSON per policy; `test_mesh.py` reads them.
+`python on_meshes.py 1x8 2x4 8x1` prints one line of JSON per policy and mesh; `test_mesh.py` reads them.
 """
 
 import json
@@ -82,29 +82,32 @@ def run(model, params, policy, is_extended, cache_dtype=None):
     return np.stack(every), kept, gathered(reading), gathered(step)
 
 
-def main(data: int, model_parallel: int, names: list[str]) -> None:
-    devices = jax.devices()[: data * model_parallel]
-    mesh = rk.make_mesh(data, model_parallel, devices)
+def main(meshes: list[str], names: list[str]) -> None:
     params = rk.init_params(MODEL, jax.random.key(0))
-    placed = jax.device_put(params, parameter_shardings(MODEL, mesh))
+    placed = {}
+    for mesh in meshes:
+        sizes = map(int, mesh.split("x"))
+        placed[mesh] = jax.device_put(params, parameter_shardings(MODEL, rk.make_mesh(*sizes)))
     runs = [(name, None) for name in names or POLICIES]
-    if (
-        data > 1 and model_parallel > 1 and not names
-    ):  # both divisions at once; either alone adds minutes and nothing else
-        runs += QUANTISED.items()
-    for name, dtype in runs:
+    for name, dtype in runs if names else [*runs, *QUANTISED.items()]:
         policy, model = POLICIES[name], MODEL.clone(sharing=SHARING) if name.startswith("shared") else MODEL
         options = policy, name in EXTENDED, dtype and rk.Quantisation(dtype, 8, 8)
-        logits, kept, in_reading, in_step = run(model, placed, *options)
         expected, kept_alone, _, _ = run(model, params, *options)
-        error = float(np.abs(logits - expected).max() / np.abs(expected).max())
-        tokens_equal = bool((logits.argmax(-1) == expected.argmax(-1)).all())
-        common = min(kept.shape[-1], kept_alone.shape[-1])
-        kept_equal = bool((kept[..., :common] == kept_alone[..., :common]).all() and (kept[..., common:] == -1).all())
-        found = dict(error=error, tokens=tokens_equal, kept=kept_equal, prefill=in_reading, decode=in_step)
-        line = dict(name=f"{name} {dtype or ''}", **found)
-        print(json.dumps(line), flush=True)
+        for mesh in chosen(meshes, name, dtype):
+            logits, kept, in_reading, in_step = run(model, placed[mesh], *options)
+            error = float(np.abs(logits - expected).max() / np.abs(expected).max())
+            tokens_equal = bool((logits.argmax(-1) == expected.argmax(-1)).all())
+            common = min(kept.shape[-1], kept_alone.shape[-1])
+            same = (kept[..., :common] == kept_alone[..., :common]).all()
+            found = dict(error=error, tokens=tokens_equal, kept=bool(same and (kept[..., common:] == -1).all()))
+            moved = dict(prefill=in_reading, decode=in_step)
+            print(json.dumps(dict(mesh=mesh, name=f"{name} {dtype or ''}", **found, **moved)), flush=True)
+
+
+def chosen(meshes: list[str], name: str, dtype: str | None) -> list[str]:
+    """All meshes for one method of each kind of cache, for the others the mesh that divides both rows and heads."""
+    return meshes if name in EXTENDED and dtype is None else [mesh for mesh in meshes if mesh == "2x4"]
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]), sys.argv[3:])
+    main([x for x in sys.argv[1:] if x[0].isdigit()], [x for x in sys.argv[1:] if not x[0].isdigit()])
