@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -46,6 +45,7 @@ from restkv_jax.evaluate.results import (
 from restkv_jax.evaluate.sweep import check_sweep, run_sweep
 from restkv_jax.loading import Loaded, load_checkpoint
 from restkv_jax.models.digest import checksum
+from restkv_jax.progress import make_progress
 
 COLUMNS = (
     TextColumn("evaluating"),
@@ -126,7 +126,7 @@ def run(args: Sequence[str]) -> None:
         open_sweep(options.output, grid, weights)
         quiet = options.quiet or settings.process > 0
         # a batch may take minutes, and the time left is estimated from several
-        with Progress(*COLUMNS, console=Console(stderr=True), disable=quiet, speed_estimate_period=3600) as bar:
+        with make_progress(*COLUMNS, quiet=quiet, speed_estimate_period=3600) as bar:
             shown = bar.add_task("", total=None)
             show = lambda done, total: bar.update(shown, completed=done, total=total)  # noqa: E731
             run_sweep(loaded, grid, options.output, settings, show)
