@@ -105,6 +105,7 @@ def run_adapt(args: Sequence[str]) -> None:
             mesh=mesh,
             save_dtype=options.save_dtype,
             checkpoint_every=options.checkpoint_every,
+            donate=True,
             quiet=options.quiet,
         )
     if not options.quiet:

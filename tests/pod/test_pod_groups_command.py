@@ -1,5 +1,7 @@
 """`restkv pod groups`, as a user types it."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
@@ -46,12 +48,18 @@ def test_groups_are_those_of_the_library(capsys, files, joined):
     assert (files / "groups.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_adapt_takes_the_groups_of_text(capsys, files):
+def test_adapt_takes_the_groups_of_text_and_keeps_how_to_generate(capsys, files):
+    own = {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [2, 5], "pad_token_id": 7}
+    (files / "model" / "generation_config.json").write_text(json.dumps(own))
     code, out, err = run(capsys, "--data", "text.txt", "--sequence-length", "40", "--threshold", "0", "--samples", "2")
     assert code == 0 and out.startswith("2 blocks of 4") and err.count("\n") == 2 and "2/2 texts" in err
     args = ["--groups", ".", "--data", "text.txt", "--output", "run", "--sequence-length", "40", "--steps", "1"]
     assert main(["pod", "adapt", "--model", "model", *args, "--recent", "8", "--quiet"]) == 0
-    assert rk.load_model("run/model")[0].sharing.groups == LayerGroups([[0, 0], [0, 0]])
+    adapted = rk.load_model("run/model")[0]
+    assert adapted.sharing.groups == LayerGroups([[0, 0], [0, 0]])
+    assert adapted.config == rk.load_model("model")[0].config
+    kept = json.loads((files / "run" / "model" / "generation_config.json").read_text())
+    assert kept == own | {"bos_token_id": 1}
 
 
 BAD = {

@@ -25,7 +25,7 @@ class Adaptation:
         "query_projection|key_projection".
       compute_dtype: of activations and of the weights in products; the weights themselves are trained in float32.
         "auto" is bfloat16, on a CPU float32.
-      loss_chunk: tokens of a sequence whose logits exist at one time.
+      loss_chunk: tokens whose logits exist at one time on a device.
       seed: of the order of the sequences.
     """
 

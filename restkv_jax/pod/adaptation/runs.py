@@ -47,6 +47,7 @@ def adapt(
     mesh: Mesh | None = None,
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16",
     checkpoint_every: int = 100,
+    donate: bool = False,
     quiet: bool = False,
 ) -> Any:
     """Trains a model further on next tokens, with the keys of distant tokens shared across layers.
@@ -55,7 +56,7 @@ def adapt(
 
     Args:
       model: a `Decoder`.
-      params: its parameters; they are not changed.
+      params: its parameters; they are not changed, unless `donate` gives up those that are trained.
       data: text files, or a token array with or without weights of the tokens: see `read_sequences`.
       sharing: to use instead of the model's own; a model without one is trained as it is, the fair comparison.
       adaptation: how to train.
@@ -66,6 +67,8 @@ def adapt(
         devices on `data` by default.
       save_dtype: of the weights in `model/`.
       checkpoint_every: steps between checkpoints; the last step has one anyway.
+      donate: frees the parameters that are trained once the run has its copy of them; they must be JAX arrays, which
+        cannot be used afterwards.
       quiet: shows no progress.
 
     Returns:
@@ -91,7 +94,7 @@ def adapt(
         model = model.clone(sharing=sharing)
     program = make_program(model, adaptation, make_mesh() if mesh is None else mesh)
     configuration = describe(model, params, sequences, adaptation)
-    trained = _train(program, params, sequences, adaptation, configuration, output, checkpoint_every, quiet)
+    trained = _train(program, params, sequences, adaptation, configuration, output, checkpoint_every, donate, quiet)
     result = unflatten(flatten(params) | trained)
     if output is not None:
         _export(output / MODEL, model, result, tokenizer, save_dtype)
@@ -118,6 +121,7 @@ def _train(
     configuration: dict[str, Any],
     output: pathlib.Path | None,
     checkpoint_every: int,
+    donate: bool,
     quiet: bool,
 ) -> dict[str, Array]:
     """Runs the steps that are left and returns the trained parameters."""
@@ -128,6 +132,9 @@ def _train(
         manager = stack.enter_context(open_checkpoints(output / "checkpoints")) if output else None
         restored = restore(manager, program.state, configuration) if manager else None
         state, position = restored or (initial_state(program, params, adaptation), Position(0, 0, adaptation.seed))
+        if donate:
+            for name in state.params:
+                flatten(params)[name].delete()
         if position.step == adaptation.steps:
             return state.params
         frozen = place_params(program.frozen, params)
