@@ -37,7 +37,7 @@ def make_program(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> Program:
       ValueError: a batch or a model that the mesh does not divide, a pattern that matches no parameter.
     """
     _check_mesh(adaptation, mesh)
-    rows = adaptation.batch_size // adaptation.accumulation // mesh.shape["data"]
+    rows = adaptation.batch_size // adaptation.num_parts // mesh.shape["data"]
     mesh = automatic(mesh)
     state, frozen = _state_shapes(model, adaptation, mesh)
     step = functools.partial(
@@ -76,7 +76,7 @@ def _state_shapes(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> tuple[T
 
 
 def _batch_shapes(adaptation: Adaptation, mesh: Mesh) -> Batch:
-    parts = adaptation.accumulation
+    parts = adaptation.num_parts
     shape = parts, adaptation.batch_size // parts, adaptation.sequence_length
     over_data = NamedSharding(mesh, PartitionSpec(None, "data"))
     return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=over_data) for dtype in (jnp.int32, jnp.float32)))
@@ -113,9 +113,9 @@ def place_batch(program: Program, batch: Batch) -> Batch:
 def _check_mesh(adaptation: Adaptation, mesh: Mesh) -> None:
     if set(mesh.axis_names) != {"data", "model"}:
         raise ValueError(f"mesh has axes {mesh.axis_names}; expected 'data' and 'model', as make_mesh gives")
-    rows, parts = adaptation.batch_size // adaptation.accumulation, mesh.shape["data"]
+    rows, parts = adaptation.batch_size // adaptation.num_parts, mesh.shape["data"]
     if rows % parts:
         raise ValueError(
-            f"batch_size={adaptation.batch_size} in accumulation={adaptation.accumulation} parts is {rows} sequences, "
+            f"batch_size={adaptation.batch_size} in accumulation={adaptation.num_parts} parts is {rows} sequences, "
             f"which the mesh's data axis, {parts}, must divide; change the batch size or make the model axis larger"
         )

@@ -30,6 +30,9 @@ from restkv_jax.pod.adaptation.recipe import Adaptation
 
 SAVE_DTYPES = ("bfloat16", "float32")
 
+TOKENS_AT_A_TIME = 1024
+"""That keep a CPU busy: more at a time take more memory and are no faster."""
+
 MODEL = "model"
 """The adapted model in the directory of a run."""
 
@@ -88,11 +91,12 @@ def adapt(
     sequences = read_sequences(data, adaptation.sequence_length, longest, tokenizer, output)
     for arrays in sequences.sample():  # the others when their turn comes
         check_vocabulary(arrays["tokens"], model.config.vocab_size)
-    adaptation = _resolve(adaptation, sequences)
+    mesh = make_mesh() if mesh is None else mesh
+    adaptation = _resolve(adaptation, sequences, mesh)
     if sharing is not None:
         sharing.groups.check_model(model.config)
         model = model.clone(sharing=sharing)
-    program = make_program(model, adaptation, make_mesh() if mesh is None else mesh)
+    program = make_program(model, adaptation, mesh)
     configuration = describe(model, params, sequences, adaptation)
     trained = _train(program, params, sequences, adaptation, configuration, output, checkpoint_every, donate, quiet)
     result = unflatten(flatten(params) | trained)
@@ -143,7 +147,7 @@ def _train(
         quiet = quiet or not is_first_process
         journal = stack.enter_context(open_journal(log, adaptation, position.step, quiet))
         for done in range(position.step + 1, adaptation.num_steps + 1):
-            batch = make_batch(dataset[done - 1], adaptation.accumulation, vocabulary)
+            batch = make_batch(dataset[done - 1], adaptation.num_parts, vocabulary)
             state, metrics = step(state, frozen, place_batch(program, batch))
             journal.record(done, metrics)
             if done % checkpoint_every == 0 or done == adaptation.steps:
@@ -169,17 +173,27 @@ def _gather(leaf: Array) -> Array:
     return leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
 
 
-def _resolve(adaptation: Adaptation, sequences: Sequences) -> Adaptation:
-    """The same with everything said that follows from data and device."""
-    dtype = adaptation.compute_dtype
+def _resolve(adaptation: Adaptation, sequences: Sequences, mesh: Mesh) -> Adaptation:
+    """The same with everything said that follows from data and devices."""
+    is_cpu, dtype, parts = jax.default_backend() == "cpu", adaptation.compute_dtype, adaptation.accumulation
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if is_cpu else "bfloat16"
+    if parts is None:
+        rows, rest = divmod(adaptation.batch_size, mesh.shape.get("data", 1))
+        parts = _parts(rows, sequences.tokens.shape[1]) if is_cpu and not rest else 1
     return dataclasses.replace(
         adaptation,
         steps=adaptation.steps or max(1, len(sequences) // adaptation.batch_size),
         sequence_length=sequences.tokens.shape[1],
         compute_dtype=dtype,
+        accumulation=parts,
     )
+
+
+def _parts(rows: int, length: int) -> int:
+    """The most parts of a device's sequences with `TOKENS_AT_A_TIME` each, 1 where there are fewer."""
+    divisors = (parts for parts in range(rows, 1, -1) if rows % parts == 0)
+    return next((parts for parts in divisors if rows // parts * length >= TOKENS_AT_A_TIME), 1)
 
 
 def _make_directory(path: str | os.PathLike) -> pathlib.Path:
