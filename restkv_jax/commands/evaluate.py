@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -46,6 +45,7 @@ from restkv_jax.evaluate.results import (
 from restkv_jax.evaluate.sweep import as_first, check_sweep, run_sweep
 from restkv_jax.loading import Loaded, load_checkpoint
 from restkv_jax.models.digest import checksum
+from restkv_jax.progress import make_progress
 
 HEARTBEAT_SECONDS = 30
 """Without a sign of life from a process after which the others end."""
@@ -143,7 +143,7 @@ def _sweep(options: EvaluateOptions, grid: Grid, settings: RunSettings) -> None:
     _open(options.output, grid, checksum(loaded.params))
     # a batch may take minutes, and the time left is estimated from several
     is_silent = options.quiet or not is_first
-    with Progress(*COLUMNS, console=Console(stderr=True), disable=is_silent, speed_estimate_period=3600) as bar:
+    with make_progress(*COLUMNS, quiet=is_silent, speed_estimate_period=3600) as bar:
         shown = bar.add_task("", total=None)
         show = lambda done, total: bar.update(shown, completed=done, total=total)  # noqa: E731
         run_sweep(loaded, grid, options.output, settings, show)

@@ -35,7 +35,7 @@ class PlotOptions(PromptOptions):
 def run(args: Sequence[str]) -> None:
     """Writes the picture, and says where."""
     options = parse(PlotOptions, args, "restkv plot")
-    _check_output(options.output)
+    check_picture("--output", options.output)
     with as_usage_error():
         policies = _policies(options)
     (model, params, tokenizer), text, tokens = load_prompt(options)
@@ -58,13 +58,18 @@ def _policies(options: PlotOptions) -> dict[str, EvictionPolicy]:
     return {name: make_policy(name, budget if takes_budget(name) else {}) for name in options.methods}
 
 
-def _check_output(path: pathlib.Path) -> None:
+def check_picture(option: str, path: pathlib.Path) -> None:
+    """Refuses a path where no picture can be written.
+
+    Raises:
+      UsageError: no such directory, or a suffix of another kind of file; names the option.
+    """
     if not path.resolve().parent.is_dir():
         raise UsageError(
-            f"--output {str(path)!r}: the directory {str(path.resolve().parent)!r} does not exist; create it first"
+            f"{option} {str(path)!r}: the directory {str(path.resolve().parent)!r} does not exist; create it first"
         )
     suffixes = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.removeprefix(".") not in suffixes:
         raise UsageError(
-            f"--output {str(path)!r} does not end in the suffix of a picture; choose from {', '.join(suffixes)}"
+            f"{option} {str(path)!r} does not end in the suffix of a picture; choose from {', '.join(suffixes)}"
         )

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
+from restkv_jax.commands import pod_groups
 from restkv_jax.commands.options import FLAT, UsageError, as_usage_error, parse
 from restkv_jax.commands.progress import show_while
 from restkv_jax.loading import load_checkpoint
@@ -19,6 +20,7 @@ USAGE = """usage: restkv pod COMMAND [OPTIONS]
 Distant tokens share keys across layers (PoD).
 
 commands:
+  groups  find the layers that attend alike, on sample texts
   adapt   train a model further with shared keys, or without them to compare
 
 `restkv pod COMMAND --help` lists a command's options."""
@@ -36,8 +38,8 @@ class AdaptOptions:
       output: directory of the run: model/ with the result, metrics.jsonl, checkpoints/.
       model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes
         with the package if left out.
-      groups: the layers that share keys, the file or its directory, as `LayerGroups.save` writes them; a model that was
-        adapted before goes on with its own.
+      groups: the layers that share keys, the file or its directory, as `restkv pod groups` writes them; a model that
+        was adapted before goes on with its own.
       dense: train the ordinary model instead, to compare.
       sink: first tokens whose keys are not shared.
       recent: last tokens whose keys are not shared.
@@ -66,7 +68,7 @@ def run(args: Sequence[str]) -> None:
     Raises:
       UsageError: an unknown command, or input that the command cannot work with.
     """
-    commands = {"adapt": run_adapt}
+    commands = {"groups": pod_groups.run, "adapt": run_adapt}
     if args and args[0] in ("--help", "-h"):
         print(USAGE)
         return
@@ -103,6 +105,7 @@ def run_adapt(args: Sequence[str]) -> None:
             mesh=mesh,
             save_dtype=options.save_dtype,
             checkpoint_every=options.checkpoint_every,
+            donate=True,
             quiet=options.quiet,
         )
     if not options.quiet:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 import restkv_jax as rk
 from restkv_jax.models.sampling_defaults import SamplingDefaults, read_sampling
 
-LLAMA = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5]}
+LLAMA = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05, "eos_token_id": [2, 5]}
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,13 @@ def test_they_are_read_from_a_directory_and_saved_again(tmp_path):
     assert not (tmp_path / "plain" / "generation_config.json").exists()
     (tmp_path / "plain" / "generation_config.json").write_text(json.dumps(LLAMA))
     model, params, _ = rk.load_model(tmp_path / "plain")
-    assert model.config.sampling == SamplingDefaults(temperature=0.6, top_p=0.9, do_sample=True)
+    assert model.config.sampling == SamplingDefaults(
+        temperature=0.6, top_p=0.9, do_sample=True, others='{"repetition_penalty": 1.05}'
+    )
     rk.save_model(tmp_path / "again", model, params)
     assert rk.load_model(tmp_path / "again")[0].config == model.config
     theirs = GenerationConfig.from_pretrained(tmp_path / "again")
-    assert (theirs.do_sample, theirs.temperature, theirs.top_p) == (True, 0.6, 0.9)
+    assert (theirs.do_sample, theirs.temperature, theirs.top_p, theirs.repetition_penalty) == (True, 0.6, 0.9, 1.05)
     assert (theirs.eos_token_id, theirs.pad_token_id) == ([2, 5], 0)
 
 

@@ -16,6 +16,7 @@ from restkv_jax.models.decoder import logits, read
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.models.tensors import flatten
 from restkv_jax.pod import Adaptation, LayerGroups, Sharing, adapt
+from restkv_jax.pod.adaptation import runs
 from restkv_jax.pod.adaptation.loss import next_token_loss
 from restkv_jax.pod.adaptation.program import make_program
 from restkv_jax.pod.adaptation.training import learning_rate
@@ -95,8 +96,10 @@ def test_toy_text_is_learned(model, params):
 def test_accumulation_is_a_larger_batch(model, params):
     weights = np.random.default_rng(1).uniform(size=(4, 24)) * (np.arange(24) > np.array([[3], [9], [15], [20]]))
     data = {"tokens": tokens(96).reshape(4, 24), "weights": weights}
-    whole = adapt(model, params, data, SHARING, adaptation=SHORT, quiet=True)
-    parts = adapt(model, params, data, SHARING, adaptation=dataclasses.replace(SHORT, accumulation=4), quiet=True)
+    whole, parts = (
+        adapt(model, params, data, SHARING, adaptation=dataclasses.replace(SHORT, accumulation=parts), quiet=True)
+        for parts in (1, 4)
+    )
     # Adam divides by the size of a gradient, so where it is near zero, rounding counts
     assert_close(whole, parts, atol=1e-4)
     assert not np.allclose(whole["embedding"], params["embedding"])
@@ -110,6 +113,11 @@ def test_bfloat16_products_and_float32_weights(model, params):
     assert all(leaf.dtype == jnp.float32 for leaf in after.values())
     # three steps of at most 1e-5 each, which bfloat16 could not add to weights of 0.02
     assert min(moves.values()) > 1e-7 and max(moves.values()) < 4e-5
+
+
+@pytest.mark.parametrize(("rows", "length", "parts"), [(8, 2048, 8), (8, 512, 4), (6, 600, 3), (4, 24, 1), (1, 9, 1)])
+def test_parts_on_a_cpu(rows, length, parts):
+    assert runs._parts(rows, length) == parts
 
 
 def test_loss_in_chunks_is_the_loss_of_all_logits(model, params):

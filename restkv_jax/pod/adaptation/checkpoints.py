@@ -33,8 +33,14 @@ def open_checkpoints(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]
     Raises:
       OSError: during the run, something could not be read or written; the message says what survived.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, cleanup_tmp_directories=True)
-    manager = ocp.CheckpointManager(directory.resolve(), options=options)
+    # a step cannot take the place of arrays that are being written, so on a CPU one beside would need a second state
+    beside_steps = jax.default_backend() != "cpu"
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=KEEP, cleanup_tmp_directories=True, enable_async_checkpointing=beside_steps
+    )
+    # weights hardly get smaller by compression, which takes time and memory
+    handlers = {"state": ocp.PyTreeCheckpointHandler(use_compression=False), "run": ocp.JsonCheckpointHandler()}
+    manager = ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handlers)
     try:
         yield manager
         with _as_disk_error():
@@ -47,13 +53,13 @@ def open_checkpoints(directory: pathlib.Path) -> Iterator[ocp.CheckpointManager]
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, position: Position, configuration: dict[str, Any]) -> None:
-    """Copies the state to the host and starts writing it, after the checkpoint before is complete.
+    """Writes the state; from an accelerator it is copied to the host, and written while steps go on.
 
     Raises:
       OSError: the one before, or this one, could not be written.
     """
     description = {"position": position._asdict(), "configuration": configuration}
-    kinds = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(description))
+    kinds = ocp.args.Composite(state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(description))
     with _as_disk_error():
         manager.save(position.step, args=kinds)
 
@@ -81,8 +87,9 @@ def restore(
             f"{str(manager.directory)!r} holds checkpoints of another configuration: {'; '.join(differences)}; give "
             "another output directory, or remove these checkpoints to start anew"
         )
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
+    places = ocp.checkpoint_utils.construct_restore_args(state)
+    shapes = ocp.args.PyTreeRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state), places)
+    restored = manager.restore(step, args=ocp.args.Composite(state=shapes))["state"]
     return restored, Position(**description["position"])
 
 

@@ -1,4 +1,4 @@
-"""What a run shows of itself: metrics as JSON lines, and a progress bar."""
+"""What a run shows of itself: metrics as JSON lines, and its progress."""
 
 import contextlib
 import json
@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from restkv_jax.models.files import written_whole
 from restkv_jax.pod.adaptation.recipe import Adaptation
 from restkv_jax.pod.adaptation.training import Metrics, learning_rate
+from restkv_jax.progress import make_progress
 
 COLUMNS = (
     TextColumn("training"),
@@ -90,7 +90,7 @@ def open_journal(path: pathlib.Path | None, adaptation: Adaptation, done: int, q
         if path is not None:
             _forget_after(path, done)
             file = stack.enter_context(path.open("a"))
-        bar = stack.enter_context(Progress(*COLUMNS, console=Console(stderr=True), disable=quiet))
+        bar = stack.enter_context(make_progress(*COLUMNS, quiet=quiet))
         bar.add_task("", total=adaptation.steps, completed=done, status="")
         yield Journal(file, bar, adaptation)
 

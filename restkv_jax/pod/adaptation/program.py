@@ -37,6 +37,7 @@ def make_program(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> Program:
       ValueError: a batch or a model that the mesh does not divide, a pattern that matches no parameter.
     """
     _check_mesh(adaptation, mesh)
+    rows = adaptation.batch_size // adaptation.num_parts // mesh.shape["data"]
     mesh = divided_mesh(model, automatic(mesh))
     state, frozen = _state_shapes(model, adaptation, mesh)
     step = functools.partial(
@@ -44,8 +45,9 @@ def make_program(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> Program:
         forward=lambda params, tokens: read(model, params, tokens, checkpoint=True)[0],
         model=model,
         optimizer=make_optimizer(adaptation),
+        clip_norm=adaptation.clip_norm,
         compute_dtype=jnp.dtype(adaptation.compute_dtype),
-        loss_chunk=adaptation.loss_chunk,
+        loss_chunk=-(-adaptation.loss_chunk // rows),
     )
     replicated = NamedSharding(mesh, PartitionSpec())
     out = jax.tree.map(lambda leaf: leaf.sharding, state), Metrics(replicated, replicated)
@@ -74,26 +76,25 @@ def _state_shapes(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> tuple[T
 
 
 def _batch_shapes(adaptation: Adaptation, mesh: Mesh) -> Batch:
-    parts = adaptation.accumulation
+    parts = adaptation.num_parts
     shape = parts, adaptation.batch_size // parts, adaptation.sequence_length
     over_data = NamedSharding(mesh, PartitionSpec(None, "data"))
     return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=over_data) for dtype in (jnp.int32, jnp.float32)))
 
 
 def initial_state(program: Program, params: Any, adaptation: Adaptation) -> TrainState:
-    """The state before the first step; the parameters are copied."""
-    trained = place_params(program.state.params, params)
+    """The state before the first step; the parameters are copied, as steps donate their state."""
+    trained = place_params(program.state.params, params, copy=True)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.optimizer)
     return TrainState(trained, jax.jit(make_optimizer(adaptation).init, out_shardings=shardings)(trained))
 
 
-def place_params(shapes: Mapping[str, Any], params: Any) -> dict[str, Array]:
-    """Copies of the parameters that `shapes` names, in its dtypes and shardings."""
+def place_params(shapes: Mapping[str, Any], params: Any, copy: bool = False) -> dict[str, Array]:
+    """The parameters that `shapes` names, in its dtypes and shardings; with `copy` none are shared with those given."""
     flat = flatten(params)
-    # A copy even where dtype and device stay: steps donate their state, and `device_put` to several devices may keep
-    # the array that it is given as one of the replicas.
+    # `device_put` to several devices may keep the array that it is given as one of the replicas, so it cannot copy
     return {
-        name: jax.device_put(jnp.array(flat[name], shape.dtype, copy=True), shape.sharding)
+        name: jax.device_put(jnp.array(flat[name], shape.dtype, copy=copy), shape.sharding)
         for name, shape in shapes.items()
     }
 
@@ -112,9 +113,9 @@ def place_batch(program: Program, batch: Batch) -> Batch:
 def _check_mesh(adaptation: Adaptation, mesh: Mesh) -> None:
     if set(mesh.axis_names) != {"data", "model"}:
         raise ValueError(f"mesh has axes {mesh.axis_names}; expected 'data' and 'model', as make_mesh gives")
-    rows, parts = adaptation.batch_size // adaptation.accumulation, mesh.shape["data"]
+    rows, parts = adaptation.batch_size // adaptation.num_parts, mesh.shape["data"]
     if rows % parts:
         raise ValueError(
-            f"batch_size={adaptation.batch_size} in accumulation={adaptation.accumulation} parts is {rows} sequences, "
+            f"batch_size={adaptation.batch_size} in accumulation={adaptation.num_parts} parts is {rows} sequences, "
             f"which the mesh's data axis, {parts}, must divide; change the batch size or make the model axis larger"
         )

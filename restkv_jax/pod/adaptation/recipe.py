@@ -17,6 +17,7 @@ class Adaptation:
       sequence_length: tokens per sequence. Left out, that of the rows of a two-dimensional array, else the model's
         maximum, at most 32,768.
       accumulation: parts of the batch that go through the model one after the other; less memory, the same gradient.
+        Left out, it is 1, on a CPU as many as leave each at least 1,024 tokens, which keep it busy.
       learning_rate: the highest; AdamW's.
       warmup: share of the steps over which the rate rises to it; then it falls to zero along a cosine.
       weight_decay: AdamW's, of matrices.
@@ -25,14 +26,14 @@ class Adaptation:
         "query_projection|key_projection".
       compute_dtype: of activations and of the weights in products; the weights themselves are trained in float32.
         "auto" is bfloat16, on a CPU float32.
-      loss_chunk: tokens of a sequence whose logits exist at one time.
+      loss_chunk: tokens whose logits exist at one time on a device.
       seed: of the order of the sequences.
     """
 
     steps: int | None = None
     batch_size: int = 8
     sequence_length: int | None = None
-    accumulation: int = 1
+    accumulation: int | None = None
     learning_rate: float = 1e-5
     warmup: float = 0.05
     weight_decay: float = 0.1
@@ -48,16 +49,22 @@ class Adaptation:
         assert self.steps is not None
         return self.steps
 
+    @property
+    def num_parts(self) -> int:
+        """`accumulation`, 1 where it is left out."""
+        return self.accumulation or 1
+
     def __post_init__(self):
         check_integer("batch_size", self.batch_size, 1, "sequences per step")
-        check_integer("accumulation", self.accumulation, 1, "parts of the batch")
         check_integer("loss_chunk", self.loss_chunk, 1, "tokens whose logits exist at one time")
         check_integer("seed", self.seed, 0, "of the order of the sequences")
+        if self.accumulation is not None:
+            check_integer("accumulation", self.accumulation, 1, "parts of the batch")
         if self.steps is not None:
             check_integer("steps", self.steps, 1, "of the optimizer")
         if self.sequence_length is not None:
             check_integer("sequence_length", self.sequence_length, 2, "one token predicts the next")
-        if self.batch_size % self.accumulation:
+        if self.batch_size % self.num_parts:
             raise ValueError(f"accumulation={self.accumulation} must divide batch_size={self.batch_size}")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:

@@ -30,6 +30,9 @@ from restkv_jax.pod.adaptation.recipe import Adaptation
 
 SAVE_DTYPES = ("bfloat16", "float32")
 
+TOKENS_AT_A_TIME = 1024
+"""That keep a CPU busy: more at a time take more memory and are no faster."""
+
 MODEL = "model"
 """The adapted model in the directory of a run."""
 
@@ -47,6 +50,7 @@ def adapt(
     mesh: Mesh | None = None,
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16",
     checkpoint_every: int = 100,
+    donate: bool = False,
     quiet: bool = False,
 ) -> Any:
     """Trains a model further on next tokens, with the keys of distant tokens shared across layers.
@@ -55,7 +59,7 @@ def adapt(
 
     Args:
       model: a `Decoder`.
-      params: its parameters; they are not changed.
+      params: its parameters; they are not changed, unless `donate` gives up those that are trained.
       data: text files, or a token array with or without weights of the tokens: see `read_sequences`.
       sharing: to use instead of the model's own; a model without one is trained as it is, the fair comparison.
       adaptation: how to train.
@@ -66,6 +70,8 @@ def adapt(
         devices on `data` by default.
       save_dtype: of the weights in `model/`.
       checkpoint_every: steps between checkpoints; the last step has one anyway.
+      donate: frees the parameters that are trained once the run has its copy of them; they must be JAX arrays, which
+        cannot be used afterwards.
       quiet: shows no progress.
 
     Returns:
@@ -85,13 +91,14 @@ def adapt(
     sequences = read_sequences(data, adaptation.sequence_length, longest, tokenizer, output)
     for arrays in sequences.sample():  # the others when their turn comes
         check_vocabulary(arrays["tokens"], model.config.vocab_size)
-    adaptation = _resolve(adaptation, sequences)
+    mesh = make_mesh() if mesh is None else mesh
+    adaptation = _resolve(adaptation, sequences, mesh)
     if sharing is not None:
         sharing.groups.check_model(model.config)
         model = model.clone(sharing=sharing)
-    program = make_program(model, adaptation, make_mesh() if mesh is None else mesh)
+    program = make_program(model, adaptation, mesh)
     configuration = describe(model, params, sequences, adaptation)
-    trained = _train(program, params, sequences, adaptation, configuration, output, checkpoint_every, quiet)
+    trained = _train(program, params, sequences, adaptation, configuration, output, checkpoint_every, donate, quiet)
     result = unflatten(flatten(params) | trained)
     if output is not None:
         _export(output / MODEL, model, result, tokenizer, save_dtype)
@@ -118,6 +125,7 @@ def _train(
     configuration: dict[str, Any],
     output: pathlib.Path | None,
     checkpoint_every: int,
+    donate: bool,
     quiet: bool,
 ) -> dict[str, Array]:
     """Runs the steps that are left and returns the trained parameters."""
@@ -128,6 +136,9 @@ def _train(
         manager = stack.enter_context(open_checkpoints(output / "checkpoints")) if output else None
         restored = restore(manager, program.state, configuration) if manager else None
         state, position = restored or (initial_state(program, params, adaptation), Position(0, 0, adaptation.seed))
+        if donate:
+            for name in state.params:
+                flatten(params)[name].delete()
         if position.step == adaptation.steps:
             return state.params
         frozen = place_params(program.frozen, params)
@@ -136,7 +147,7 @@ def _train(
         quiet = quiet or not is_first_process
         journal = stack.enter_context(open_journal(log, adaptation, position.step, quiet))
         for done in range(position.step + 1, adaptation.num_steps + 1):
-            batch = make_batch(dataset[done - 1], adaptation.accumulation, vocabulary)
+            batch = make_batch(dataset[done - 1], adaptation.num_parts, vocabulary)
             state, metrics = step(state, frozen, place_batch(program, batch))
             journal.record(done, metrics)
             if done % checkpoint_every == 0 or done == adaptation.steps:
@@ -162,17 +173,27 @@ def _gather(leaf: Array) -> Array:
     return leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
 
 
-def _resolve(adaptation: Adaptation, sequences: Sequences) -> Adaptation:
-    """The same with everything said that follows from data and device."""
-    dtype = adaptation.compute_dtype
+def _resolve(adaptation: Adaptation, sequences: Sequences, mesh: Mesh) -> Adaptation:
+    """The same with everything said that follows from data and devices."""
+    is_cpu, dtype, parts = jax.default_backend() == "cpu", adaptation.compute_dtype, adaptation.accumulation
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if is_cpu else "bfloat16"
+    if parts is None:
+        rows, rest = divmod(adaptation.batch_size, mesh.shape.get("data", 1))
+        parts = _parts(rows, sequences.tokens.shape[1]) if is_cpu and not rest else 1
     return dataclasses.replace(
         adaptation,
         steps=adaptation.steps or max(1, len(sequences) // adaptation.batch_size),
         sequence_length=sequences.tokens.shape[1],
         compute_dtype=dtype,
+        accumulation=parts,
     )
+
+
+def _parts(rows: int, length: int) -> int:
+    """The most parts of a device's sequences with `TOKENS_AT_A_TIME` each, 1 where there are fewer."""
+    divisors = (parts for parts in range(rows, 1, -1) if rows % parts == 0)
+    return next((parts for parts in divisors if rows // parts * length >= TOKENS_AT_A_TIME), 1)
 
 
 def _make_directory(path: str | os.PathLike) -> pathlib.Path:

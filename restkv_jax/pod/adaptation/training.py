@@ -59,15 +59,12 @@ def learning_rate(adaptation: Adaptation) -> optax.Schedule:
 
 
 def make_optimizer(adaptation: Adaptation) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm; `steps` must be given."""
+    """AdamW (Loshchilov & Hutter 2019); `steps` must be given."""
 
     def is_decayed(params: dict[str, Array]) -> dict[str, bool]:
         return {name: name.endswith(("projection", "embedding")) for name in params}
 
-    return optax.chain(
-        optax.clip_by_global_norm(adaptation.clip_norm),
-        optax.adamw(learning_rate(adaptation), b2=BETA2, weight_decay=adaptation.weight_decay, mask=is_decayed),
-    )
+    return optax.adamw(learning_rate(adaptation), b2=BETA2, weight_decay=adaptation.weight_decay, mask=is_decayed)
 
 
 def train_step(
@@ -78,6 +75,7 @@ def train_step(
     forward: Callable[[Any, Array], Array],
     model: Any,
     optimizer: optax.GradientTransformation,
+    clip_norm: float,
     compute_dtype: Any,
     loss_chunk: int,
 ) -> tuple[TrainState, Metrics]:
@@ -90,23 +88,33 @@ def train_step(
       forward: parameters and tokens int32 [b, T] to hidden states [b, T, M].
       model: the `Decoder`.
       optimizer: of `state`.
+      clip_norm: to which the gradient's norm over all parameters is clipped.
       compute_dtype: of activations.
-      loss_chunk: tokens whose logits exist at one time.
+      loss_chunk: tokens of a sequence whose logits exist at one time.
     """
+
+    total = jnp.maximum(batch.weights[:, :, 1:].sum(), jnp.finfo(jnp.float32).tiny)
 
     def part_loss(trained: dict[str, Array], part: Batch) -> Array:
         params = unflatten(frozen | trained)
         rounded = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
         hidden = forward(rounded, part.tokens)
-        return next_token_loss(model, params, hidden, part.tokens, part.weights, loss_chunk)
+        # divided here, as the quotient of the gradients would be another copy of them
+        return next_token_loss(model, params, hidden, part.tokens, part.weights, loss_chunk) / total
 
-    def add_part(sums: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(part_loss)(state.params, part)), None
-
-    zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
-    sums, _ = jax.lax.scan(add_part, zeros, batch)
-    total = jnp.maximum(batch.weights[:, :, 1:].sum(), jnp.finfo(jnp.float32).tiny)
-    loss, gradient = jax.tree.map(lambda x: x / total, sums)
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+    loss, gradient = _sum_over_parts(lambda part: jax.value_and_grad(part_loss)(state.params, part), batch)
+    norm = optax.tree.norm(gradient)
+    # a product, which becomes part of what follows; optax clips by a quotient, for which XLA makes a copy
+    clipped = optax.tree.scale(jnp.minimum(1, clip_norm / norm), gradient)
+    updates, optimizer_state = optimizer.update(clipped, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    return TrainState(params, optimizer_state), Metrics(loss, optax.tree.norm(gradient))
+    return TrainState(params, optimizer_state), Metrics(loss, norm)
+
+
+def _sum_over_parts(function: Callable[[Batch], Any], batch: Batch) -> Any:
+    """The sum of a function's values for the parts of a batch; that of one part needs no second place for a sum."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if len(batch.tokens) == 1:
+        return function(first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(part)), None), zeros, batch)[0]
