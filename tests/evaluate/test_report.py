@@ -20,10 +20,11 @@ from restkv_jax.evaluate.report.plots import FULL_COLOR, plot_accuracy, plot_cos
 from restkv_jax.evaluate.report.summary import (
     Scenario,
     collect,
-    compare_variants,
+    Pair,
+    compare,
     estimate,
     rank_within,
-    variant_configs,
+    variants,
 )
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, text_of
 from restkv_jax.evaluate.results import (
@@ -203,14 +204,13 @@ def test_tests_are_mcnemars_with_holms_correction(directory, results):
 
 def test_variants_compare_the_prompts_that_both_have(results):
     scores = collect(results)
-    variants = variant_configs(GRID)
-    assert variants == {CacheConfig("restkv(temporal=mean)", b): CacheConfig("restkv", b) for b in GRID.budgets}
+    assert variants(GRID) == [Pair("restkv(temporal=mean)", "restkv")]
     scenario = Scenario("single", 256)
     fewer = {
         scenario: scores[scenario]
         | {CacheConfig("restkv", "64"): dict(list(scores[scenario][CacheConfig("restkv", "64")].items())[:5])}
     }
-    compared = compare_variants(fewer, variants, [scenario])
+    compared = compare(fewer, variants(GRID), GRID.budgets, [scenario])
     assert [c.difference.count for c in compared.values()] == [36, 5]
 
 
