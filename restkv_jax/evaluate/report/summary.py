@@ -10,6 +10,7 @@ import numpy as np
 from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs, parse_method
 from restkv_jax.evaluate.report.statistics import Interval, bootstrap_interval, holm, paired_test
 from restkv_jax.evaluate.results import Results
+from restkv_jax.eviction.presets import takes_budget
 
 SIGNIFICANT = 0.05
 """Corrected p values below this are called differences."""
@@ -47,8 +48,9 @@ class Pair(NamedTuple):
     theirs: str
 
     def at(self, budget: str) -> tuple[CacheConfig, CacheConfig]:
-        """Both with that budget."""
-        return CacheConfig(self.ours, budget), CacheConfig(self.theirs, budget)
+        """Both with that budget; the full cache without one."""
+        ours, theirs = (CacheConfig(m, budget if takes_budget(parse_method(m).name) else None) for m in self)
+        return ours, theirs
 
 
 class Comparison(NamedTuple):
