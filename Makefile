@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
 
 report: $(VENV)/.demo
-	$(BIN)/restkv evaluate --grid docs/report/grid.yaml --errors --rates --output build/report
+	$(BIN)/restkv evaluate --grid docs/report/grid.yaml --output build/report
 	cp build/report/report.md build/report/*.png docs/report/
 
 # Many hours; it goes on where it was stopped, from what docs/report-real has measured.
