@@ -83,7 +83,7 @@ def measure(results: pathlib.Path) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     for grid in GRIDS:
         options = ["--grid", grid, "--model", model.name, "--output", results / grid.stem]
-        command = [sys.executable, "-m", "restkv_jax", "evaluate", *options, "--no-costs", "--quiet"]
+        command = [sys.executable, "-m", "restkv_jax", "evaluate", *options, "--batch-size=5", "--no-costs", "--quiet"]
         # beside the model, so that the results name it without this machine's folders
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with subprocess.Popen(command, cwd=model.parent, env=environment) as sweep:
@@ -95,6 +95,8 @@ def measure(results: pathlib.Path) -> None:
             finally:
                 sweep.terminate()
         print(f"{grid.stem}: exit {sweep.returncode}", flush=True)
+        if sweep.returncode < 0:
+            sys.exit(f"{grid.stem} was killed; start again, and it goes on")
 
 
 def pack(results: pathlib.Path) -> None:
