@@ -8,14 +8,20 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo report test test-slow lint format wheel clean
+.PHONY: demo report report-real test test-slow lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
 
 report: $(VENV)/.demo
-	$(BIN)/restkv evaluate --grid docs/report/grid.yaml --errors --rates --output build/report
+	$(BIN)/restkv evaluate --grid docs/report/grid.yaml --output build/report
 	cp build/report/report.md build/report/*.png docs/report/
+
+# Many hours; it goes on where it was stopped, from what docs/report-real has measured.
+report-real: $(VENV)/.demo
+	$(BIN)/python scripts/report_real.py measure
+	$(BIN)/python scripts/report_real.py pack
+	$(BIN)/python scripts/report_real.py report
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow"

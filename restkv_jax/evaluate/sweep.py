@@ -163,13 +163,16 @@ def _only_writer(path: pathlib.Path) -> Iterator[IO[str]]:
 
 
 def batches(found: Sequence[PromptSet], settings: RunSettings) -> list[tuple[PromptSet, int, int]]:
-    """All batches: prompt set, number of the batch in it, prompts."""
+    """All batches: prompt set, number of the batch in it, prompts.
+
+    Shortest prompts first, and of one length a batch of each task in turn: a sweep that is stopped has as much of each.
+    """
     units = []
     for prompt_set in found:
         size = even_size(prompt_set.num_prompts, settings.batch_size)
         starts = range(0, prompt_set.num_prompts, size)
         units += [(prompt_set, n, min(size, prompt_set.num_prompts - start)) for n, start in enumerate(starts)]
-    return units
+    return sorted(units, key=lambda unit: (unit[0].length, unit[1]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -195,7 +198,7 @@ def prompt_sets(grid: Grid, tokenizer: Any) -> list[PromptSet]:
     return sorted(found, key=lambda prompt_set: prompt_set.length)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=64)
 def encode_prompts(grid: Grid, tokenizer: Any, prompt_set: PromptSet) -> EncodedPrompts:
     """The prompts of a prompt set."""
     task, length, _, count = prompt_set

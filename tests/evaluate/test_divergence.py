@@ -17,6 +17,7 @@ pytest.importorskip("yaml")
 import restkv_jax as rk
 from restkv_jax.commands.cli import main
 from restkv_jax.evaluate.grid import Grid, policies
+from restkv_jax.evaluate.report.plots import plot_divergence
 from restkv_jax.evaluate.report.summary import rank_divergences
 from restkv_jax.evaluate.results import read_lines, read_results
 from restkv_jax.evaluate.sweep import prompt_set_seed
@@ -128,6 +129,16 @@ def test_table_has_means_and_standard_errors_and_the_lowest_is_best(sweep, capsy
     standings = rank_divergences(by_config, list(by_config))
     best = min(by_config, key=lambda config: nats[config.label].mean())
     assert [config for config, standing in standings.items() if standing.is_best] == [best]
+
+
+def test_picture_has_means_by_budget_with_standard_errors(sweep):
+    results = read_results(sweep)
+    nats = [values.nats for cell, values in results.divergences.items() if cell.config.method == METHODS[1]]
+    axis = plot_divergence(results, METHODS[1:2]).axes[0]
+    np.testing.assert_allclose(axis.get_lines()[0].get_ydata(), [values.mean() for values in nats])
+    ((_, low), (_, high)) = axis.collections[0].get_segments()[0]
+    assert high - low == pytest.approx(2 * nats[0].std(ddof=1) / COUNT**0.5)
+    assert axis.get_title(loc="left") == f"divergence, {LENGTH} tokens"
 
 
 @pytest.mark.slow

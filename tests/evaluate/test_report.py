@@ -12,18 +12,20 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from restkv_jax.commands.cli import main
+from restkv_jax.evaluate.combining import combine
 from restkv_jax.evaluate.example import plot_example
 from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs
 from restkv_jax.evaluate.report import write_report
 from restkv_jax.evaluate.report.page import missing_prompts, rerun_command
 from restkv_jax.evaluate.report.plots import FULL_COLOR, plot_accuracy, plot_costs, plot_needle_map
 from restkv_jax.evaluate.report.summary import (
+    Pair,
     Scenario,
     collect,
-    compare_variants,
+    compare,
     estimate,
     rank_within,
-    variant_configs,
+    variants,
 )
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, text_of
 from restkv_jax.evaluate.results import (
@@ -52,7 +54,7 @@ GRID = Grid(
 )
 SMALL = Grid(tasks=("single",), methods=("restkv",), budgets=("64",), lengths=(256,), prompts=3)
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-CHANCES = {"full": 0.95, "restkv": 0.8, "snapkv": 0.3, "restkv(temporal=mean)": 0.7}
+CHANCES = {"full": 0.95, "restkv": 0.8, "snapkv": 0.3, "restkv(temporal=mean)": 0.7, "h2o": 0.5}
 
 
 def make_sweep(directory, grid=GRID, costs=True, stop_after=None):
@@ -203,14 +205,13 @@ def test_tests_are_mcnemars_with_holms_correction(directory, results):
 
 def test_variants_compare_the_prompts_that_both_have(results):
     scores = collect(results)
-    variants = variant_configs(GRID)
-    assert variants == {CacheConfig("restkv(temporal=mean)", b): CacheConfig("restkv", b) for b in GRID.budgets}
+    assert variants(GRID) == [Pair("restkv(temporal=mean)", "restkv")]
     scenario = Scenario("single", 256)
     fewer = {
         scenario: scores[scenario]
         | {CacheConfig("restkv", "64"): dict(list(scores[scenario][CacheConfig("restkv", "64")].items())[:5])}
     }
-    compared = compare_variants(fewer, variants, [scenario])
+    compared = compare(fewer, variants(GRID), GRID.budgets, [scenario])
     assert [c.difference.count for c in compared.values()] == [36, 5]
 
 
@@ -406,3 +407,44 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, name):
     assert main(["report", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert f"{str(tmp_path)!r} cannot be written (No space left on device); make room" in err and err.count("\n") == 1
+
+
+def test_named_pairs_are_compared_and_no_method_is_left_out(tmp_path, capsys):
+    make_sweep(tmp_path, costs=False)
+    drawn = "snapkv", "restkv(temporal=mean)"
+    assert main(["report", str(tmp_path), "--pairs", "snapkv > restkv(temporal=mean)", "--draw", *drawn]) == 0
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert [row[0] for row in page.tables["multivalue", "256 tokens, 12 prompts"][1:]] == list(GRID.methods)
+    _, (name, *cells) = page.tables["Pairs of methods", "multivalue"]
+    assert name == "snapkv against restkv(temporal=mean)"
+    labels = "snapkv 64", "restkv(temporal=mean) 64"
+    ours, theirs = (
+        np.concatenate([match_shares(tmp_path, label, "multivalue", n) for n in GRID.lengths]) for label in labels
+    )
+    expected = 100 * (ours - theirs).mean()
+    assert float(cells[1].split()[0].replace("\N{MINUS SIGN}", "-")) == pytest.approx(expected, abs=0.051) and expected
+    assert ("Variants", "multivalue") not in page.tables
+
+
+@pytest.mark.parametrize(
+    "args", [("--pairs", "restkv"), ("--pairs", "restkv > h2o"), ("--pairs", "a > b > c"), ("--draw", "h2o")]
+)
+def test_pairs_and_pictures_of_other_methods_are_one_line(tmp_path, capsys, args):
+    make_sweep(tmp_path, SMALL, costs=False)
+    assert main(["report", str(tmp_path), *args]) == 2
+    error = capsys.readouterr().err
+    assert args[1] in error and "restkv" in error and error.count("\n") == 1
+
+
+def test_sweeps_of_other_methods_and_budgets_are_one(tmp_path, results):
+    few = dataclasses.replace(GRID, methods=("full", "h2o"), budgets=("10%", "64"))
+    other = read_results(make_sweep(tmp_path / "other", few, costs=False, stop_after=7))
+    both = combine([other, results])
+    assert both.grid.methods == ("full", "h2o", "restkv", "snapkv", "restkv(temporal=mean)")
+    assert both.grid.budgets == ("5%", "10%", "64")
+    assert set(both.cells) == set(other.cells) | set(results.cells)
+    for cell, scores in both.cells.items():
+        assert scores is (other if cell.config.method == "h2o" else results).cells[cell]
+    fresh = dataclasses.replace(results.grid, seed=1)
+    with pytest.raises(ValueError, match="seed is not the same in all sweeps"):
+        combine([results, results._replace(grid=fresh)])

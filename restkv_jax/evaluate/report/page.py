@@ -6,25 +6,28 @@ import importlib.resources
 import pathlib
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jinja2
 from matplotlib.figure import Figure
 
-from restkv_jax.evaluate.grid import Grid, conditions, is_file
+from restkv_jax.evaluate.grid import Grid, cache_configs, conditions, is_file
 from restkv_jax.evaluate.report.descriptions import describe
-from restkv_jax.evaluate.report.plots import plot_accuracy, plot_costs, plot_needle_map
+from restkv_jax.evaluate.report.plots import plot_accuracy, plot_costs, plot_divergence, plot_needle_map
 from restkv_jax.evaluate.report.summary import (
     SIGNIFICANT,
     Estimates,
+    Pair,
     base_configs,
     collect,
     collect_divergences,
     count_prompts,
     depth_cells,
     estimate_all,
+    parse_pair,
     rank_overall,
-    variant_configs,
+    variants,
 )
 from restkv_jax.evaluate.report.tables import (
     FROM_BEST,
@@ -33,11 +36,12 @@ from restkv_jax.evaluate.report.tables import (
     divergence_tables,
     error_tables,
     findings,
+    nats_difference,
+    pair_tables,
     ranking_table,
     rate_table,
     reading_table,
     score_tables,
-    variant_tables,
 )
 from restkv_jax.evaluate.results import Results, read_results, replace_text, writing
 
@@ -53,7 +57,35 @@ class Picture(NamedTuple):
     caption: str
 
 
-def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str = TITLE) -> pathlib.Path:
+class Selection(NamedTuple):
+    """What a report shows of a sweep: which pairs of methods it compares, and which methods it draws.
+
+    By default variants are compared with their base, and are in no other table and no picture.
+    """
+
+    pairs: Sequence[Pair] = ()
+    drawn: Sequence[str] | None = None
+
+
+def select(grid: Grid, pairs: Sequence[str] = (), drawn: Sequence[str] = ()) -> Selection:
+    """What a report shows, by names.
+
+    Raises:
+      ValueError: a pair that is not of this form, or methods that the grid does not have.
+    """
+    for method in drawn:
+        if method not in grid.methods:
+            raise ValueError(f"method {method!r} cannot be drawn; the sweep has {', '.join(grid.methods)}")
+    return Selection([parse_pair(text, grid) for text in pairs], tuple(drawn) or None)
+
+
+def write_report(
+    directory: pathlib.Path,
+    kept: Figure | None = None,
+    title: str = TITLE,
+    results: Results | None = None,
+    selection: Selection = Selection(),  # noqa: B008
+) -> pathlib.Path:
     """Writes report.html, which needs no other file, report.md and the pictures into the directory of a sweep.
 
     Args:
@@ -61,6 +93,8 @@ def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str
       kept: the picture of what is kept of one prompt, as `restkv_jax.plot.plot_kept` draws it; kept.png if there is one
         already, none otherwise.
       title: of the report.
+      results: to report on; those of the directory if left out.
+      selection: what to show of them.
 
     Returns:
       the path of report.html.
@@ -69,12 +103,13 @@ def write_report(directory: pathlib.Path, kept: Figure | None = None, title: str
       ValueError: no sweep in the directory, none of its prompts measured yet, files that are damaged or cannot be
         written.
     """
-    results = read_results(directory)
+    results = read_results(directory) if results is None else results
     if not results.cells and not results.divergences:
         raise ValueError(f"{str(directory)!r} has no results yet; run `restkv evaluate` first")
     estimates = estimate_all(collect(results))
     with writing(directory):
-        content = _content(results, estimates) | _draw(directory, results, estimates, kept)
+        content = _content(results, estimates, selection.pairs)
+        content |= _draw(directory, results, estimates, kept, selection.drawn)
     content |= {"title": title, "command": rerun_command(results.grid, directory)}
     templates = jinja2.Environment(
         loader=jinja2.FunctionLoader(
@@ -131,10 +166,11 @@ def escape_markdown(text: Any) -> str:
     return re.sub(r"([\\|<>*`\[\]])", r"\\\1", str(text))
 
 
-def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
+def _content(results: Results, estimates: Estimates, pairs: Sequence[Pair]) -> dict[str, Any]:
     """What both templates fill in, apart from the pictures."""
     grid = results.grid
-    scores, columns = collect(results), base_configs(grid)
+    scores, columns = collect(results), cache_configs(grid) if pairs else base_configs(grid)
+    divergences, compared = collect_divergences(results), pairs or variants(grid)
     rankings = {
         "Share of the answers said": rank_overall(scores, columns),
         "Prompts answered exactly: all answers and nothing else": rank_overall(collect(results, "exact"), columns),
@@ -152,10 +188,12 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
         "chat": grid.chat,
         "asks_after": grid.ask == "after",
         "findings": findings(grid, next(iter(rankings.values()))),
-        "score_tables": score_tables(grid, scores, estimates),
-        "divergence_tables": divergence_tables(grid, collect_divergences(results)),
+        "score_tables": score_tables(grid, scores, estimates, columns),
+        "divergence_tables": divergence_tables(grid, divergences, columns),
         "rankings": [ranking_table(grid, ranking, name) for name, ranking in rankings.items() if ranking],
-        "variant_tables": variant_tables(grid, scores) if variant_configs(grid) else [],
+        "pairs_title": "Pairs of methods" if pairs else "Variants",
+        "pair_tables": pair_tables(grid, scores, compared),
+        "nats_pair_tables": pair_tables(grid, divergences, compared, nats_difference),
         "error_tables": error_tables(grid, results.errors),
         "cost_tables": cost_tables(grid, results.costs) if results.costs else [],
         "reading_table": reading_table(results.read_seconds),
@@ -164,23 +202,33 @@ def _content(results: Results, estimates: Estimates) -> dict[str, Any]:
     }
 
 
-def _draw(directory: pathlib.Path, results: Results, estimates: Estimates, kept: Figure | None) -> dict[str, Any]:
+def _draw(
+    directory: pathlib.Path,
+    results: Results,
+    estimates: Estimates,
+    kept: Figure | None,
+    drawn: Sequence[str] | None,
+) -> dict[str, Any]:
     """Writes the pictures; those that the results have nothing for are left out."""
     accuracy = None
     if estimates:
         accuracy = Picture("accuracy.png", "The share of the answers said by each method as its budget grows.")
-        plot_accuracy(results, estimates).savefig(directory / accuracy.file, dpi=DPI)
+        plot_accuracy(results, estimates, drawn).savefig(directory / accuracy.file, dpi=DPI)
+    divergence = None
+    if results.divergences:
+        divergence = Picture("divergence.png", "The divergence from the full cache of each method as its budget grows.")
+        plot_divergence(results, drawn).savefig(directory / divergence.file, dpi=DPI)
     tasks = list(depth_cells(results))
     maps = []
     for task in tasks:
         name = re.sub(r"\W+", "_", task)
         file = "needle_map.png" if len(tasks) == 1 else f"needle_map_{name}.png"
         maps.append(Picture(file, f"{task}: where in the prompt, and at which length, the needle is found."))
-        plot_needle_map(results, task).savefig(directory / file, dpi=DPI)
+        plot_needle_map(results, task, drawn).savefig(directory / file, dpi=DPI)
     costs = None
     if results.costs is not None and results.costs.costs:
         costs = Picture("costs.png", "Bytes of the cache and time as the budget grows.")
-        plot_costs(results).savefig(directory / costs.file, dpi=DPI)
+        plot_costs(results, drawn).savefig(directory / costs.file, dpi=DPI)
     if kept is not None:
         kept.savefig(directory / KEPT, dpi=DPI)
     caption = (
@@ -190,6 +238,7 @@ def _draw(directory: pathlib.Path, results: Results, estimates: Estimates, kept:
     has_kept = (directory / KEPT).is_file()
     return {
         "accuracy_picture": accuracy,
+        "divergence_picture": divergence,
         "map_pictures": maps,
         "costs_picture": costs,
         "kept_picture": Picture(KEPT, caption) if has_kept else None,

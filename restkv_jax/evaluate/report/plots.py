@@ -1,6 +1,6 @@
 """The pictures of a sweep: scores against budgets, needle maps, costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -8,10 +8,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 from restkv_jax.evaluate.grid import CacheConfig, cache_configs
-from restkv_jax.evaluate.report.summary import Estimate, Scenario, base_configs, collect, depth_cells, estimate_all
+from restkv_jax.evaluate.report.summary import (
+    Estimate,
+    Scenario,
+    base_configs,
+    collect,
+    collect_divergences,
+    depth_cells,
+    estimate_all,
+    estimate_nats,
+)
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, unit_for
 from restkv_jax.evaluate.results import Results
 from restkv_jax.eviction.budgets import budget_slots, parse_budget
@@ -67,14 +76,13 @@ def plot_accuracy(
     if not estimates:
         raise ValueError("results has no prompts; run the sweep first")
     styles, full = _styles(results, methods), _full_config(results)
-    num_lengths = len({scenario.length for scenario in estimates})
-    columns = num_lengths * (4 // num_lengths) if 2 <= num_lengths <= 4 else min(3, len(estimates))
+    columns = _columns(estimates)
     figure, axes = _panels(len(estimates), columns, title)
     for axis, (scenario, by_config) in zip(axes, estimates.items(), strict=False):
         if full is not None and full in by_config:
             axis.axhline(by_config[full].mean, color=FULL_COLOR, linestyle="--", linewidth=1.2, zorder=1)
             axis.axhspan(*by_config[full].interval, color=FULL_COLOR, alpha=0.1, linewidth=0, zorder=0)
-        series = {method: _scores_of(results, by_config, method) for method in styles}
+        series = {method: _estimates_of(results, by_config, method) for method in styles}
         _draw_lines(axis, series, styles, scenario.length)
         axis.set_title(f"{scenario.task}, {scenario.length:,} tokens", loc="left", fontsize=10)
         axis.set_ylim(-0.03, 1.03)
@@ -82,6 +90,41 @@ def plot_accuracy(
     _label_outside(axes, columns, "budget", "answers said")
     has_full = any(full in by_config for by_config in estimates.values())
     _add_legend(figure, styles, has_full, "bars and band: 95 % intervals")
+    return figure
+
+
+def plot_divergence(
+    results: Results,
+    methods: Sequence[str] | None = None,
+    title: str = "Divergence from the full cache, against the budget",
+) -> Figure:
+    """Draws a panel per task and length: the divergence of each method against its budget, with standard errors.
+
+    Args:
+      results: of a sweep with a task without answers.
+      methods: to draw; those that are not variants of others by default.
+      title: of the figure.
+
+    Returns:
+      a figure, not shown and not registered with pyplot.
+
+    Raises:
+      ValueError: no divergences.
+    """
+    found = collect_divergences(results)
+    if not found:
+        raise ValueError("results has no divergences; run a sweep with the task divergence first")
+    styles, columns = _styles(results, methods), _columns(found)
+    figure, axes = _panels(len(found), columns, title)
+    for axis, (scenario, by_config) in zip(axes, found.items(), strict=False):
+        estimates = {config: estimate_nats(values.values()) for config, values in by_config.items()}
+        series = {method: _estimates_of(results, estimates, method) for method in styles}
+        _draw_lines(axis, series, styles, scenario.length)
+        axis.set_title(f"{scenario.task}, {scenario.length:,} tokens", loc="left", fontsize=10)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+    _label_outside(axes, columns, "budget", "nats per token")
+    _add_legend(figure, styles, False, "bars: one standard error to each side; lower is better")
     return figure
 
 
@@ -188,6 +231,12 @@ def _full_config(results: Results) -> CacheConfig | None:
     return next((config for config in cache_configs(results.grid) if config.budget is None), None)
 
 
+def _columns(scenarios: Collection[Scenario]) -> int:
+    """Panels in a line: those of a task's lengths together, where they fit."""
+    num_lengths = len({scenario.length for scenario in scenarios})
+    return num_lengths * (4 // num_lengths) if 2 <= num_lengths <= 4 else min(3, len(scenarios))
+
+
 def _panels(count: int, columns: int, title: str) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels in lines of `columns`."""
     lines = -(-count // columns)
@@ -208,7 +257,7 @@ def _label_outside(axes: Sequence[Axes], columns: int, x: str, y: str | None = N
             axis.set_ylabel(y, fontsize=9)
 
 
-def _scores_of(results: Results, by_config: Mapping[CacheConfig, Estimate], method: str) -> Series:
+def _estimates_of(results: Results, by_config: Mapping[CacheConfig, Estimate], method: str) -> Series:
     found = [by_config[e] for e in (CacheConfig(method, budget) for budget in results.grid.budgets) if e in by_config]
     budgets = [budget for budget in results.grid.budgets if CacheConfig(method, budget) in by_config]
     return Series(budgets, [f.mean for f in found], [f.interval.low for f in found], [f.interval.high for f in found])

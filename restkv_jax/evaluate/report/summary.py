@@ -1,7 +1,8 @@
 """The numbers of a report: means with intervals, comparisons on the same prompts, rankings."""
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs, parse_method
 from restkv_jax.evaluate.report.statistics import Interval, bootstrap_interval, holm, paired_test
 from restkv_jax.evaluate.results import Results
+from restkv_jax.eviction.presets import takes_budget
 
 SIGNIFICANT = 0.05
 """Corrected p values below this are called differences."""
@@ -37,6 +39,18 @@ Estimates = dict[Scenario, dict[CacheConfig, Estimate]]
 """Means with intervals by task and length, and configuration."""
 Ranking = dict[str, dict[str | None, Estimate]]
 """Means over tasks and lengths by method and budget; over a method's budgets under None."""
+
+
+class Pair(NamedTuple):
+    """Two methods of a grid that are compared at each budget."""
+
+    ours: str
+    theirs: str
+
+    def at(self, budget: str) -> tuple[CacheConfig, CacheConfig]:
+        """Both with that budget; the full cache without one."""
+        ours, theirs = (CacheConfig(m, budget if takes_budget(parse_method(m).name) else None) for m in self)
+        return ours, theirs
 
 
 class Comparison(NamedTuple):
@@ -70,10 +84,23 @@ def base_configs(grid: Grid) -> list[CacheConfig]:
     )
 
 
-def variant_configs(grid: Grid) -> dict[CacheConfig, CacheConfig]:
-    """The base of every variant at the same budget."""
-    bases = {config: base_of(config.method, grid) for config in cache_configs(grid)}
-    return {config: CacheConfig(base, config.budget) for config, base in bases.items() if base is not None}
+def variants(grid: Grid) -> list[Pair]:
+    """Every variant with its base."""
+    bases = {method: base_of(method, grid) for method in grid.methods}
+    return [Pair(method, base) for method, base in bases.items() if base is not None]
+
+
+def parse_pair(text: str, grid: Grid) -> Pair:
+    """Reads `restkv > snapkv(kernel_size=21)`.
+
+    Raises:
+      ValueError: anything else, or a method that the grid does not have.
+    """
+    pair = Pair(*text.split(" > ")) if text.count(" > ") == 1 else None
+    if pair is None or not set(pair) <= set(grid.methods):
+        known = ", ".join(grid.methods)
+        raise ValueError(f"pair {text!r} must name two methods of the sweep, as in 'a > b'; it has {known}")
+    return pair
 
 
 def collect(results: Results, score: Score = "match") -> dict[Scenario, dict[CacheConfig, ByPrompt]]:
@@ -108,6 +135,12 @@ def estimate(*groups: Iterable[float], limits: tuple[float, float] = (0.0, 1.0))
     return Estimate(mean, bootstrap_interval(*samples, num_resamples=1000, limits=limits), sum(map(len, samples)))
 
 
+def estimate_nats(values: Collection[float]) -> Estimate:
+    """The mean of divergences; the interval is one standard error to each side."""
+    mean, error = float(np.mean(list(values))), standard_error(values)
+    return Estimate(mean, Interval(mean - error, mean + error), len(values))
+
+
 def estimate_all(scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]]) -> Estimates:
     """Means with intervals of every configuration at every task and length."""
     return {
@@ -127,10 +160,7 @@ def rank_divergences(
 ) -> dict[CacheConfig, Standing]:
     """As `rank_within` for divergences, of which the lowest is best; intervals are one standard error to each side."""
     lower_is_better = {e: {prompt: -nats for prompt, nats in values.items()} for e, values in by_config.items()}
-    estimates = {}
-    for config, values in by_config.items():
-        mean, error = float(np.mean(list(values.values()))), standard_error(values.values())
-        estimates[config] = Estimate(mean, Interval(mean - error, mean + error), len(values))
+    estimates = {config: estimate_nats(values.values()) for config, values in by_config.items()}
     negated = {config: e._replace(mean=-e.mean) for config, e in estimates.items()}
     ranked = rank_within(lower_is_better, negated, columns)
     return {config: standing._replace(estimate=estimates[config]) for config, standing in ranked.items()}
@@ -215,31 +245,33 @@ def _mean_over(columns: Sequence[CacheConfig], by_config: Mapping[CacheConfig, B
     return [float(np.mean([by_config[config][prompt] for config in columns])) for prompt in shared]
 
 
-def compare_variants(
+def compare(
     scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]],
-    variants: Mapping[CacheConfig, CacheConfig],
+    pairs: Sequence[Pair],
+    budgets: Sequence[str],
     scenarios: Sequence[Scenario],
-) -> dict[CacheConfig, Comparison]:
-    """Every variant against its base on the same prompts; each task and length counts the same in the mean.
+) -> dict[tuple[Pair, str], Comparison]:
+    """Every pair at every budget on the same prompts; each task and length counts the same in the mean.
 
     All tests are corrected together.
 
     Args:
-      scores: from `collect`.
-      variants: the base of each.
+      scores: from `collect` or `collect_divergences`.
+      pairs: of methods.
+      budgets: of both.
       scenarios: tasks and lengths over which to take the mean; those without prompts of both are left out.
     """
     found = {}
-    for variant, base in variants.items():
-        both = [scenario for scenario in scenarios if {variant, base} <= scores[scenario].keys()]
-        pairs = [pair(scores[scenario][variant], scores[scenario][base]) for scenario in both]
-        pairs = [scores for scores in pairs if scores[0].size]
-        if pairs:
-            difference = estimate(*(a - b for a, b in pairs), limits=(-1.0, 1.0))
-            ours, theirs = (np.concatenate(scores) for scores in zip(*pairs, strict=True))
-            found[variant] = (difference, paired_test(ours, theirs))
+    for compared, budget in itertools.product(pairs, budgets):
+        a, b = compared.at(budget)
+        both = [scenario for scenario in scenarios if {a, b} <= scores[scenario].keys()]
+        samples = [shared for s in both if (shared := pair(scores[s][a], scores[s][b]))[0].size]
+        if samples:
+            difference = estimate(*(ours - theirs for ours, theirs in samples), limits=(-1.0, 1.0))
+            ours, theirs = (np.concatenate(values) for values in zip(*samples, strict=True))
+            found[compared, budget] = (difference, paired_test(ours, theirs))
     p_values = holm([p for _, p in found.values()])
-    return {v: Comparison(d, float(p)) for (v, (d, _)), p in zip(found.items(), p_values, strict=True)}
+    return {key: Comparison(d, float(p)) for (key, (d, _)), p in zip(found.items(), p_values, strict=True)}
 
 
 def count_prompts(results: Results) -> dict[tuple[str, int, float | None], int]:

@@ -1,6 +1,6 @@
 """The tables of a report, ready to be printed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,14 +11,13 @@ from restkv_jax.evaluate.report.summary import (
     ByPrompt,
     Comparison,
     Estimate,
+    Pair,
     Ranking,
     Scenario,
     Standing,
-    base_configs,
-    compare_variants,
+    compare,
     rank_divergences,
     rank_within,
-    variant_configs,
 )
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, Unit, text_of
 from restkv_jax.evaluate.results import Cost, Costs, LayerErrors
@@ -62,11 +61,11 @@ def score_tables(
     grid: Grid,
     scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]],
     estimates: Mapping[Scenario, Mapping[CacheConfig, Estimate]],
+    columns: Sequence[CacheConfig],
 ) -> dict[str, list[Table]]:
     """By task, a table per length: methods × budgets, the full cache first."""
     tables: dict[str, list[Table]] = {}
     for scenario, by_config in scores.items():
-        columns = base_configs(grid)
         standings = rank_within(by_config, estimates[scenario], columns)
         rows = [
             _row(method, own, {e: _standing_cell(standings[e]) for e in own if e in standings}, grid.budgets)
@@ -77,15 +76,17 @@ def score_tables(
     return tables
 
 
-def divergence_tables(grid: Grid, divergences: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]]) -> list[Table]:
+def divergence_tables(
+    grid: Grid, divergences: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]], columns: Sequence[CacheConfig]
+) -> list[Table]:
     """A table per task and length: the divergence from the full cache, methods × budgets."""
     tables = []
     for scenario, by_config in divergences.items():
-        columns = [config for config in base_configs(grid) if config.budget is not None]
-        standings = rank_divergences(by_config, columns)
+        sized = [config for config in columns if config.budget is not None]
+        standings = rank_divergences(by_config, sized)
         rows = [
             _row(method, own, {e: _nats_cell(standings[e]) for e in own if e in standings}, grid.budgets)
-            for method, own in _by_method(columns).items()
+            for method, own in _by_method(sized).items()
         ]
         counts = _count_text([len(values) for values in by_config.values()])
         title = f"{scenario.task}, {scenario.length:,} tokens, {counts}, nats per token"
@@ -126,21 +127,34 @@ def findings(grid: Grid, ranking: Ranking) -> list[str]:
     return found
 
 
-def variant_tables(grid: Grid, scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]]) -> list[Table]:
-    """Variants against their base: a table over all tasks and lengths, then one per task."""
-    variants = variant_configs(grid)
+def pair_tables(
+    grid: Grid,
+    scores: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]],
+    pairs: Sequence[Pair],
+    text: Callable[[float], str] | None = None,
+) -> list[Table]:
+    """Pairs of methods: a table over all tasks and lengths, then one per task.
+
+    Args:
+      grid: of the sweep.
+      scores: or divergences.
+      pairs: of methods.
+      text: of a difference; in percentage points if left out.
+    """
     tasks = list(dict.fromkeys(scenario.task for scenario in scores))
     groups = {"All tasks and lengths": list(scores)} if len(scores) > 1 else {}
     groups |= {task: [scenario for scenario in scores if scenario.task == task] for task in tasks}
     tables = []
     for title, scenarios in groups.items():
-        compared = compare_variants(scores, variants, scenarios)
+        compared = compare(scores, pairs, grid.budgets, scenarios)
+        cells = {key: _comparison_cell(comparison, text or _points) for key, comparison in compared.items()}
         rows = [
-            _row(method, own, {e: _comparison_cell(compared[e]) for e in own if e in compared}, grid.budgets)
-            for method, own in _by_method(variants).items()
+            Row(f"{pair.ours} against {pair.theirs}", [cells.get((pair, budget), EMPTY) for budget in grid.budgets])
+            for pair in pairs
+            if any((pair, budget) in cells for budget in grid.budgets)
         ]
-        if compared:
-            tables.append(Table(title, "variant", [f"budget {b}" for b in grid.budgets], rows))
+        if rows:
+            tables.append(Table(title, "methods", [f"budget {b}" for b in grid.budgets], rows))
     return tables
 
 
@@ -200,7 +214,7 @@ def _cost_table(grid: Grid, costs: Sequence[Cost], name: str, title: str, units:
     return Table(title, "method", [f"budget {b}" for b in grid.budgets], rows)
 
 
-def _by_method(columns: Sequence[CacheConfig] | Mapping[CacheConfig, CacheConfig]) -> dict[str, list[CacheConfig]]:
+def _by_method(columns: Sequence[CacheConfig]) -> dict[str, list[CacheConfig]]:
     found: dict[str, list[CacheConfig]] = {}
     for config in columns:
         found.setdefault(config.method, []).append(config)
@@ -233,10 +247,10 @@ def _nats_cell(standing: Standing) -> TableCell:
     return TableCell(text, marks=FROM_BEST * standing.differs_from_best, is_strong=standing.is_best)
 
 
-def _comparison_cell(comparison: Comparison) -> TableCell:
+def _comparison_cell(comparison: Comparison, text: Callable[[float], str]) -> TableCell:
     (mean, (low, high), _), p = comparison
     p_text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
-    return TableCell(_points(mean), (f"{_points(low)} to {_points(high)}", p_text), is_strong=p < SIGNIFICANT)
+    return TableCell(text(mean), (f"{text(low)} to {text(high)}", p_text), is_strong=p < SIGNIFICANT)
 
 
 def _percent(share: float) -> str:
@@ -244,8 +258,16 @@ def _percent(share: float) -> str:
 
 
 def _points(difference: float) -> str:
-    text = f"{100 * difference:+.1f}"
-    return "0.0" if float(text) == 0 else text.replace("-", MINUS)
+    return _signed(f"{100 * difference:+.1f}")
+
+
+def nats_difference(difference: float) -> str:
+    """`+0.012`."""
+    return _signed(f"{difference:+.3f}")
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", MINUS) if float(text) else text[1:]
 
 
 def _count_text(counts: Sequence[int]) -> str:
