@@ -1,0 +1,250 @@
+"""The programs of generation, compiled for devices that need not be there: no array is ever made."""
+
+import contextlib
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from restkv_jax.caches.base import Cache
+from restkv_jax.caches.paged import InPages
+from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.generation.checks import CacheDType
+from restkv_jax.generation.decoding import feed
+from restkv_jax.generation.passes import read_prompt
+from restkv_jax.generation.reading import CHUNK_SIZE, Prompt, check_and_pad
+from restkv_jax.kernels.distant import SLOTS_AT_ONCE as DISTANT_AT_ONCE
+from restkv_jax.kernels.paged import SLOTS_AT_ONCE as PAGED_AT_ONCE
+from restkv_jax.models.build import init_params
+from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.mesh import beside, parameter_shardings
+from restkv_jax.planning.counting import Count, count
+from restkv_jax.planning.hlo import Shape
+
+CAUSAL_SHARE = 0.5
+"""Blocks of keys that a block of queries of a whole prompt sees, of all."""
+
+
+class OutOfMemory(Exception):
+    """A program that does not fit: `needed` and `available` bytes per device."""
+
+    def __init__(self, needed: float, available: float):
+        super().__init__(f"{needed:.0f} bytes are needed where {available:.0f} are available")
+        self.needed, self.available = needed, available
+
+
+class Memory(NamedTuple):
+    """Bytes of a program on every device, as the compiler lays them out."""
+
+    arguments: int
+    results: int
+    aliased: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """While it runs."""
+        return self.arguments + self.results - self.aliased + self.temporaries
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      memory: per device.
+      count: of one run, per device.
+      seconds: that compiling took.
+    """
+
+    memory: Memory
+    count: Count
+    seconds: float
+
+
+class Reading(NamedTuple):
+    """A prefill, and the cache that it leaves, as shapes that say where they lie."""
+
+    program: Program
+    cache: Cache
+
+
+class Work(NamedTuple):
+    """What is to be done.
+
+    Attributes:
+      model: with its sharing.
+      mesh: with the axes `data` and `model`.
+      rows: prompts at one time.
+      length: tokens of each.
+      policy: what is kept of them.
+      max_new_tokens: slots to reserve.
+      dtype: of the weights.
+      cache_dtype: as for `prefill`.
+    """
+
+    model: Decoder
+    mesh: Mesh
+    rows: int
+    length: int
+    policy: EvictionPolicy
+    max_new_tokens: int = 64
+    dtype: Any = jnp.bfloat16
+    cache_dtype: CacheDType = None
+
+
+def abstract_params(model: Decoder, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Any:
+    """The parameters as shapes that say where they lie.
+
+    Raises:
+      ValueError: a mesh that does not divide the model.
+    """
+    shardings = parameter_shardings(model, mesh)
+    shapes = jax.eval_shape(lambda key: init_params(model, key, dtype), jax.random.key(0))
+    return jax.tree.map(_placed, shapes, shardings)
+
+
+def compile_reading(work: Work) -> Reading:
+    """Compiles the prefill.
+
+    Raises:
+      ValueError: what `prefill` refuses, or a mesh that does not divide the model or the rows.
+      OutOfMemory: it does not fit the devices.
+    """
+    with _prepared(work) as (params, prompt):
+        arrays = _rows(work, prompt.tokens), _rows(work, prompt.mask)
+        lowered = read_prompt.lower(prompt.model, params, *arrays, None, prompt.plan)
+        compiled, seconds = _compile(lowered)
+        cache = jax.tree.map(_placed, _cache_shapes(params, prompt), compiled.output_shardings[1][0])
+    return Reading(_measured(compiled, seconds, CAUSAL_SHARE), cache)
+
+
+def cache_like(work: Work, cache: Cache) -> Cache:
+    """The cache that a prefill would leave, laid out as that of other rows: nothing is compiled."""
+    with _prepared(work) as (params, prompt):
+        return jax.tree.map(lambda shape, like: _placed(shape, like.sharding), _cache_shapes(params, prompt), cache)
+
+
+def compile_step(work: Work, cache: Cache) -> Program:
+    """Compiles one step of decoding on a cache as `compile_reading` returns it.
+
+    Raises:
+      OutOfMemory: it does not fit the devices.
+    """
+    with _prepared(work) as (params, prompt):
+        token, active = (
+            jax.ShapeDtypeStruct((work.rows,), dtype, sharding=_row_sharding(work)) for dtype in (jnp.int32, jnp.bool_)
+        )
+        compiled, seconds = _compile(feed.lower(prompt.model, params, token, cache, active))
+    return _measured(compiled, seconds, 1.0, _kernel_reads(work, cache), _turns(work, cache))
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes of every device of arrays or shapes that say where they lie, without what tiles add."""
+    return sum(int(jnp.dtype(x.dtype).itemsize) * _size(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+@contextlib.contextmanager
+def _prepared(work: Work) -> Iterator[tuple[Any, Prompt]]:
+    """Parameters and prompt under the mesh, checked as those of users are."""
+    if work.rows % work.mesh.shape["data"]:
+        raise ValueError(
+            f"batch_size={work.rows} must be a multiple of the mesh's data axis, {work.mesh.shape['data']}, which "
+            "divides rows"
+        )
+    params = abstract_params(work.model, work.mesh, work.dtype)
+    tokens = jax.ShapeDtypeStruct((work.rows, work.length), jnp.int32)
+    options = work.max_new_tokens, CHUNK_SIZE, None
+    prompt = _shaped(
+        lambda tokens: check_and_pad(
+            work.model, params, tokens, None, (work.policy,), *options, cache_dtype=work.cache_dtype
+        ),
+        tokens,
+    )
+    with warnings.catch_warnings(action="ignore"), beside(params) as params:
+        yield params, prompt
+
+
+def _shaped(make: Callable[[Array], Prompt], tokens: jax.ShapeDtypeStruct) -> Prompt:
+    """A prompt whose arrays are shapes."""
+    static: list[Prompt] = []
+
+    def arrays(tokens: Array) -> tuple[Array, Array]:
+        static.append(make(tokens))
+        return static[0].tokens, static[0].mask
+
+    shapes = jax.eval_shape(arrays, tokens)
+    return static[0]._replace(tokens=shapes[0], mask=shapes[1])
+
+
+def _cache_shapes(params: Any, prompt: Prompt) -> Cache:
+    def read(params: Any, tokens: Array, mask: Array) -> Cache:
+        return read_prompt(prompt.model, params, tokens, mask, None, prompt.plan)[1][0]
+
+    return jax.eval_shape(read, params, prompt.tokens, prompt.mask)
+
+
+def _row_sharding(work: Work) -> NamedSharding:
+    return NamedSharding(work.mesh, PartitionSpec("data"))
+
+
+def _rows(work: Work, shape: Any) -> jax.ShapeDtypeStruct:
+    return _placed(shape, _row_sharding(work))
+
+
+def _placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _compile(lowered: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    try:
+        return lowered.compile(), time.perf_counter() - start
+    except jax.errors.JaxRuntimeError as error:
+        sizes = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", str(error))
+        if sizes is None:
+            raise
+        needed, available = (float(sizes[i]) * 2 ** (10 * (1 + "KMGT".index(sizes[i + 1]))) for i in (1, 3))
+        raise OutOfMemory(needed, available) from error
+
+
+def _measured(
+    compiled: Any,
+    seconds: float,
+    taken: float,
+    kernel_reads: Callable[[Shape], float] = lambda shape: 1.0,
+    unknown_turns: int = 1,
+) -> Program:
+    m = compiled.memory_analysis()
+    sizes = m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes, m.temp_size_in_bytes
+    return Program(Memory(*sizes), count(compiled.as_text(), taken, kernel_reads, unknown_turns), seconds)
+
+
+def _kernel_reads(work: Work, cache: Cache) -> Callable[[Shape], float]:
+    """A kernel is handed the pages of all layers and reads those of one, a share of them on the average."""
+    pools = [getattr(cache, name) for name in cache.POOL] if isinstance(cache, InPages) else []
+    sizes = {_size(pool.sharding.shard_shape(pool.shape)) for pool in jax.tree.leaves(pools)}
+    return lambda shape: 1 / work.model.config.num_hidden_layers if shape.size in sizes else 1.0
+
+
+def _turns(work: Work, cache: Cache) -> int:
+    """How often the loops turn, at most or for pages on the average, whose turns follow what a cache holds."""
+    config, (data, model) = work.model.config, (work.mesh.shape[name] for name in ("data", "model"))
+    heads = work.rows // data * max(1, config.num_key_value_heads // model)
+    if isinstance(cache, InPages):
+        slots = cache.num_pages * cache.page_size // config.num_hidden_layers
+        return max(1, -(-slots // PAGED_AT_ONCE))
+    distant = getattr(cache, "num_distant", 0)
+    return max(1, heads * -(-distant // DISTANT_AT_ONCE))
