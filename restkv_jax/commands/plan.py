@@ -28,7 +28,7 @@ from restkv_jax.models.mesh import automatic
 from restkv_jax.models.tensors import parameter_shapes
 from restkv_jax.planning.chips import Topology, find_topology
 from restkv_jax.planning.estimates import Estimate, estimate
-from restkv_jax.planning.figures import Figures, figures
+from restkv_jax.planning.figures import Figures, figures_of
 from restkv_jax.planning.largest import largest_rows
 from restkv_jax.planning.programs import (
     OutOfMemory,
@@ -149,7 +149,7 @@ def _figures(options: PlanOptions, work: Work, name: str, topology: Topology) ->
     with as_usage_error():
         found = estimate(work, lambda what: show_while(f"compiling {what}, {name} cache"))
     most = {"largest": _largest(found, name, topology)} if options.max else {}
-    return figures(found, topology.chip, bucket_length(work.length)) | most
+    return figures_of(found, topology.chip, bucket_length(work.length)) | most
 
 
 def _largest(one: Estimate, name: str, topology: Topology) -> dict[str, int]:

@@ -50,6 +50,15 @@ SHAPES = {
 """Slices that are rented; the compiler knows more."""
 
 
+WITHOUT_HARDWARE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Lets libtpu compile where there is no TPU, whatever the topology; it would look for this machine's."""
+
+
 class Topology(NamedTuple):
     """A slice: its name, its chip and its devices, which need not be there."""
 
@@ -97,10 +106,7 @@ def _described(name: str, chip: str) -> Sequence[Any]:
             "plan for emulated devices with the topology cpu:8",
             name="libtpu",
         )
-    # libtpu would look for the TPU of this machine, and for others that use it
-    for variable, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-    ):  # fmt: skip
+    for variable, value in WITHOUT_HARDWARE.items():
         os.environ.setdefault(variable, value)
     options = {"chip_config_name": "megacore"} if chip == "v4" else {}  # the two cores of a chip as one device
     try:

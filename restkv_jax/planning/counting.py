@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from restkv_jax.planning.collectives import Collective, collectives_of
+from restkv_jax.planning.hbm import traffic, whole
 from restkv_jax.planning.hlo import Computation, Instruction, Module, Shape, parse
-from restkv_jax.planning.operations import operations
-from restkv_jax.planning.traffic import traffic, whole
+from restkv_jax.planning.products import operations
 
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "iota",

@@ -9,7 +9,7 @@ from restkv_jax.planning.programs import OutOfMemory, Program, Reading
 Figures = dict[str, Any]
 
 
-def figures(estimate: Estimate, chip: Chip, tokens: int) -> Figures:
+def figures_of(estimate: Estimate, chip: Chip, tokens: int) -> Figures:
     """Everything that is known, for JSON and tables.
 
     Args:
