@@ -1,16 +1,69 @@
-"""Which rows and KV heads lie together on a device, so that what they share out among themselves can be divided.
+"""How arrays lie on a mesh of devices, and which rows and KV heads lie together on one of them.
+
+A mesh has the axes `data`, along which rows are divided, and `model`, along which a layer is. Where `model` has more
+devices than there are KV heads, it is taken apart: `model` for the KV heads, `group` for the query heads of each, and
+`repeat`, along which attention is repeated and all else divided (`models.mesh.divided_mesh`).
 
 Stores that several KV heads fill together, a pool of pages or the distant keys of blocks, are cut into one part per
 place on the mesh: `A` along its axis `data`, by rows, times `M` along `model`, by KV heads. Without a mesh it is one.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import einops
 import jax
 from jax import Array
 from jax.sharding import PartitionSpec
+
+EVERY = "model", "group", "repeat"
+"""The axes along which a layer is divided."""
+
+MESH_AXES: Mapping[str, tuple[str, ...]] = {
+    "b": ("data",),  # rows
+    "A": ("data",),  # parts of the rows
+    "k": ("model",),  # KV heads
+    "M": ("model",),  # parts of the KV heads
+    "g": ("group",),  # query heads of a KV head
+    "h": ("model", "group"),  # query heads
+    "f": EVERY,  # features of the MLP
+    "v": EVERY,  # vocabulary
+    "t": EVERY,  # tokens of the residual stream, between layers
+}
+"""The axes of the mesh that an axis of parameters, activations or caches is divided along, by its letter."""
+
+
+def spec_of(axes: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """How an array lies on a mesh.
+
+    Args:
+      axes: a letter for each axis, as "l b k n d".
+      shape: of the array; an axis that cannot be divided evenly is whole everywhere.
+      sizes: of the mesh's axes.
+    """
+
+    def of_axis(letter: str, size: int) -> Any:
+        names = tuple(name for name in MESH_AXES.get(letter, ()) if sizes.get(name, 1) > 1)
+        if not names or size % math.prod(sizes[name] for name in names):
+            return None
+        return names[0] if len(names) == 1 else names
+
+    return PartitionSpec(*map(of_axis, axes.split(), shape))
+
+
+def on_mesh(x: Array, axes: str) -> Array:
+    """Lays an array with the given axes, as "l b k n d", out over the mesh of the context (`jax.set_mesh`)."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if math.prod(sizes.get(name, 1) for name in ("data", *EVERY)) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(axes, x.shape, sizes))
+
+
+def is_divided() -> bool:
+    """Whether the mesh of the context divides layers."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(name, 1) for name in EVERY) > 1
 
 
 class Parts(NamedTuple):
@@ -21,19 +74,10 @@ class Parts(NamedTuple):
 
 
 def parts_of_mesh(batch: int, num_kv_heads: int) -> Parts:
-    """The parts that the mesh of the context (`jax.set_mesh`) divides rows and KV heads into; 1 where it does not."""
-    mesh = jax.sharding.get_abstract_mesh()
-    rows, heads = (mesh.shape.get(name, 1) for name in ("data", "model"))
+    """The parts that the mesh of the context divides rows and KV heads into; 1 where it does not."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    rows, heads = (sizes.get(name, 1) for name in ("data", "model"))
     return Parts(rows if batch % rows == 0 else 1, heads if num_kv_heads % heads == 0 else 1)
-
-
-def on_mesh(x: Array, rows: int, heads: int) -> Array:
-    """Lays an array out over the context's mesh: the axis `rows` along `data`, the axis `heads` along `model`."""
-    axes: list[str | None] = [None] * x.ndim
-    parts = parts_of_mesh(x.shape[rows], x.shape[heads])
-    for axis, name, n in ((rows, "data", parts.rows), (heads, "model", parts.heads)):
-        axes[axis] = name if n > 1 else None
-    return x if parts == Parts() else jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def divide(x: Array, parts: Parts, before: str = "") -> Array:

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.partition import is_divided, on_mesh
 from restkv_jax.kernels.softmax import cap_logits
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.key_groups import Sharing
@@ -75,12 +77,14 @@ class Decoder(nn.Module):
         state: Any = None,
         chunk_size: int | None = None,
         checkpoint: bool = False,
+        num_last: int | None = None,
     ) -> tuple[Array, Any]:
         """Runs the layers over the tokens.
 
         Layers are scanned, and within a layer the tokens go through in chunks: keys and values of all chunks first,
         then queries, attention and MLP chunk by chunk. So besides the residual stream only one layer's keys and
-        values exist for the whole prompt, and with a sharing those of the leaders.
+        values exist for the whole prompt, and with a sharing those of the leaders. On a mesh the tokens of a chunk's
+        residual stream are divided like a layer (Korthikanti et al. 2022, sequence parallelism).
 
         Args:
           tokens: int32 [B, T].
@@ -89,6 +93,7 @@ class Decoder(nn.Module):
           state: any pytree, carried through the layers.
           chunk_size: tokens per chunk, a divisor of `T`; None takes the whole sequence at once.
           checkpoint: whether a backward pass recomputes each layer from its input instead of storing what is in it.
+          num_last: how many of the last tokens to return the residual stream of, at most a chunk; None: of all.
 
         Returns:
           the residual stream before the final norm, [B, T, M], and the next state.
@@ -96,6 +101,11 @@ class Decoder(nn.Module):
         c = self.config
         ropes = layer_ropes(c, sequence_lengths(positions))
         batch, length = tokens.shape
+        chunk_size = length if chunk_size is None else min(chunk_size, length)
+        num_chunks = length // chunk_size
+        tokens_of, positions_of = (_in_chunks(x, num_chunks) for x in (tokens, positions))
+        # gathered once for keys, values and queries, though these then stand in memory for the whole prompt
+        queries_first = num_chunks > 1 and is_divided()
         heads = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
 
         def layer_step(layer, carry, scanned):
@@ -106,30 +116,40 @@ class Decoder(nn.Module):
             def as_queries(vectors, positions):
                 return Queries(vectors, positions, sliding_window, c.attn_logit_softcapping)
 
-            def project(layer, pairs, take, put):
-                part, places = take(hidden), take(positions)
-                return put(pairs, (layer.keys(part, places, rope), layer.values(part)), axis=2), None
+            def project(layer, projected, chunk):
+                part, places = on_mesh(hidden[chunk], "b c m"), positions_of[chunk]
+                found = layer.keys(part, places, rope), layer.values(part)
+                if queries_first:
+                    found = *found, layer.queries(part, places, rope)
+                return tuple(_put(whole, x, chunk) for whole, x in zip(projected, found, strict=True)), None
 
-            def attend(layer, carry, take, put):
+            def attend(layer, carry, chunk):
                 hidden, last = carry
-                part, places = take(hidden), take(positions)
-                vectors = layer.queries(part, places, rope)
+                part, places = hidden[chunk], positions_of[chunk]
+                if queries_first:
+                    vectors = jax.lax.dynamic_slice_in_dim(queries_of[0], chunk * chunk_size, chunk_size, axis=-2)
+                else:
+                    vectors = layer.queries(on_mesh(part, "b c m"), places, rope)
                 context, aux = memory.attend(as_queries(vectors, places))
                 if hooks.num_queries == length:
-                    last = put(last, vectors, axis=3)
+                    last = _put(last, vectors, chunk)
                 else:
                     last = jnp.concatenate([last, vectors], axis=3)[:, :, :, -hooks.num_queries :]
-                return (put(hidden, layer.finish(part, context), axis=1), last), aux
+                return (hidden.at[chunk].set(layer.finish(part, context)), last), aux
 
-            empty = jnp.zeros((batch, heads[0], length, c.head_dim), hidden.dtype)
-            (keys, values), _ = _over_chunks(project, layer, (empty, empty), length, chunk_size)
+            empty = on_mesh(jnp.zeros((batch, heads[0], length, c.head_dim), hidden.dtype), "b k n d")
+            projected = empty, empty
+            if queries_first:
+                of_heads = jnp.zeros((batch, *heads, length, c.head_dim), hidden.dtype)
+                projected = *projected, on_mesh(of_heads, "b k g n d")
+            (keys, values, *queries_of), _ = _over_chunks(project, layer, projected, num_chunks)
             pairs = Pairs(keys, values, positions[:, None])
             if hooks.make_memory is not None:
                 memory, state = hooks.make_memory(index, pairs, state)
             else:
                 memory, leader_keys = self._own_memory(index, pairs, leader_keys)
             last = jnp.zeros((batch, *heads, hooks.num_queries, c.head_dim), hidden.dtype)
-            (hidden, last), aux = _over_chunks(attend, layer, (hidden, last), length, chunk_size)
+            (hidden, last), aux = _over_chunks(attend, layer, (hidden, last), num_chunks)
             queries = as_queries(last, positions[:, -hooks.num_queries :])
             view = LayerView(index, queries, layer.shown_output_projection(), aux, rope)
             return (hidden, leader_keys, hooks.observe(view, memory, state)), None
@@ -140,16 +160,25 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             length=c.num_hidden_layers,
         )
-        hidden = self.embedding[tokens]
-        if c.embedding_multiplier != 1:
-            hidden = hidden * c.embedding_multiplier
+        hidden = self._embed(tokens_of)
         leader_keys = None
         if self.sharing is not None and hooks.make_memory is None:
             leader_keys = jnp.zeros((batch, heads[0], length, c.head_dim), hidden.dtype)
         by_layer = (jnp.asarray(x, jnp.int32) for x in (c.sliding_windows, ropes.layers))
         scanned = jnp.arange(c.num_hidden_layers), *by_layer
         (hidden, _, state), _ = scan(self.layers, (hidden, leader_keys, state), scanned)
-        return hidden, state
+        if num_last is not None:
+            return hidden[-1, :, -num_last:], state
+        return einops.rearrange(hidden, "n b t m -> b (n t) m"), state
+
+    def _embed(self, tokens: Array) -> Array:
+        """The residual stream before the first layer: int32 [n, B, C] to [n, B, C, M]."""
+
+        def of_chunk(tokens: Array) -> Array:
+            hidden = on_mesh(self.embedding[tokens], "b t m")
+            return hidden if self.config.embedding_multiplier == 1 else hidden * self.config.embedding_multiplier
+
+        return of_chunk(tokens[0])[None] if len(tokens) == 1 else jax.lax.map(of_chunk, tokens)
 
     def _own_memory(self, index: Array, pairs: Pairs, leader_keys: Array | None) -> tuple[Memory, Array | None]:
         """What queries attend to over the tokens given, and the leaders' keys for the next layer."""
@@ -168,27 +197,27 @@ class Decoder(nn.Module):
         return cap_logits(scores if c.logits_scaling == 1 else scores / c.logits_scaling, c.final_logit_softcapping)
 
 
-def _over_chunks(function, layer: DecoderLayer, carry: Any, length: int, chunk_size: int | None) -> tuple[Any, Any]:
+def _in_chunks(x: Array, num_chunks: int) -> Array:
+    """[B, T] to [n, B, C]."""
+    return einops.rearrange(x, "b (n c) -> n b c", n=num_chunks)
+
+
+def _put(whole: Array, part: Array, chunk: Array | int) -> Array:
+    """Writes a chunk [..., C, D] into an array of the whole sequence [..., T, D], in place under jit."""
+    if part.shape == whole.shape:
+        return part
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, chunk * part.shape[-2], axis=-2)
+
+
+def _over_chunks(function, layer: DecoderLayer, carry: Any, num_chunks: int) -> tuple[Any, Any]:
     """Takes a carry through the chunks of a sequence, in place where it is only overwritten.
 
-    `function(layer, carry, take, put)` returns the next carry and a note; `take(x)` is the current chunk of x, whose
-    tokens are axis 1, and `put(whole, part, axis)` writes the chunk's part into arrays of the whole sequence.
-    Returns the last carry and the last note.
+    `function(layer, carry, chunk)` returns the next carry and a note. Returns the last carry and the last note.
     """
-    if chunk_size is None or chunk_size >= length:
-        return function(layer, carry, lambda x: x, lambda whole, part, axis: part)
-
-    def step(layer, carry, start):
-        def take(x):
-            return jax.lax.dynamic_slice_in_dim(x, start, chunk_size, axis=1)
-
-        def put(whole, part, axis):
-            return jax.tree.map(lambda w, p: jax.lax.dynamic_update_slice_in_dim(w, p, start, axis), whole, part)
-
-        return function(layer, carry, take, put)
-
-    scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-    carry, notes = scan(layer, carry, jnp.arange(0, length, chunk_size))
+    if num_chunks == 1:
+        return function(layer, carry, 0)
+    scan = nn.scan(function, variable_broadcast="params", split_rngs={"params": False})
+    carry, notes = scan(layer, carry, jnp.arange(num_chunks))
     return carry, jax.tree.map(lambda note: note[-1], notes)
 
 
@@ -204,6 +233,7 @@ def read(
     positions: Array | None = None,
     chunk_size: int | None = None,
     checkpoint: bool = False,
+    num_last: int | None = None,
 ) -> tuple[Array, Any]:
     """Runs the layers over whole sequences with the model's own attention, that of its sharing if it has one.
 
@@ -220,6 +250,7 @@ def read(
       positions: int32 [B, T] for RoPE and order, ascending in each row; from the mask if not given.
       chunk_size: tokens whose activations exist at one time, a divisor of `T`; all by default.
       checkpoint: whether a backward pass recomputes each layer.
+      num_last: how many of the last tokens to return the residual stream of, at most a chunk; all by default.
 
     Returns:
       the residual stream before the final norm, [B, T, M], for `logits`; and the state.
@@ -231,7 +262,7 @@ def read(
         model.sharing.groups.check_model(model.config)
     if positions is None:
         positions = positions_of(mask if mask is not None else jnp.ones(tokens.shape, bool))
-    arguments: Any = positions, hooks, state, chunk_size, checkpoint
+    arguments: Any = positions, hooks, state, chunk_size, checkpoint, num_last
     found: Any = model.apply({"params": params}, tokens, *arguments)
     return found
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax.kernels.partition import on_mesh
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.experts import Experts, mix_experts
 from restkv_jax.models.rope import Rope, apply_rope, grow_with_position
@@ -98,10 +99,15 @@ class DecoderLayer(nn.Module):
         return projection if multiplier == 1 else projection * multiplier
 
     def finish(self, hidden: Array, context: Array) -> Array:
-        """Adds the projected context [B, K, G, T, D], and the MLP, to the residual stream [B, T, M]."""
+        """Adds the projected context [B, K, G, T, D], and the MLP, to the residual stream [B, T, M].
+
+        On a mesh each sum over the devices that share the layer leaves them tokens of their own, and the MLP's input is
+        gathered: as many bytes as Megatron's sum that leaves all tokens to all.
+        """
         projected = jnp.einsum("bkgtd,kgdm->btm", context, self._grouped(self.output_projection, "d m"))
-        hidden = hidden + self._branch(projected + self.output_bias, self.attention_output_norm)
-        return hidden + self._branch(self._mlp(self._norm(hidden, self.post_attention_norm)), self.mlp_output_norm)
+        hidden = hidden + self._branch(on_mesh(projected, "b t m") + self.output_bias, self.attention_output_norm)
+        normed = on_mesh(self._norm(hidden, self.post_attention_norm), "b c m")
+        return hidden + self._branch(on_mesh(self._mlp(normed), "b t m"), self.mlp_output_norm)
 
     def _mlp(self, x: Array) -> Array:
         c, activation = self.config, ACTIVATIONS[self.config.activation]

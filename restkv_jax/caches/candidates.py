@@ -73,8 +73,8 @@ class PagedKeeper(Keeper):
         shown = config.num_attention_heads // config.num_key_value_heads, self.window, config.head_dim
         is_refitted = self.policy.refit is not None
 
-        def full(value: float, *shape: int, dtype: Any) -> Array:
-            return on_mesh(jnp.full((*heads, *shape), value, dtype), rows=1, heads=2)
+        def full(value: float, *shape: int, dtype: Any, axes: str = "l b k") -> Array:
+            return on_mesh(jnp.full((*heads, *shape), value, dtype), axes)
 
         return Candidates(
             keys=full(0, places, config.head_dim, dtype=dtype),
@@ -83,9 +83,9 @@ class PagedKeeper(Keeper):
             scores=full(-jnp.inf, places, dtype=jnp.float32),
             prefix_lengths=full(0, dtype=jnp.int32),
             prompt_lengths=lengths,
-            queries=full(0, *shown, dtype=dtype) if is_refitted else None,
+            queries=full(0, *shown, dtype=dtype, axes="l b k g") if is_refitted else None,
             query_positions=jnp.full((batch, self.window), -1, jnp.int32) if is_refitted else None,
-            outputs=full(0, *shown, dtype=jnp.float32) if is_refitted else None,
+            outputs=full(0, *shown, dtype=jnp.float32, axes="l b k g") if is_refitted else None,
         )
 
     def add(self, candidates: Candidates, view: LayerView, memory: PairMemory, scored: dict) -> Candidates:

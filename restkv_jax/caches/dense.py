@@ -111,10 +111,10 @@ def empty_cache(config: ModelConfig, lengths: Array, num_slots: int, dtype: Any)
     """A cache of empty slots for sequences of the given lengths, int32 [B]."""
     shape = (config.num_hidden_layers, lengths.shape[0], config.num_key_value_heads, num_slots)
     return KVCache(
-        keys=on_mesh(jnp.zeros((*shape, config.head_dim), dtype), rows=1, heads=2),
-        values=on_mesh(jnp.zeros((*shape, config.head_dim), dtype), rows=1, heads=2),
-        positions=on_mesh(jnp.full(shape, -1, jnp.int32), rows=1, heads=2),
-        lengths=on_mesh(jnp.zeros(shape[:3], jnp.int32), rows=1, heads=2),
+        keys=on_mesh(jnp.zeros((*shape, config.head_dim), dtype), "l b k n d"),
+        values=on_mesh(jnp.zeros((*shape, config.head_dim), dtype), "l b k n d"),
+        positions=on_mesh(jnp.full(shape, -1, jnp.int32), "l b k n"),
+        lengths=on_mesh(jnp.zeros(shape[:3], jnp.int32), "l b k"),
         prompt_lengths=lengths,
         next_positions=lengths,
     )

@@ -166,7 +166,7 @@ def empty_importance(config: ModelConfig, positions: Array, policy: EvictionPoli
     num_kv_heads, dim = config.num_key_value_heads, config.head_dim
     gram_shape = config.num_hidden_layers, num_kv_heads, config.num_attention_heads // num_kv_heads, dim, dim
     return {
-        "importance": on_mesh(jnp.full(positions.shape, UNSEEN, jnp.float32), rows=1, heads=2),
-        "gram": jnp.zeros(gram_shape, jnp.float32),
+        "importance": on_mesh(jnp.full(positions.shape, UNSEEN, jnp.float32), "l b k n"),
+        "gram": on_mesh(jnp.zeros(gram_shape, jnp.float32), "l k g d e"),
         "policy": policy,
     }

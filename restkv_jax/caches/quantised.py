@@ -266,7 +266,7 @@ def empty_fields(
     grouped, num_recent = layout
 
     def laid(x: Array) -> Array:
-        return on_mesh(x, rows=1, heads=2)
+        return on_mesh(x, "l b k")
 
     recent = laid(jnp.zeros((*heads, num_recent, config.head_dim), dtype))
     return {

@@ -76,8 +76,8 @@ class QuantisedSharedKeeper(SharedKeeper):
         keys, values = (_whole(x, q).shape for x in (plain.distant_keys, plain.distant_values))
         rest = [(0, 0)] * 4 + [(0, keys[-2] - plain.num_distant)]
         distant = {
-            "distant_keys": jax.tree.map(lambda x: on_mesh(x, rows=0, heads=1), empty_keys(keys, q)),
-            "distant_values": jax.tree.map(lambda x: on_mesh(x, rows=1, heads=2), empty_values(values, q)),
+            "distant_keys": jax.tree.map(lambda x: on_mesh(x, "A M"), empty_keys(keys, q)),
+            "distant_values": jax.tree.map(lambda x: on_mesh(x, "l b k"), empty_values(values, q)),
             "distant_positions": jnp.pad(plain.distant_positions, rest, constant_values=-1),
         }
         return QuantisedSharedCache(**vars(plain) | distant)

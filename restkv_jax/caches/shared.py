@@ -349,14 +349,14 @@ def empty_shared_cache(
     in_parts = *parts, batch // parts.rows, blocks, num_distant
 
     def pairs(slots: int) -> Array:
-        return on_mesh(jnp.zeros((layers, batch, heads, slots, dim), dtype), rows=1, heads=2)
+        return on_mesh(jnp.zeros((layers, batch, heads, slots, dim), dtype), "l b k n d")
 
     return SharedCache(
         keys=pairs(num_proximal),
         values=pairs(num_proximal),
-        distant_keys=on_mesh(jnp.zeros((*in_parts, dim), dtype), rows=0, heads=1),
+        distant_keys=on_mesh(jnp.zeros((*in_parts, dim), dtype), "A M o r n d"),
         distant_values=pairs(num_distant),
-        distant_positions=on_mesh(jnp.full(in_parts, -1, jnp.int32), rows=0, heads=1),
+        distant_positions=on_mesh(jnp.full(in_parts, -1, jnp.int32), "A M o r n"),
         kept=jnp.clip(num_tokens - sharing.proximal, 0, num_kept),
         prompt_lengths=lengths,
         next_positions=lengths,

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from restkv_jax.caches.axes import axes_of, named_arrays
 from restkv_jax.caches.base import Cache
 from restkv_jax.caches.dense import KVCache
 from restkv_jax.caches.evicting import ByImportance, EvictingCache
@@ -59,41 +60,6 @@ IRRELEVANT = {
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
-DENSE = {"keys": "l b k n d", "values": "l b k n d", "positions": "l b k n", "lengths": "l b k"}
-QUANTISED = {
-    "stored.keys.codes": "l b k q e d", "stored.keys.scales": "l b k q d", "stored.values.codes": "l b k q e d",
-    "stored.values.scales": "l b k q v", "recent_keys": "l b k w d", "recent_values": "l b k w d",
-    "positions": "l b k n", "lengths": "l b k",
-}  # fmt: skip
-IMPORTANCE = {"importance": "l b k n", "gram": "l k g d d"}
-DISTANT = {
-    "distant_positions": "a m c r n", "kept": "b", "skips.gates": "b k", "skips.skipped": "b", "skips.total": "b",
-}  # fmt: skip
-AXES = {
-    "KVCache": DENSE,
-    "QuantisedCache": QUANTISED,
-    "QuantisedPagedCache": {
-        "stored.keys.codes": "a m p e d", "stored.keys.scales": "a m p d", "stored.values.codes": "a m p e d",
-        "stored.values.scales": "a m p v", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
-        "recent_keys": "l b k w d", "recent_values": "l b k w d", "recent_positions": "l b k w",
-    },
-    "EvictingCache": DENSE | IMPORTANCE,
-    "QuantisedEvictingCache": QUANTISED | IMPORTANCE,
-    "PagedCache": {
-        "keys": "a m p s d", "values": "a m p s d", "positions": "a m p s", "page_table": "l b k j", "lengths": "l b k",
-    },
-    "SharedCache": {
-        "keys": "l b k p d", "values": "l b k p d", "distant_keys": "a m c r n d", "distant_values": "l b k n d",
-    } | DISTANT,
-    "QuantisedSharedCache": {
-        "keys": "l b k p d", "values": "l b k p d",
-        "distant_keys.codes": "a m c r q e d", "distant_keys.scales": "a m c r q d",
-        "distant_values.codes": "l b k q e d", "distant_values.scales": "l b k q v",
-    } | DISTANT,
-}  # fmt: skip
-OF_ALL = {"prompt_lengths": "b", "next_positions": "b"}
-"""The axes of a cache's arrays; of one name they are of one size, `l`, `k` and `d` those of the model."""
-
 C = TypeVar("C", bound=Cache)
 
 
@@ -135,7 +101,7 @@ def save_cache(path: str | os.PathLike, cache: Cache, model: Decoder, params: An
     cache = _without_room(cache)
     weights = None if params is None else checksum(params)
     header = Header(kind, _static_fields(cache), _relevant(model.config), weights, note)
-    arrays = {name: jnp.asarray(jax.device_get(x)) for name, x in _named_arrays(cache).items()}
+    arrays = {name: jnp.asarray(jax.device_get(x)) for name, x in named_arrays(cache).items()}
     path = pathlib.Path(path)
     try:
         with written_whole(path) as unfinished:
@@ -216,11 +182,6 @@ def _from_static(name: str, value: Any) -> Any:
     return bool(value)
 
 
-def _named_arrays(cache: Cache) -> dict[str, jax.Array]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(cache)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
-
-
 def _relevant(config: ModelConfig) -> dict[str, Any]:
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in IRRELEVANT}
     return json.loads(json.dumps(fields))  # tuples become lists, as they come back
@@ -284,13 +245,13 @@ def _assemble(header: Header, arrays: dict[str, Any]) -> Any:
 
 def _check_contents(cache: Any, config: ModelConfig) -> None:
     """Refuses arrays of other shapes and dtypes than the cache's kind has, and numbers that point outside of it."""
-    arrays, sizes = _named_arrays(cache), {}
+    arrays, sizes = named_arrays(cache), {}
     expected = {"l": config.num_hidden_layers, "k": config.num_key_value_heads, "d": config.head_dim}
     if cache.dtype not in FLOATS:
         raise ValueError(f"keys and values have dtype {cache.dtype}")
     if cache.quantisation is not None:
         expected |= _quantised_sizes(cache, config.head_dim)
-    for name, axes in (AXES[type(cache).__name__] | OF_ALL).items():
+    for name, axes in (axes_of(type(cache)) or {}).items():
         array = arrays.pop(name, None)
         if array is None and name.startswith("skips."):
             continue
@@ -302,9 +263,9 @@ def _check_contents(cache: Any, config: ModelConfig) -> None:
     if arrays:
         raise ValueError(f"{next(iter(arrays))} is not an array of a {type(cache).__name__}")
     if (
-        sizes["b"] % sizes.get("a", 1)
-        or sizes["k"] % sizes.get("m", 1)
-        or 0 in (sizes["b"], sizes.get("a"), sizes.get("m"))
+        sizes["b"] % sizes.get("A", 1)
+        or sizes["k"] % sizes.get("M", 1)
+        or 0 in (sizes["b"], sizes.get("A"), sizes.get("M"))
     ):
         raise ValueError(f"its parts make no sense: {sizes}")
     _check_ranges(cache, sizes)
@@ -328,10 +289,10 @@ def _check_ranges(cache: Any, sizes: dict[str, int]) -> None:
         if array is not None and array.size and not least <= array.min() <= array.max() <= most:
             raise ValueError(f"{name} goes from {array.min()} to {array.max()}, out of [{least}, {most}]")
     if isinstance(cache, SharedCache):
-        _, blocks = cache.sharing.groups.in_parts(sizes["m"])
-        if (blocks, sizes["a"] * sizes["c"]) != (sizes["r"], sizes["b"]):
+        _, blocks = cache.sharing.groups.in_parts(sizes["M"])
+        if (blocks, sizes["A"] * sizes["o"]) != (sizes["r"], sizes["b"]):
             raise ValueError(
-                f"distant_keys has {sizes['r']} blocks of {sizes['a'] * sizes['c']} rows, unlike the sharing"
+                f"distant_keys has {sizes['r']} blocks of {sizes['A'] * sizes['o']} rows, unlike the sharing"
             )
 
 
@@ -339,7 +300,7 @@ def _quantised_sizes(cache: Any, dim: int) -> dict[str, int]:
     q = cache.quantisation
     q.check_dim(dim)
     group = jax.eval_shape(lambda: empty_pairs((q.group_size, dim), q))
-    sizes = {"s": q.group_size, "e": q.group_size // q.in_word, "v": group.values.scales.shape[-1]}
+    sizes = {"s": q.group_size, "e": q.group_size // q.in_word, "x": group.values.scales.shape[-1]}
     if isinstance(cache, QuantisedSharedCache):
         return sizes | {"n": cache.distant_keys.codes.shape[4] * q.group_size}
     if isinstance(cache, QuantisedPagedCache):

@@ -82,7 +82,7 @@ def run_adapt(args: Sequence[str]) -> None:
     if options.dense and options.groups is not None:
         raise UsageError("give either --groups FILE, to share keys, or --dense, to train the ordinary model")
     with as_usage_error():
-        mesh = make_mesh(options.model_parallel)
+        mesh = make_mesh(model=options.model_parallel)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with its stack what it raises anyway
     with as_usage_error():
         with show_while("loading the model", quiet=options.quiet):

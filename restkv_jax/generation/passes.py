@@ -90,7 +90,8 @@ def _read_whole(
     kept = tuple(keeper.start(past, lengths, params["embedding"].dtype) for keeper in keepers)
     state = None if past is None else past.start_reading(num_new), kept
     positions, chunk_size = positions_of(mask, before), largest_divisor(num_new, plan.chunk_size)
-    hidden, state = read(model, params, tokens, None, hooks, state, positions=positions, chunk_size=chunk_size)
+    how = {"positions": positions, "chunk_size": chunk_size, "num_last": 1}
+    hidden, state = read(model, params, tokens, None, hooks, state, **how)
     caches = tuple(keeper.finish(kept) for keeper, kept in zip(keepers, state[1], strict=True))
     return logits(model, params, hidden[:, -1]), caches
 
@@ -150,14 +151,20 @@ def append(
     model: Decoder, params: Any, tokens: Array, mask: Array, cache: Cache, chunk_size: int = 1
 ) -> tuple[Array, Cache]:
     """Puts tokens int32 [B, T], padded on the left, into a cache: the next logits, float32 [B, V], and the cache."""
-    hidden, cache = append_all(model, params, tokens, mask, cache, chunk_size)
+    hidden, cache = append_all(model, params, tokens, mask, cache, chunk_size, num_last=1)
     return logits(model, params, hidden[:, -1]), cache
 
 
 def append_all(
-    model: Decoder, params: Any, tokens: Array, mask: Array, cache: Cache, chunk_size: int = 1
+    model: Decoder,
+    params: Any,
+    tokens: Array,
+    mask: Array,
+    cache: Cache,
+    chunk_size: int = 1,
+    num_last: int | None = None,
 ) -> tuple[Array, Cache]:
-    """As `append`, with the last hidden states of all tokens, [B, T, M], for the logits after each of them."""
+    """As `append`, with the last hidden states of the last tokens or all, [B, T, M], for the logits after each."""
 
     def make_memory(index: Array, new: Pairs, cache: Cache) -> tuple[Memory, Cache]:
         return cache.enter(index, new)
@@ -167,5 +174,6 @@ def append_all(
 
     positions, chunk_size = positions_of(mask, cache.next_positions), largest_divisor(tokens.shape[1], chunk_size)
     hooks = Hooks(make_memory, observe)
-    hidden, cache = read(model, params, tokens, None, hooks, cache, positions=positions, chunk_size=chunk_size)
+    how = {"positions": positions, "chunk_size": chunk_size, "num_last": num_last}
+    hidden, cache = read(model, params, tokens, None, hooks, cache, **how)
     return hidden, cache.replace(next_positions=cache.next_positions + mask.sum(1, dtype=jnp.int32))

@@ -18,7 +18,7 @@ params = rk.init_params(model, jax.random.key(0))
 data = np.random.default_rng(0).integers(3, 259, 400)
 adaptation = Adaptation(steps=4, batch_size=4, sequence_length=40, accumulation=2, learning_rate=1e-3)
 one = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
-meshes = {"one": one, "four": make_mesh(model_parallel=2)}
+meshes = {"one": one, "four": make_mesh(model=2)}
 sharing = Sharing(LayerGroups([[0, 0], [0, 1]]), sink=2, recent=6)
 
 

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from restkv_jax.models.decoder import Decoder, read
-from restkv_jax.models.mesh import automatic, parameter_shardings
+from restkv_jax.models.mesh import automatic, divided_mesh, parameter_shardings
 from restkv_jax.models.tensors import flatten, parameter_shapes, unflatten
 from restkv_jax.pod.adaptation.recipe import Adaptation
 from restkv_jax.pod.adaptation.training import Batch, Metrics, TrainState, make_optimizer, split_params, train_step
@@ -37,7 +37,7 @@ def make_program(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> Program:
       ValueError: a batch or a model that the mesh does not divide, a pattern that matches no parameter.
     """
     _check_mesh(adaptation, mesh)
-    mesh = automatic(mesh)
+    mesh = divided_mesh(model, automatic(mesh))
     state, frozen = _state_shapes(model, adaptation, mesh)
     step = functools.partial(
         train_step,
