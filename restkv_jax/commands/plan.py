@@ -24,7 +24,7 @@ from restkv_jax.generation.reading import bucket_length
 from restkv_jax.models.build import build_model
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import LayerGroups, Sharing
-from restkv_jax.models.mesh import automatic
+from restkv_jax.models.mesh import divided_mesh, make_mesh
 from restkv_jax.models.tensors import parameter_shapes
 from restkv_jax.planning.chips import Topology, find_topology
 from restkv_jax.planning.estimates import Estimate, estimate
@@ -33,9 +33,7 @@ from restkv_jax.planning.largest import largest_rows
 from restkv_jax.planning.programs import (
     OutOfMemory,
     Program,
-    Reading,
     Work,
-    cache_like,
     compile_reading,
     compile_step,
 )
@@ -124,25 +122,19 @@ def _model(options: PlanOptions) -> Decoder:
 
 
 def _mesh(options: PlanOptions, model: Decoder, topology: Topology) -> Mesh:
-    """All chips, as `data` x `model`."""
-    chips = len(topology.devices)
-    data, parts = options.data_parallel, options.model_parallel
+    """The chips as `data` x `model`."""
+    chips, data, parts = len(topology.devices), options.data_parallel, options.model_parallel
     if parts is None:
-        parts = _parts(model, chips) if data is None else chips // data
-    data = chips // parts if data is None else data
-    if data * parts != chips:
-        raise ValueError(f"data_parallel={data} x model_parallel={parts} must be the {chips} chips of {topology.name}")
-    return automatic(jax.make_mesh((data, parts), ("data", "model"), devices=topology.devices))
+        parts = _parts(model, chips, options.batch_size) if data is None else max(1, chips // data)
+    return divided_mesh(model, make_mesh(data, parts, topology.devices))
 
 
-def _parts(model: Decoder, chips: int) -> int:
-    """The most chips that may share the weights."""
+def _parts(model: Decoder, chips: int, rows: int) -> int:
+    """How many chips share the weights: as many as KV heads can be divided among, more where rows are too few."""
     config = model.config
-    return max(
-        n
-        for n in range(1, chips + 1)
-        if chips % n == 0 and config.num_key_value_heads % n == 0 and config.intermediate_size % n == 0
-    )
+    features = math.gcd(chips, config.intermediate_size, config.vocab_size)
+    able = [n for n in range(1, features + 1) if features % n == 0 and rows % (chips // n) == 0]
+    return max(able, key=lambda n: (config.num_key_value_heads % n == 0, n), default=features)
 
 
 def _figures(options: PlanOptions, work: Work, name: str, topology: Topology) -> Figures:
@@ -154,23 +146,18 @@ def _figures(options: PlanOptions, work: Work, name: str, topology: Topology) ->
 
 def _largest(one: Estimate, name: str, topology: Topology) -> dict[str, int]:
     """The most prompts that are read at one time, and that are decoded at one time once they were read in turns."""
-    available, unit, reading = topology.chip.memory, one.work.mesh.shape["data"], one.reading
-    if available is None or not isinstance(reading, Reading):
-        return {"read at one time": 0, "decoded at one time": 0}
-
-    def step(work: Work) -> Program:
-        return compile_step(work, cache_like(work, reading.cache))
+    available = topology.chip.memory or 0.0
 
     def most(compile_: Callable[[Work], Program], what: str) -> int:
         def total_of(rows: int) -> float:
             with show_while(f"compiling {what} of {rows} prompts, {name} cache"):
                 return _total(lambda: compile_(one.work._replace(rows=rows)), available)
 
-        return largest_rows(total_of, available, unit)
+        return largest_rows(total_of, available, one.work.data_parallel)
 
     return {
-        "read at one time": most(lambda work: compile_reading(work).program, "the prefill"),
-        "decoded at one time": most(step, "a step of decoding"),
+        "read at one time": most(compile_reading, "the prefill"),
+        "decoded at one time": most(compile_step, "a step of decoding"),
     }
 
 
@@ -184,9 +171,8 @@ def _total(compile_: Callable[[], Program], available: float) -> float:
 
 def _print(options: PlanOptions, work: Work, topology: Topology, found: dict[str, Figures]) -> None:
     """A column for each method."""
-    data, parts = (work.mesh.shape[name] for name in ("data", "model"))
     table = Table(title=_title(options, work, topology), title_justify="left", caption_justify="left", title_style="")
-    table.add_column(f"each of {data} data x {parts} model")
+    table.add_column(f"each of {work.data_parallel} data x {work.model_parallel} model")
     for name in found:
         table.add_column(name, justify="right")
     sections = [[dict(section) for section in _sections(one)] for one in found.values()]
@@ -216,20 +202,15 @@ def _title(options: PlanOptions, work: Work, topology: Topology) -> str:
 
 def _sections(one: Figures) -> Iterator[list[tuple[str, str]]]:
     """Rows of the table, by section."""
-    held = [("weights", _bytes(one["weights"]))]
-    if one["cache"] is not None:
-        held += [("cache", f"{_bytes(one['cache'])} ({one['slots']:,} slots)")]
-    yield held
+    yield [("weights", _bytes(one["weights"])), ("cache", f"{_bytes(one['cache'])} ({one['slots']:,} slots)")]
     yield list(_program_rows("prefill", one["prefill"], one["available"]))
-    yield list(_program_rows("step", one.get("step"), one["available"]))
+    yield list(_program_rows("step", one["step"], one["available"]))
     if "largest" in one:
         yield [(f"most prompts {name}", f"{count:,}") for name, count in one["largest"].items()]
 
 
-def _program_rows(name: str, one: Figures | None, available: float | None) -> Iterator[tuple[str, str]]:
+def _program_rows(name: str, one: Figures, available: float | None) -> Iterator[tuple[str, str]]:
     """Memory, HBM, matrix products and links of a program."""
-    if one is None:
-        return
     limit = "" if available is None else f" of {_bytes(available)}, {'fits' if one['fits'] else 'DOES NOT FIT'}"
     yield f"{name}: holds", _bytes(one["total"]) + limit
     if not one["fits"]:

@@ -10,8 +10,8 @@ from restkv_jax.planning.collectives import Collective
 from restkv_jax.planning.programs import (
     OutOfMemory,
     Program,
-    Reading,
     Work,
+    abstract_cache,
     abstract_params,
     bytes_on_device,
     compile_reading,
@@ -25,32 +25,25 @@ class Estimate(NamedTuple):
     Attributes:
       work: what is done.
       weights: bytes.
+      embedding: bytes, of the weights, that a step only looks rows up in.
+      cache: bytes.
+      slots: of a layer, row and KV head, on the average.
       reading: the prefill, or how much it lacks.
-      step: of decoding, or how much it lacks; None without a prefill.
+      step: of decoding, or how much it lacks.
     """
 
     work: Work
     weights: int
-    reading: Reading | OutOfMemory
-    step: Program | OutOfMemory | None
+    embedding: int
+    cache: int
+    slots: int
+    reading: Program | OutOfMemory
+    step: Program | OutOfMemory
 
     @property
-    def cache(self) -> int | None:
-        """Bytes of the cache."""
-        return bytes_on_device(self.reading.cache) if isinstance(self.reading, Reading) else None
-
-    @property
-    def floor(self) -> int | None:
-        """Bytes that a step has to read: the cache, and all weights but the embedding's other rows."""
-        if self.cache is None:
-            return None
-        config = self.work.model.config
-        untied = 0 if config.tie_word_embeddings else bytes_on_device(self._params["embedding"])
-        return self.weights - untied + self.cache
-
-    @property
-    def _params(self) -> Any:
-        return abstract_params(self.work.model, self.work.mesh, self.work.dtype)
+    def floor(self) -> int:
+        """Bytes that a step has to read."""
+        return self.weights - self.embedding + self.cache
 
 
 class Bounds(NamedTuple):
@@ -76,17 +69,18 @@ def estimate(work: Work, show: Callable[[str], Any]) -> Estimate:
     Raises:
       ValueError: arguments that make no sense, each named.
     """
-    weights = bytes_on_device(abstract_params(work.model, work.mesh, work.dtype))
-    try:
-        with show("the prefill"):
-            reading = compile_reading(work)
-    except OutOfMemory as error:
-        return Estimate(work, weights, error, None)
-    try:
-        with show("a step of decoding"):
-            return Estimate(work, weights, reading, compile_step(work, reading.cache))
-    except OutOfMemory as error:
-        return Estimate(work, weights, reading, error)
+    params, cache = abstract_params(work.model, work.mesh, work.dtype), abstract_cache(work)
+    embedding = 0 if work.model.config.tie_word_embeddings else bytes_on_device(params["embedding"])
+    held = bytes_on_device(params), embedding, bytes_on_device(cache), cache.num_slots
+
+    def tried(compile_: Callable[[Work], Program], what: str) -> Program | OutOfMemory:
+        try:
+            with show(what):
+                return compile_(work)
+        except OutOfMemory as error:
+            return error
+
+    return Estimate(work, *held, tried(compile_reading, "the prefill"), tried(compile_step, "a step of decoding"))
 
 
 def bounds(program: Program, chip: Chip) -> Bounds:
@@ -101,6 +95,6 @@ def megatron(work: Work, tokens: int) -> Collective:
 
     The logits stay divided by vocabulary.
     """
-    config, rows = work.model.config, work.rows // work.mesh.shape["data"]
-    activation = rows * tokens * config.hidden_size * jnp.dtype(work.dtype).itemsize
-    return Collective("all-reduce", activation, work.mesh.shape["model"], 2 * config.num_hidden_layers + 1)
+    config = work.model.config
+    activation = work.rows // work.data_parallel * tokens * config.hidden_size * jnp.dtype(work.dtype).itemsize
+    return Collective("all-reduce", activation, work.model_parallel, 2 * config.num_hidden_layers + 1)

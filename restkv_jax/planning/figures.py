@@ -4,7 +4,7 @@ from typing import Any
 
 from restkv_jax.planning.chips import Chip
 from restkv_jax.planning.estimates import Estimate, bounds, megatron
-from restkv_jax.planning.programs import OutOfMemory, Program, Reading
+from restkv_jax.planning.programs import OutOfMemory, Program
 
 Figures = dict[str, Any]
 
@@ -17,18 +17,17 @@ def figures_of(estimate: Estimate, chip: Chip, tokens: int) -> Figures:
       chip: which it is for.
       tokens: of a prompt, as it is padded.
     """
-    reading, step = estimate.reading, estimate.step
-    prefill = reading.program if isinstance(reading, Reading) else reading
-    found = {
+    work = estimate.work
+    prefill = _of_program(estimate.reading, chip, megatron(work, tokens).sent)
+    step = _of_program(estimate.step, chip, megatron(work, 1).sent)
+    return {
         "available": chip.memory,
         "weights": estimate.weights,
         "cache": estimate.cache,
-        "slots": reading.cache.num_slots if isinstance(reading, Reading) else None,
-        "prefill": _of_program(prefill, chip, megatron(estimate.work, tokens).sent),
+        "slots": estimate.slots,
+        "prefill": prefill,
+        "step": step | {"floor": estimate.floor},
     }
-    if step is not None:
-        found["step"] = _of_program(step, chip, megatron(estimate.work, 1).sent) | {"floor": estimate.floor}
-    return found
 
 
 def _of_program(program: Program | OutOfMemory, chip: Chip, least_sent: float) -> Figures:

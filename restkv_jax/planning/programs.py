@@ -1,6 +1,7 @@
 """The programs of generation, compiled for devices that need not be there: no array is ever made."""
 
 import contextlib
+import math
 import re
 import time
 import warnings
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from restkv_jax.caches.axes import axes_of
 from restkv_jax.caches.base import Cache
 from restkv_jax.caches.paged import InPages
 from restkv_jax.eviction.policy import EvictionPolicy
@@ -21,9 +23,10 @@ from restkv_jax.generation.passes import read_prompt
 from restkv_jax.generation.reading import CHUNK_SIZE, Prompt, check_and_pad
 from restkv_jax.kernels.distant import SLOTS_AT_ONCE as DISTANT_AT_ONCE
 from restkv_jax.kernels.paged import SLOTS_AT_ONCE as PAGED_AT_ONCE
+from restkv_jax.kernels.partition import EVERY, spec_of
 from restkv_jax.models.build import init_params
 from restkv_jax.models.decoder import Decoder
-from restkv_jax.models.mesh import beside, parameter_shardings
+from restkv_jax.models.mesh import beside, check_rows, parameter_shardings
 from restkv_jax.planning.counting import Count, count
 from restkv_jax.planning.hlo import Shape
 
@@ -67,19 +70,12 @@ class Program(NamedTuple):
     seconds: float
 
 
-class Reading(NamedTuple):
-    """A prefill, and the cache that it leaves, as shapes that say where they lie."""
-
-    program: Program
-    cache: Cache
-
-
 class Work(NamedTuple):
     """What is to be done.
 
     Attributes:
       model: with its sharing.
-      mesh: with the axes `data` and `model`.
+      mesh: as `divided_mesh` gives it for the model.
       rows: prompts at one time.
       length: tokens of each.
       policy: what is kept of them.
@@ -97,6 +93,16 @@ class Work(NamedTuple):
     dtype: Any = jnp.bfloat16
     cache_dtype: CacheDType = None
 
+    @property
+    def data_parallel(self) -> int:
+        """Parts that the rows are divided into."""
+        return self.mesh.shape["data"]
+
+    @property
+    def model_parallel(self) -> int:
+        """Devices that share the weights."""
+        return math.prod(self.mesh.shape.get(name, 1) for name in EVERY)
+
 
 def abstract_params(model: Decoder, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Any:
     """The parameters as shapes that say where they lie.
@@ -109,7 +115,7 @@ def abstract_params(model: Decoder, mesh: Mesh, dtype: Any = jnp.bfloat16) -> An
     return jax.tree.map(_placed, shapes, shardings)
 
 
-def compile_reading(work: Work) -> Reading:
+def compile_reading(work: Work) -> Program:
     """Compiles the prefill.
 
     Raises:
@@ -120,22 +126,32 @@ def compile_reading(work: Work) -> Reading:
         arrays = _rows(work, prompt.tokens), _rows(work, prompt.mask)
         lowered = read_prompt.lower(prompt.model, params, *arrays, None, prompt.plan)
         compiled, seconds = _compile(lowered)
-        cache = jax.tree.map(_placed, _cache_shapes(params, prompt), compiled.output_shardings[1][0])
-    return Reading(_measured(compiled, seconds, CAUSAL_SHARE), cache)
+    return _measured(compiled, seconds, CAUSAL_SHARE)
 
 
-def cache_like(work: Work, cache: Cache) -> Cache:
-    """The cache that a prefill would leave, laid out as that of other rows: nothing is compiled."""
+def abstract_cache(work: Work) -> Cache:
+    """The cache that the prefill leaves, as shapes that say where they lie: nothing is compiled."""
     with _prepared(work) as (params, prompt):
-        return jax.tree.map(lambda shape, like: _placed(shape, like.sharding), _cache_shapes(params, prompt), cache)
+        shapes = jax.eval_shape(
+            lambda *arrays: read_prompt(prompt.model, *arrays, None, prompt.plan)[1][0], params, *prompt.arrays[:2]
+        )
+    axes = axes_of(type(shapes)) or {}
+
+    def place(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        spec = spec_of(axes[jax.tree_util.keystr(path, simple=True, separator=".")], x.shape, work.mesh.shape)
+        return _placed(x, NamedSharding(work.mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def compile_step(work: Work, cache: Cache) -> Program:
-    """Compiles one step of decoding on a cache as `compile_reading` returns it.
+def compile_step(work: Work) -> Program:
+    """Compiles one step of decoding.
 
     Raises:
+      ValueError: as `compile_reading`.
       OutOfMemory: it does not fit the devices.
     """
+    cache = abstract_cache(work)
     with _prepared(work) as (params, prompt):
         token, active = (
             jax.ShapeDtypeStruct((work.rows,), dtype, sharding=_row_sharding(work)) for dtype in (jnp.int32, jnp.bool_)
@@ -146,24 +162,15 @@ def compile_step(work: Work, cache: Cache) -> Program:
 
 def bytes_on_device(tree: Any) -> int:
     """Bytes of every device of arrays or shapes that say where they lie, without what tiles add."""
-    return sum(int(jnp.dtype(x.dtype).itemsize) * _size(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+    return sum(
+        int(jnp.dtype(x.dtype).itemsize) * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+    )
 
 
 @contextlib.contextmanager
 def _prepared(work: Work) -> Iterator[tuple[Any, Prompt]]:
     """Parameters and prompt under the mesh, checked as those of users are."""
-    if work.rows % work.mesh.shape["data"]:
-        raise ValueError(
-            f"batch_size={work.rows} must be a multiple of the mesh's data axis, {work.mesh.shape['data']}, which "
-            "divides rows"
-        )
+    check_rows(work.rows, work.mesh)
     params = abstract_params(work.model, work.mesh, work.dtype)
     tokens = jax.ShapeDtypeStruct((work.rows, work.length), jnp.int32)
     options = work.max_new_tokens, CHUNK_SIZE, None
@@ -187,13 +194,6 @@ def _shaped(make: Callable[[Array], Prompt], tokens: jax.ShapeDtypeStruct) -> Pr
 
     shapes = jax.eval_shape(arrays, tokens)
     return static[0]._replace(tokens=shapes[0], mask=shapes[1])
-
-
-def _cache_shapes(params: Any, prompt: Prompt) -> Cache:
-    def read(params: Any, tokens: Array, mask: Array) -> Cache:
-        return read_prompt(prompt.model, params, tokens, mask, None, prompt.plan)[1][0]
-
-    return jax.eval_shape(read, params, prompt.tokens, prompt.mask)
 
 
 def _row_sharding(work: Work) -> NamedSharding:
@@ -235,14 +235,14 @@ def _measured(
 def _kernel_reads(work: Work, cache: Cache) -> Callable[[Shape], float]:
     """A kernel is handed the pages of all layers and reads those of one, a share of them on the average."""
     pools = [getattr(cache, name) for name in cache.POOL] if isinstance(cache, InPages) else []
-    sizes = {_size(pool.sharding.shard_shape(pool.shape)) for pool in jax.tree.leaves(pools)}
+    sizes = {math.prod(pool.sharding.shard_shape(pool.shape)) for pool in jax.tree.leaves(pools)}
     return lambda shape: 1 / work.model.config.num_hidden_layers if shape.size in sizes else 1.0
 
 
 def _turns(work: Work, cache: Cache) -> int:
     """How often the loops turn, at most or for pages on the average, whose turns follow what a cache holds."""
-    config, (data, model) = work.model.config, (work.mesh.shape[name] for name in ("data", "model"))
-    heads = work.rows // data * max(1, config.num_key_value_heads // model)
+    config = work.model.config
+    heads = work.rows // work.data_parallel * (config.num_key_value_heads // work.mesh.shape["model"])
     if isinstance(cache, InPages):
         slots = cache.num_pages * cache.page_size // config.num_hidden_layers
         return max(1, -(-slots // PAGED_AT_ONCE))
