@@ -175,7 +175,8 @@ class Decoder(nn.Module):
         """The residual stream before the first layer: int32 [n, B, C] to [n, B, C, M]."""
 
         def of_chunk(tokens: Array) -> Array:
-            hidden = on_mesh(self.embedding[tokens], "b t m")
+            # first summed over the parts of the vocabulary, or the whole matrix would be gathered
+            hidden = on_mesh(on_mesh(self.embedding[tokens], "b c m"), "b t m")
             return hidden if self.config.embedding_multiplier == 1 else hidden * self.config.embedding_multiplier
 
         return of_chunk(tokens[0])[None] if len(tokens) == 1 else jax.lax.map(of_chunk, tokens)

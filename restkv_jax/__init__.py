@@ -32,7 +32,7 @@ from restkv_jax.generation.generating import Generation, decode_step, generate, 
 from restkv_jax.generation.reading import bucket_length, extend, prefill, prefill_each
 from restkv_jax.generation.text import generate_text, stream_text
 from restkv_jax.kernels.quantised import Quantisation
-from restkv_jax.models import build_model, init_params, load_model, read, save_model
+from restkv_jax.models import build_model, init_params, load_model, make_mesh, read, save_model
 
 __all__ = [
     "METHODS",
@@ -72,6 +72,7 @@ __all__ = [
     "laprox",
     "load_cache",
     "load_model",
+    "make_mesh",
     "pod",
     "prefill",
     "prefill_each",

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -19,7 +19,7 @@ import restkv_jax as rk
 from restkv_jax.generation.decoding import feed
 from restkv_jax.generation.passes import read_prompt
 from restkv_jax.generation.reading import check_and_pad
-from restkv_jax.models.mesh import automatic, beside, parameter_shardings
+from restkv_jax.models.mesh import beside, parameter_shardings
 
 CONFIG = dict(
     model_type="llama", vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -48,8 +48,9 @@ QUANTISED = {
 """Which policies run again on a quantised cache: one for each kind of cache."""
 MODEL = rk.build_model(CONFIG)
 # No token twice in a row: RoPE turns the keys of equal tokens, whose norms then tie but for rounding.
-TOKENS = np.stack([np.random.default_rng(row).permutation(CONFIG["vocab_size"])[:100] for row in range(4)])
-MASK = np.arange(100) >= np.array([[0], [20], [60], [5]])
+ROWS = 8
+TOKENS = np.stack([np.random.default_rng(row).permutation(CONFIG["vocab_size"])[:100] for row in range(ROWS)])
+MASK = np.arange(100) >= np.array([[0], [20], [60], [5], [0], [41], [99], [3]])
 
 
 def gathered(compiled) -> list[str]:
@@ -65,7 +66,7 @@ EXTENDED = {"full", "restkv", "laprox", "while_generating", "shared", "shared an
 def run(model, params, policy, is_extended, cache_dtype=None):
     """Logits of prefill, some steps and two extensions, kept positions, and what the first two programs gather."""
     prompt = check_and_pad(model, params, TOKENS, MASK, (policy,), NEW, 64, None, cache_dtype=cache_dtype)
-    token, active = jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
+    token, active = jnp.zeros(ROWS, jnp.int32), jnp.ones(ROWS, bool)
     arrays = params, *prompt.arrays
     with beside(params):
         reading = read_prompt.lower(prompt.model, *arrays, prompt.plan).compile()
@@ -81,13 +82,13 @@ def run(model, params, policy, is_extended, cache_dtype=None):
     return np.stack(every), kept, gathered(reading), gathered(step)
 
 
-def main(data: int, model_parallel: int) -> None:
+def main(data: int, model_parallel: int, names: list[str]) -> None:
     devices = jax.devices()[: data * model_parallel]
-    mesh = automatic(jax.make_mesh((data, model_parallel), ("data", "model"), devices=devices))
+    mesh = rk.make_mesh(data, model_parallel, devices)
     params = rk.init_params(MODEL, jax.random.key(0))
     placed = jax.device_put(params, parameter_shardings(MODEL, mesh))
-    runs = [(name, None) for name in POLICIES]
-    if data > 1 and model_parallel > 1:  # both divisions at once; either alone adds minutes and nothing else
+    runs = [(name, None) for name in names or POLICIES]
+    if data > 1 and model_parallel > 1 and not names:  # both divisions at once; either alone adds minutes and nothing else
         runs += QUANTISED.items()
     for name, dtype in runs:
         policy, model = POLICIES[name], MODEL.clone(sharing=SHARING) if name.startswith("shared") else MODEL
@@ -104,4 +105,4 @@ def main(data: int, model_parallel: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:3]), sys.argv[3:])
