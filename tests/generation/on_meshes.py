@@ -88,7 +88,9 @@ def main(data: int, model_parallel: int, names: list[str]) -> None:
     params = rk.init_params(MODEL, jax.random.key(0))
     placed = jax.device_put(params, parameter_shardings(MODEL, mesh))
     runs = [(name, None) for name in names or POLICIES]
-    if data > 1 and model_parallel > 1 and not names:  # both divisions at once; either alone adds minutes and nothing else
+    if (
+        data > 1 and model_parallel > 1 and not names
+    ):  # both divisions at once; either alone adds minutes and nothing else
         runs += QUANTISED.items()
     for name, dtype in runs:
         policy, model = POLICIES[name], MODEL.clone(sharing=SHARING) if name.startswith("shared") else MODEL

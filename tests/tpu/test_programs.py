@@ -43,18 +43,8 @@ def groups(tmp_path_factory):
 def plan(model, topology, *options):
     # without the flags of the other tests, by which compilers optimise nothing
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    arguments = [
-        "--model",
-        HERE / f"{model}.json",
-        "--topology",
-        topology,
-        "--length",
-        LENGTH,
-        "--budget",
-        1024,
-        *options,
-    ]
-    command = [sys.executable, "-m", "restkv_jax", "plan", "--json", *map(str, arguments)]
+    arguments = ["--model", HERE / f"{model}.json", "--topology", topology, "--length", 4096, "--budget", 1024]
+    command = [sys.executable, "-m", "restkv_jax", "plan", "--json", *map(str, arguments), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
