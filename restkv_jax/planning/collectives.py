@@ -43,12 +43,23 @@ def collectives_of(
             shapes = shapes[len(instruction.operands) : 2 * len(instruction.operands)]
         if kind == "reduce-scatter":
             shapes = [shape for operand in computation.operands(instruction) for shape in operand.shapes]
+        if kind == "all-reduce" and _is_only_sliced(computation, instruction):
+            kind = "reduce-scatter"
         size = sum(shape.plain_bytes for shape in shapes)
         if (group := group_size(instruction.attributes)) > 1:
             yield Collective(kind, size, group, times)
     inner = module.computations.get(instruction.called("calls") or "")
     for called in inner.instructions if inner else ():
         yield from collectives_of(module, inner, called, times)
+
+
+def _is_only_sliced(computation: Computation, value: Instruction) -> bool:
+    """Whether every device uses its part alone: a TPU fuses such an all-reduce with its slice and scatters."""
+    users = [user for user, _ in computation.users[value.name]]
+    return bool(users) and all(
+        user.opcode == "dynamic-slice" or (user.opcode == "bitcast" and _is_only_sliced(computation, user))
+        for user in users
+    )
 
 
 def group_size(attributes: str) -> int:

@@ -142,22 +142,28 @@ def turns_of(module: Module, computation: Computation, loop: Instruction) -> int
         return int(found)
     condition = module.computations[loop.called("condition") or ""]
     compared = list(condition.operands(condition.root))
-    limits = [_constant(condition, value) for value in compared]
-    if len(compared) != 2 or "direction=LT" not in condition.root.attributes or limits[1] is None:
+    if len(compared) != 2 or "direction=LT" not in condition.root.attributes:
         return None
-    return limits[1] - (_start(computation, loop, compared[0]) or 0)
-
-
-def _start(computation: Computation, loop: Instruction, counter: Instruction) -> int | None:
-    """What a loop's counter begins with, None where that is not a constant."""
-    index = counter.search(r"index=(\d+)")
-    state = computation.by_name.get(loop.operands[0])
-    if index is None or state is None or state.opcode != "tuple":
+    index, limit = compared[0].search(r"index=(\d+)"), _constant(condition, compared[1])
+    if index is None or limit is None:
         return None
-    return _constant(computation, computation.by_name[state.operands[int(index)]])
+    start = _constant(computation, _element(computation, computation.by_name[loop.operands[0]], int(index)))
+    body = module.computations[loop.called("body") or ""]
+    return -(-(limit - (start or 0)) // _step(body, _element(body, body.root, int(index))))
 
 
-def _constant(computation: Computation, value: Instruction) -> int | None:
-    while value.opcode in ("copy", "bitcast") and value.operands:
+def _element(computation: Computation, state: Instruction, index: int) -> Instruction | None:
+    return computation.by_name[state.operands[index]] if state.opcode == "tuple" else None
+
+
+def _step(body: Computation, counter: Instruction | None) -> int:
+    """By how much a loop's counter grows: 1, or where XLA has put several turns into one, their number."""
+    added = [_constant(body, x) for x in body.operands(counter)] if counter and counter.opcode == "add" else []
+    return next((step for step in added if step), 1)
+
+
+def _constant(computation: Computation, value: Instruction | None) -> int | None:
+    while value is not None and value.opcode in ("copy", "bitcast") and value.operands:
         value = computation.by_name[value.operands[0]]
-    return int(value.literal) if value.opcode == "constant" and value.literal.lstrip("-").isdigit() else None
+    is_known = value is not None and value.opcode == "constant" and value.literal.lstrip("-").isdigit()
+    return int(value.literal) if value is not None and is_known else None

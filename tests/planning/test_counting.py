@@ -71,6 +71,10 @@ def test_what_the_compiler_notes_of_a_loop_is_believed():
     assert count(noted).operations == 7 * PRODUCT
 
 
+def test_a_loop_of_several_turns_in_one_counts_them_once():
+    assert count(loop().replace("constant(1)", "constant(2)")).operations == 5 * PRODUCT
+
+
 ALL_REDUCE = "ROOT %sum = bf16[4,1024]{1,0} all-reduce(%a), channel_id=1, replica_groups=GROUPS, to_apply=%add"
 
 
@@ -106,6 +110,28 @@ def test_a_reduce_scatter_and_an_all_gather_send_what_an_all_reduce_does():
     )
     assert {c.kind: c.bytes for c in divided.collectives} == {"reduce-scatter": 16384, "all-gather": 16384}
     assert divided.sent() == Collective("all-reduce", 16384, 4).sent
+
+
+SCATTERING = """
+%all-reduce-scatter (whole: bf16[1024,128]) -> bf16[128,128] {
+  %whole = bf16[1024,128]{1,0} parameter(0)
+  %sum = bf16[1024,128]{1,0} all-reduce(%whole), channel_id=3, replica_groups=[1,8]<=[8], to_apply=%add
+  %zero = s32[] constant(0)
+  %id = s32[] partition-id()
+  ROOT %part = bf16[128,128]{1,0} dynamic-slice(%sum, %id, %zero), dynamic_slice_sizes={128,128}
+}
+"""
+
+
+def test_an_all_reduce_that_is_fused_with_its_slice_is_a_reduce_scatter():
+    found = count(
+        entry(
+            "%a = bf16[1024,128]{1,0} parameter(0)",
+            "ROOT %part = bf16[128,128]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter",
+            others=SCATTERING,
+        )
+    )
+    assert found.collectives == (Collective("reduce-scatter", 2 * 1024 * 128, 8, 1),)
 
 
 SLICING = """
