@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 import os
 import pathlib
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from restkv_jax.models.config import ModelConfig, as_ids, read_config
@@ -19,15 +22,18 @@ from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.files import one_line, read_json, refuse_pointer
 from restkv_jax.models.gguf import gguf_within, read_gguf
 from restkv_jax.models.key_groups import Sharing
+from restkv_jax.models.mesh import parameter_shardings
 from restkv_jax.models.quantised import FLOAT8, dequantised, read_float8
 from restkv_jax.models.refused import missing_weights, refuse_adapter, refuse_pickled, refuse_quantised
 from restkv_jax.models.sampling_defaults import GENERATION_CONFIG, read_sampling
 from restkv_jax.models.saving import INDEX, WEIGHTS
-from restkv_jax.models.stored import StoredCheckpoint, StoredTensor, aligned_empty, read_into, row_slices
+from restkv_jax.models.stored import Index, StoredCheckpoint, StoredTensor, aligned_empty, read_into, row_slices
 from restkv_jax.models.tensors import (
     Tensor,
     check_tensors,
+    checkpoint_index,
     checkpoint_tensors,
+    flatten,
     parameter_shapes,
     plain_names,
     split_fused,
@@ -44,7 +50,9 @@ STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
 
 
-def load_model(path_or_id: str | os.PathLike | None = None, dtype: Any = jnp.bfloat16) -> tuple[Decoder, Any, Any]:
+def load_model(
+    path_or_id: str | os.PathLike | None = None, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None
+) -> tuple[Decoder, Any, Any]:
     """Loads a checkpoint: its model, parameters and tokenizer.
 
     Tensors are read a few rows at a time into one parameter at a time, so the host never holds the weights twice.
@@ -61,17 +69,21 @@ def load_model(path_or_id: str | os.PathLike | None = None, dtype: Any = jnp.bfl
       path_or_id: a directory in Hugging Face's layout, a GGUF file or a directory with one, or a model id of the
         Hugging Face hub, which is downloaded; None is the model that comes with the package.
       dtype: of every parameter: float32, bfloat16 or float16.
+      mesh: of devices with the axes `data` and `model`, as `make_mesh` makes it: every process reads those parts alone
+        that its devices hold, and what is called with the parameters runs on all of them. None is one device.
 
     Returns:
       the model, with the sharing that it was adapted to; its parameters, a dict of arrays where those of the layers
       carry a leading axis `L`; the tokenizer of `transformers`, None, with a warning, if the directory has none.
 
     Raises:
+      TypeError: a mesh that is not one.
       FileNotFoundError: no such path or model, or a file is missing from the directory.
       NotADirectoryError: the path is a file.
       ValueError: a dtype that is not supported; weights that are pickled, or quantised in a way that cannot be undone;
         an adapter, a git-lfs pointer; an unsupported architecture or a configuration that no model can have; a tensor
-        that is missing, unknown, of the wrong shape or not finite; a damaged file; a tokenizer that cannot be loaded.
+        that is missing, unknown, of the wrong shape or not finite; a damaged file; a tokenizer that cannot be loaded;
+        a mesh without these axes, or one that does not divide the model; processes with different checkpoints.
         The message is one line.
     """
     if jnp.dtype(dtype).name not in DTYPES:
@@ -86,8 +98,11 @@ def load_model(path_or_id: str | os.PathLike | None = None, dtype: Any = jnp.bfl
     check_tensors(expected, {name: tensor.shape for name, tensor in tensors.items()}, path, names)
     _check_stored_dtypes({name: tensors[name] for name in expected})
     sharing = Sharing.load(path, model) if path.is_dir() else None
+    shardings = {} if mesh is None else flatten(parameter_shardings(model, mesh))
+    if mesh is not None:
+        _compare_processes(path, model.config, {name: tensors[name] for name in expected})
     params = {
-        parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), tensors, expected)
+        parameter: _read_parameter(parameter, shape, jnp.dtype(dtype), tensors, expected, shardings.get(parameter))
         for parameter, shape in parameter_shapes(model).items()
     }
     return model.clone(sharing=sharing), unflatten(params), tokenizer
@@ -232,15 +247,17 @@ def _read_headers(directory: pathlib.Path, files: list[str]) -> dict[str, Stored
 
 
 def _stored(path: pathlib.Path, name: str, shape: list[int], dtype: str) -> StoredTensor:
-    read = read_float8 if dtype in FLOAT8 else _read_rows
-    return StoredTensor(tuple(shape), dtype, functools.partial(read, path, name))
+    if dtype in FLOAT8:
+        return StoredTensor(tuple(shape), dtype, functools.partial(read_float8, path, name))
+    read = functools.partial(_read_block, path, name)
+    return StoredTensor(tuple(shape), dtype, lambda rows: read((rows,)), read)
 
 
-def _read_rows(path: pathlib.Path, name: str, rows: slice) -> np.ndarray:
+def _read_block(path: pathlib.Path, name: str, index: Index) -> np.ndarray:
     # Closing the file gives back the memory that its pages were mapped to.
     with safe_open(path, framework="np") as file:
         stored = file.get_slice(name)
-        return stored[rows] if stored.get_shape() else file.get_tensor(name)
+        return stored[index] if stored.get_shape() else file.get_tensor(name)
 
 
 def _check_stored_dtypes(tensors: Mapping[str, StoredTensor]) -> None:
@@ -253,14 +270,53 @@ def _check_stored_dtypes(tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def _read_parameter(
-    parameter: str, shape: tuple[int, ...], dtype: Any, tensors: Mapping[str, StoredTensor], expected: dict[str, Tensor]
+    parameter: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    tensors: Mapping[str, StoredTensor],
+    expected: dict[str, Tensor],
+    sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """One parameter, all layers stacked, from its tensors."""
-    stacked = aligned_empty(shape, dtype)
-    for name, tensor in expected.items():
-        if tensor.parameter == parameter:
+    """One parameter, all layers stacked, from its tensors: what the devices of this process hold of it."""
+    places = {name: tensor.place for name, tensor in expected.items() if tensor.parameter == parameter}
+
+    def read(index: Index) -> np.ndarray:
+        bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        stacked = aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
+        for name, place in places.items():
             # A view of the parameter in the axes of the checkpoint.
-            place = to_checkpoint(parameter, stacked[tensor.place])
-            if not all(np.isfinite(rows).all() for rows in read_into(place, tensors[name])):
+            view = to_checkpoint(parameter, stacked[place])
+            stored = tensors[name].block(checkpoint_index(parameter, index[len(place) :], shape[len(place) :]))
+            if not all(np.isfinite(rows).all() for rows in read_into(view, stored)):
                 raise ValueError(f"tensor {name!r} holds NaN or infinity (read as {dtype}); the weights are unusable")
-    return jax.device_put(stacked)
+        return stacked
+
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(shape)))
+    devices: dict[str, list[Any]] = {}
+    indices = {repr(index): index for index in sharding.addressable_devices_indices_map(shape).values()}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        devices.setdefault(repr(index), []).append(device)
+    parts = []
+    for name, index in indices.items():
+        assert index is not None
+        part = read(index)
+        parts += jax.block_until_ready([jax.device_put(part, device) for device in devices[name]])
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _compare_processes(path: pathlib.Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuses checkpoints that differ between processes, by their configuration and the ends of every tensor."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(repr(config).encode())
+    for name, tensor in sorted(tensors.items()):
+        ends = [tensor.read(rows).tobytes() for rows in (slice(0, 1), slice(tensor.shape[0] - 1, None))]
+        digest.update(repr((name, tensor.shape, tensor.dtype, ends)).encode())
+    found = multihost_utils.process_allgather(np.frombuffer(digest.digest()[:8], np.uint32))
+    others = np.flatnonzero((found != found[0]).any(-1))
+    if others.size:
+        raise ValueError(
+            f"{path}: process {others[0]} has another checkpoint there than process 0, by their checksums; give all "
+            "hosts the same files"
+        )

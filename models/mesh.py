@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from restkv_jax.kernels.partition import EVERY, spec_of
 from restkv_jax.models.arguments import check_integer
-from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.rules import usual_promotion
 from restkv_jax.models.tensors import TENSORS, flatten, parameter_shapes, unflatten
@@ -53,17 +53,27 @@ def divided_mesh(model: Decoder, mesh: Mesh) -> Mesh:
     """The mesh with its axis `model` taken apart, if KV heads cannot be divided along all of it.
 
     Then `model` divides KV heads and `group` the query heads of each, which a KV head's copies share out; along
-    `repeat` attention is repeated. The MLP and the vocabulary are divided along all three.
+    `repeat` attention is repeated. The MLP and the vocabulary are divided along all three. A warning says what is
+    repeated, or not divided.
 
     Raises:
-      ValueError: a mesh without these axes, or one that divides neither features nor vocabulary.
+      ValueError: a mesh without these axes, or one that does not divide the MLP's features.
     """
     check_axes(mesh)
-    config = model.config
     if set(EVERY) <= set(mesh.axis_names):
         return mesh
-    parts = mesh.shape["model"]
-    _check_divides(config, parts)
+    config, parts = model.config, mesh.shape["model"]
+    if config.intermediate_size % parts:
+        raise ValueError(
+            f"the mesh's model axis of {parts} must divide intermediate_size={config.intermediate_size}; "
+            f"{_nearest(parts, config.intermediate_size)} would"
+        )
+    if config.vocab_size % parts:
+        warnings.warn(
+            f"the mesh's model axis of {parts} does not divide vocab_size={config.vocab_size}: embedding and logits "
+            f"stand whole on every device; {_nearest(parts, config.vocab_size)} would divide it",
+            stacklevel=3,
+        )
     heads = math.gcd(parts, config.num_key_value_heads)
     if heads == parts:
         return mesh
@@ -100,19 +110,9 @@ def check_axes(mesh: Any) -> None:
         )
 
 
-def _check_divides(config: ModelConfig, parts: int) -> None:
-    for name in ("intermediate_size", "vocab_size"):
-        size = getattr(config, name)
-        if size % parts:
-            common = math.gcd(config.intermediate_size, config.vocab_size)
-            raise ValueError(
-                f"the mesh's model axis, {parts}, must divide {name}={size}; {_nearest(parts, common)} would divide it"
-            )
-
-
 def _nearest(parts: int, size: int) -> str:
     """The divisors of a size next to a number, for a message."""
-    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    divisors = [n for n in range(1, min(size, 4 * parts) + 1) if size % n == 0]
     below = max((n for n in divisors if n < parts), default=None)
     above = min((n for n in divisors if n > parts), default=None)
     return " or ".join(str(n) for n in (below, above) if n is not None)
@@ -125,7 +125,7 @@ def parameter_shardings(model: Decoder, mesh: Mesh) -> Any:
     al. 2019, Megatron-LM); embeddings by vocabulary. What has none of these is replicated.
 
     Raises:
-      ValueError: a mesh without the axes, MLP features or a vocabulary that its `model` axis does not divide.
+      ValueError: a mesh without the axes, or one whose `model` axis does not divide the MLP's features.
     """
     mesh = divided_mesh(model, mesh)
 
@@ -187,6 +187,18 @@ def mesh_of(params: Any) -> Mesh | None:
             )
     check_axes(mesh)
     return mesh
+
+
+def spans_processes(params: Any) -> bool:
+    """Whether this process holds a part of the parameters alone; then all have to call what is called with them."""
+    return any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(params))
+
+
+def fetched(x: Any) -> np.ndarray:
+    """An array on the host, whatever devices and processes it lies on; where it spans processes, all have to call."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
 
 
 def check_rows(batch: int, mesh: Mesh | None) -> None:

@@ -6,6 +6,7 @@ import shutil
 import uuid
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -13,6 +14,7 @@ from restkv_jax.models.config import to_hugging_face
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.files import write_json
 from restkv_jax.models.key_groups import FILE
+from restkv_jax.models.mesh import fetched, spans_processes
 from restkv_jax.models.sampling_defaults import GENERATION_CONFIG, SamplingDefaults, sampling_fields
 from restkv_jax.models.tensors import Tensor, checkpoint_tensors, flatten, fused_names, parameter_shapes, to_checkpoint
 
@@ -37,7 +39,7 @@ def save_model(
     Args:
       directory: made if it does not exist.
       model: a `Decoder`.
-      params: its parameters, stored in their own dtypes.
+      params: its parameters, stored in their own dtypes. Where they span processes, all call this and the first writes.
       tokenizer: a tokenizer of `transformers`.
       max_shard_bytes: weights larger than this are written into several files with an index.
 
@@ -53,18 +55,22 @@ def save_model(
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
     unfinished.mkdir()
+    is_first = jax.process_index() == 0 or not spans_processes(params)
     try:
         fields = to_hugging_face(model.config) | {"dtype": str(params["embedding"].dtype)}
         write_json(unfinished / "config.json", fields)
         if model.config.sampling != SamplingDefaults():
             ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             write_json(unfinished / GENERATION_CONFIG, ids | sampling_fields(model.config.sampling))
-        _write_weights(unfinished, model.config.model_type, checkpoint_tensors(model), params, max_shard_bytes)
+        _write_weights(
+            unfinished, model.config.model_type, checkpoint_tensors(model), params, max_shard_bytes, is_first
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         if model.sharing is not None:
             model.sharing.save(unfinished, model)
-        _replace_directory(unfinished, directory)
+        if is_first:
+            _replace_directory(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -86,8 +92,15 @@ def check_params(params: dict[str, Any], expected: dict[str, tuple[int, ...]]) -
 
 
 def _write_weights(
-    directory: pathlib.Path, model_type: str, tensors: dict[str, Tensor], params: dict[str, Any], max_shard_bytes: int
+    directory: pathlib.Path,
+    model_type: str,
+    tensors: dict[str, Tensor],
+    params: dict[str, Any],
+    max_shard_bytes: int,
+    is_first: bool,
 ) -> None:
+    """Writes the weights; a process that is not the first only takes part in fetching them."""
+
     def part_size(name: str) -> int:
         return int(np.prod(tensors[name].shape)) * params[tensors[name].parameter].dtype.itemsize
 
@@ -105,7 +118,7 @@ def _write_weights(
 
     def part(name: str) -> np.ndarray:
         whole = params[tensors[name].parameter]
-        one = np.asarray(whole[tensors[name].place])
+        one = fetched(whole[tensors[name].place])
         return np.ascontiguousarray(to_checkpoint(tensors[name].parameter, one))
 
     def array(name: str) -> np.ndarray:
@@ -115,7 +128,9 @@ def _write_weights(
     of = len(shards)
     files = [WEIGHTS] if of == 1 else [f"model-{i:05d}-of-{of:05d}.safetensors" for i in range(1, of + 1)]
     for file, names in zip(files, shards, strict=True):
-        save_file({name: array(name) for name in names}, directory / file, metadata={"format": "pt"})
+        arrays = {name: array(name) for name in names}
+        if is_first:
+            save_file(arrays, directory / file, metadata={"format": "pt"})
     if of > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(directory / INDEX, {"metadata": {"total_size": sum(map(size, stored))}, "weight_map": weight_map})

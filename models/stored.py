@@ -11,24 +11,41 @@ CHUNK = 2**22
 """Elements that are read at once: with copies in float32, some 50 MB of the host's memory."""
 
 
+Index = tuple[slice, ...]
+"""A slice for each axis."""
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file: its shape, its dtype as the format names it, and what reads some of its rows.
 
-    `read` takes a slice of the first axis and returns an array of floats with those rows.
+    `read` takes a slice of the first axis and returns an array of floats with those rows; `read_block`, where the
+    format can leave out the rest of a row, takes a slice of each axis.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[slice], np.ndarray]
+    read_block: Callable[[Index], np.ndarray] | None = None
+
+    def block(self, index: Index) -> "StoredTensor":
+        """A part of the tensor, as a tensor."""
+        outer = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+        shape = tuple(stop - start for start, stop in outer)
+        if shape == self.shape:
+            return self
+
+        def read_block(index: Index) -> np.ndarray:
+            inner = (part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+            rows, *others = (slice(o[0] + i[0], o[0] + i[1]) for o, i in zip(outer, inner, strict=True))
+            return self.read(rows)[:, *others] if self.read_block is None else self.read_block((rows, *others))
+
+        whole = tuple(slice(None) for _ in shape[1:])
+        return StoredTensor(shape, self.dtype, lambda rows: read_block((rows, *whole)), read_block)
 
     def rows(self, start: int, size: int) -> "StoredTensor":
         """`size` rows from `start` on, as a tensor."""
 
-        def read(rows: slice) -> np.ndarray:
-            first, stop, _ = rows.indices(size)
-            return self.read(slice(start + first, start + stop))
-
-        return StoredTensor((size, *self.shape[1:]), self.dtype, read)
+        return self.block((slice(start, start + size), *(slice(None) for _ in self.shape[1:])))
 
 
 class StoredCheckpoint(NamedTuple):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from flax import traverse_util
 from restkv_jax.models.build import init_params
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder
-from restkv_jax.models.stored import StoredTensor
+from restkv_jax.models.stored import Index, StoredTensor
 
 TENSORS = {
     "embedding": ("model.embed_tokens.weight", "v m -> v m"),
@@ -168,6 +169,23 @@ def to_checkpoint(parameter: str, array: Any) -> Any:
     """One layer's parameter in the axes of the checkpoint."""
     theirs, ours = TENSORS[parameter][1].split(" -> ")
     return einops.rearrange(array, f"{ours} -> {theirs}")
+
+
+def checkpoint_index(parameter: str, index: Index, shape: tuple[int, ...]) -> Index:
+    """Where a part of one layer's parameter of the given shape stands in the checkpoint's tensor.
+
+    Of axes that are one there, the first alone may be a part.
+    """
+    theirs, ours = TENSORS[parameter][1].split(" -> ")
+    axes = dict(zip(ours.split(), zip(index, shape, strict=True), strict=True))
+    found = []
+    for group in re.findall(r"\(([^)]*)\)|(\S+)", theirs):
+        first, *others = "".join(group).split()
+        width = math.prod(axes[letter][1] for letter in others)
+        part, size = axes[first]
+        start, stop, _ = part.indices(size)
+        found.append(slice(start * width, stop * width))
+    return tuple(found)
 
 
 def plain_name(stored: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from restkv_jax.caches.axes import laid_out
 from restkv_jax.caches.base import Cache, join_rows, split_rows, that_join
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import CacheDType, check_decoding, check_eos, check_sampling
@@ -19,7 +20,7 @@ from restkv_jax.generation.reading import CHUNK_SIZE, Prompt, check_and_pad, rea
 from restkv_jax.generation.sampling import Sampling, row_keys
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
-from restkv_jax.models.mesh import beside
+from restkv_jax.models.mesh import beside, mesh_of
 from restkv_jax.models.rules import with_usual_promotion
 
 Steps = Generator[Decoding, Array | np.ndarray | None, Decoding]
@@ -69,6 +70,7 @@ def decode_step(
         is of another model or sharing.
     """
     token = check_decoding(model, params, token, cache, policy, sharing)
+    cache = laid_out(cache, mesh_of(params))
     with beside(params) as params:
         return feed(model, params, token, cache, jnp.ones(token.shape, bool))
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from restkv_jax.caches.axes import laid_out
 from restkv_jax.caches.base import Cache
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import (
@@ -27,7 +28,7 @@ from restkv_jax.generation.passes import Plan, read_prompt
 from restkv_jax.models.arguments import is_known
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
-from restkv_jax.models.mesh import beside
+from restkv_jax.models.mesh import beside, check_rows, mesh_of
 from restkv_jax.models.rules import with_usual_promotion
 
 CHUNK_SIZE = 1024
@@ -213,11 +214,13 @@ def check_and_pad(
     """Checks what users pass, before anything is compiled; tokens are padded to their bucket, budgets become slots."""
     if cache is not None:
         model, sharing = check_cache(model, params, cache, sharing), None
+        cache = laid_out(cache, mesh_of(params))
         policies = [cache.extending_policy if policy is None else policy for policy in policies]
     appends = cache is not None and tuple(policies) == (None,)
     kept = check_policies(policies)
     model = check_model(model, params, sharing, kept)
     tokens, mask = check_prompt(model, tokens, mask, max_new_tokens, chunk_size, cache)
+    check_rows(tokens.shape[0], mesh_of(params))
     quantisation = check_cache_dtype(cache_dtype, model, cache)
     if segment_size is not None:
         check_segments(segment_size, cache, kept)
