@@ -27,16 +27,10 @@ from restkv_jax.models.key_groups import LayerGroups, Sharing
 from restkv_jax.models.mesh import divided_mesh, make_mesh
 from restkv_jax.models.tensors import parameter_shapes
 from restkv_jax.planning.chips import Topology, find_topology
-from restkv_jax.planning.estimates import Estimate, estimate
+from restkv_jax.planning.estimates import PROGRAMS, estimate
 from restkv_jax.planning.figures import Figures, figures_of
 from restkv_jax.planning.largest import largest_rows
-from restkv_jax.planning.programs import (
-    OutOfMemory,
-    Program,
-    Work,
-    compile_reading,
-    compile_step,
-)
+from restkv_jax.planning.programs import OutOfMemory, Program, Work
 
 EMBEDDED = pathlib.Path(str(importlib.resources.files("restkv_jax") / "embedded"))
 
@@ -59,6 +53,7 @@ class PlanOptions:
       cache_dtype: as of `restkv generate`.
       pod_groups: file of the layers that share keys, as `restkv pod` writes it.
       dense: leave out the sharing of keys that the model was adapted to.
+      only: compile the prefill, which takes minutes for a long prompt, or the step of decoding alone.
       max: find the most prompts that fit, too; this compiles several times.
       json: print JSON, in bytes and seconds, instead of a table.
     """
@@ -75,6 +70,7 @@ class PlanOptions:
     cache_dtype: str | None = None
     pod_groups: pathlib.Path | None = None
     dense: bool = False
+    only: Literal["prefill", "step"] | None = None
     max: bool = False
     json: bool = False
 
@@ -138,27 +134,22 @@ def _parts(model: Decoder, chips: int, rows: int) -> int:
 
 
 def _figures(options: PlanOptions, work: Work, name: str, topology: Topology) -> Figures:
+    names = tuple(PROGRAMS) if options.only is None else (options.only,)
     with as_usage_error():
-        found = estimate(work, lambda what: show_while(f"compiling {what}, {name} cache"))
-    most = {"largest": _largest(found, name, topology)} if options.max else {}
+        found = estimate(work, names, lambda program: show_while(f"compiling {WHAT[program]}, {name} cache"))
+    most = {"largest": {program: _largest(work, program, topology) for program in names}} if options.max else {}
     return figures_of(found, topology.chip, bucket_length(work.length)) | most
 
 
-def _largest(one: Estimate, name: str, topology: Topology) -> dict[str, int]:
-    """The most prompts that are read at one time, and that are decoded at one time once they were read in turns."""
+def _largest(work: Work, program: str, topology: Topology) -> int:
+    """The most rows of a program that fit."""
     available = topology.chip.memory or 0.0
 
-    def most(compile_: Callable[[Work], Program], what: str) -> int:
-        def total_of(rows: int) -> float:
-            with show_while(f"compiling {what} of {rows} prompts, {name} cache"):
-                return _total(lambda: compile_(one.work._replace(rows=rows)), available)
+    def total_of(rows: int) -> float:
+        with show_while(f"compiling {WHAT[program]} of {rows} prompts"):
+            return _total(lambda: PROGRAMS[program](work._replace(rows=rows)), available)
 
-        return largest_rows(total_of, available, one.work.data_parallel)
-
-    return {
-        "read at one time": most(compile_reading, "the prefill"),
-        "decoded at one time": most(compile_step, "a step of decoding"),
-    }
+    return largest_rows(total_of, available, work.data_parallel)
 
 
 def _total(compile_: Callable[[], Program], available: float) -> float:
@@ -184,6 +175,7 @@ def _print(options: PlanOptions, work: Work, topology: Topology, found: dict[str
     Console(highlight=False).print(table)
 
 
+WHAT = {"prefill": "the prefill", "step": "a step of decoding"}
 CAPTION = (
     "Counted from the compiled programs: nothing ran. A step cannot read less than the weights, without the embedding "
     "that it looks up, and the cache; nor send less than Megatron-LM, two sums of activations per layer and one for "
@@ -203,10 +195,10 @@ def _title(options: PlanOptions, work: Work, topology: Topology) -> str:
 def _sections(one: Figures) -> Iterator[list[tuple[str, str]]]:
     """Rows of the table, by section."""
     yield [("weights", _bytes(one["weights"])), ("cache", f"{_bytes(one['cache'])} ({one['slots']:,} slots)")]
-    yield list(_program_rows("prefill", one["prefill"], one["available"]))
-    yield list(_program_rows("step", one["step"], one["available"]))
-    if "largest" in one:
-        yield [(f"most prompts {name}", f"{count:,}") for name, count in one["largest"].items()]
+    for program in PROGRAMS:
+        if program in one:
+            yield list(_program_rows(program, one[program], one["available"]))
+    yield [(f"most prompts: {program}", f"{count:,}") for program, count in one.get("largest", {}).items()]
 
 
 def _program_rows(name: str, one: Figures, available: float | None) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """What generation costs on a slice: the prefill and a step of decoding, against what they cannot do without."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -28,8 +29,7 @@ class Estimate(NamedTuple):
       embedding: bytes, of the weights, that a step only looks rows up in.
       cache: bytes.
       slots: of a layer, row and KV head, on the average.
-      reading: the prefill, or how much it lacks.
-      step: of decoding, or how much it lacks.
+      programs: `prefill` and `step`, or how much they lack.
     """
 
     work: Work
@@ -37,8 +37,7 @@ class Estimate(NamedTuple):
     embedding: int
     cache: int
     slots: int
-    reading: Program | OutOfMemory
-    step: Program | OutOfMemory
+    programs: Mapping[str, Program | OutOfMemory]
 
     @property
     def floor(self) -> int:
@@ -59,28 +58,33 @@ class Bounds(NamedTuple):
         return max((seconds for seconds in self if seconds is not None), default=None)
 
 
-def estimate(work: Work, show: Callable[[str], Any]) -> Estimate:
-    """Compiles the prefill and a step.
+PROGRAMS: Mapping[str, Callable[[Work], Program]] = {"prefill": compile_reading, "step": compile_step}
+"""What reads the prompts, and what decodes one token of each."""
+
+
+def estimate(work: Work, names: Sequence[str], show: Callable[[str], contextlib.AbstractContextManager]) -> Estimate:
+    """Compiles programs.
 
     Args:
       work: what to do.
-      show: is told what is being compiled, and returns a context in which it is.
+      names: of the programs, among `PROGRAMS`.
+      show: makes of a program's name a context in which it is compiled.
 
     Raises:
       ValueError: arguments that make no sense, each named.
     """
     params, cache = abstract_params(work.model, work.mesh, work.dtype), abstract_cache(work)
     embedding = 0 if work.model.config.tie_word_embeddings else bytes_on_device(params["embedding"])
-    held = bytes_on_device(params), embedding, bytes_on_device(cache), cache.num_slots
 
-    def tried(compile_: Callable[[Work], Program], what: str) -> Program | OutOfMemory:
+    def tried(name: str) -> Program | OutOfMemory:
         try:
-            with show(what):
-                return compile_(work)
+            with show(name):
+                return PROGRAMS[name](work)
         except OutOfMemory as error:
             return error
 
-    return Estimate(work, *held, tried(compile_reading, "the prefill"), tried(compile_step, "a step of decoding"))
+    programs = {name: tried(name) for name in names}
+    return Estimate(work, bytes_on_device(params), embedding, bytes_on_device(cache), cache.num_slots, programs)
 
 
 def bounds(program: Program, chip: Chip) -> Bounds:

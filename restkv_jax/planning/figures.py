@@ -17,17 +17,14 @@ def figures_of(estimate: Estimate, chip: Chip, tokens: int) -> Figures:
       chip: which it is for.
       tokens: of a prompt, as it is padded.
     """
-    work = estimate.work
-    prefill = _of_program(estimate.reading, chip, megatron(work, tokens).sent)
-    step = _of_program(estimate.step, chip, megatron(work, 1).sent)
-    return {
-        "available": chip.memory,
-        "weights": estimate.weights,
-        "cache": estimate.cache,
-        "slots": estimate.slots,
-        "prefill": prefill,
-        "step": step | {"floor": estimate.floor},
-    }
+    found: Figures = {"available": chip.memory, "weights": estimate.weights}
+    found |= {"cache": estimate.cache, "slots": estimate.slots}
+    for name, program in estimate.programs.items():
+        least_sent = megatron(estimate.work, tokens if name == "prefill" else 1).sent
+        found[name] = _of_program(program, chip, least_sent)
+    if "step" in found:
+        found["step"]["floor"] = estimate.floor
+    return found
 
 
 def _of_program(program: Program | OutOfMemory, chip: Chip, least_sent: float) -> Figures:
