@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import pathlib
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -70,6 +72,14 @@ class Program(NamedTuple):
     seconds: float
 
 
+class Compiled(NamedTuple):
+    """What a compiler says: of memory, its program as text, and in how many seconds."""
+
+    memory: Any
+    text: str
+    seconds: float
+
+
 class Work(NamedTuple):
     """What is to be done.
 
@@ -125,8 +135,8 @@ def compile_reading(work: Work) -> Program:
     with _prepared(work) as (params, prompt):
         arrays = _rows(work, prompt.tokens), _rows(work, prompt.mask)
         lowered = read_prompt.lower(prompt.model, params, *arrays, None, prompt.plan)
-        compiled, seconds = _compile(lowered)
-    return _measured(compiled, seconds, CAUSAL_SHARE)
+        compiled = _compile(lowered)
+    return _measured(compiled, CAUSAL_SHARE)
 
 
 def abstract_cache(work: Work) -> Cache:
@@ -156,8 +166,8 @@ def compile_step(work: Work) -> Program:
         token, active = (
             jax.ShapeDtypeStruct((work.rows,), dtype, sharding=_row_sharding(work)) for dtype in (jnp.int32, jnp.bool_)
         )
-        compiled, seconds = _compile(feed.lower(prompt.model, params, token, cache, active))
-    return _measured(compiled, seconds, 1.0, _kernel_reads(work, cache), _turns(work, cache))
+        compiled = _compile(feed.lower(prompt.model, params, token, cache, active))
+    return _measured(compiled, 1.0, _kernel_reads(work, cache), _turns(work, cache))
 
 
 def bytes_on_device(tree: Any) -> int:
@@ -208,28 +218,34 @@ def _placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def _compile(lowered: Any) -> tuple[Any, float]:
+def _compile(lowered: Any) -> Compiled:
+    """Compiles, with the program's text as the compiler itself writes it: JAX cannot read back all of libtpu's."""
     start = time.perf_counter()
-    try:
-        return lowered.compile(), time.perf_counter() - start
-    except jax.errors.JaxRuntimeError as error:
-        sizes = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", str(error))
-        if sizes is None:
-            raise
-        needed, available = (float(sizes[i]) * 2 ** (10 * (1 + "KMGT".index(sizes[i + 1]))) for i in (1, 3))
-        raise OutOfMemory(needed, available) from error
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            compiled = lowered.compile({"xla_dump_to": directory, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            raise _as_out_of_memory(error) from error
+        text = next((path.read_text() for path in pathlib.Path(directory).glob("*.after_codegen.txt")), None)
+    return Compiled(compiled.memory_analysis(), text or compiled.as_text(), time.perf_counter() - start)
+
+
+def _as_out_of_memory(error: jax.errors.JaxRuntimeError) -> Exception:
+    sizes = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", str(error))
+    if sizes is None:
+        return error
+    return OutOfMemory(*(float(sizes[i]) * 2 ** (10 * (1 + "KMGT".index(sizes[i + 1]))) for i in (1, 3)))
 
 
 def _measured(
-    compiled: Any,
-    seconds: float,
+    compiled: Compiled,
     taken: float,
     kernel_reads: Callable[[Shape], float] = lambda shape: 1.0,
     unknown_turns: int = 1,
 ) -> Program:
-    m = compiled.memory_analysis()
+    m = compiled.memory
     sizes = m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes, m.temp_size_in_bytes
-    return Program(Memory(*sizes), count(compiled.as_text(), taken, kernel_reads, unknown_turns), seconds)
+    return Program(Memory(*sizes), count(compiled.text, taken, kernel_reads, unknown_turns), compiled.seconds)
 
 
 def _kernel_reads(work: Work, cache: Cache) -> Callable[[Shape], float]:
