@@ -217,6 +217,13 @@ def check_rows(batch: int, mesh: Mesh | None) -> None:
         )
 
 
+def divisible(batch: int, params: Any) -> int:
+    """The rows that a batch is filled up to, so that the mesh of the parameters divides it."""
+    mesh = mesh_of(params)
+    parts = 1 if mesh is None else mesh.shape["data"]
+    return -(-batch // parts) * parts
+
+
 def _described(mesh: Mesh) -> str:
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     return f"{sizes} of devices {', '.join(str(d.id) for d in np.ravel(mesh.devices)[:4])}, ..."

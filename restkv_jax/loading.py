@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from restkv_jax.models.checkpoint import load_model
 from restkv_jax.models.decoder import Decoder
@@ -22,7 +23,11 @@ class Loaded(NamedTuple):
 
 
 def load_checkpoint(
-    name: str | None, dtype: DType = "auto", needs_tokenizer: bool = True, dense: bool = False
+    name: str | None,
+    dtype: DType = "auto",
+    needs_tokenizer: bool = True,
+    dense: bool = False,
+    mesh: Mesh | None = None,
 ) -> Loaded:
     """`load_model`, with one kind of error.
 
@@ -31,6 +36,7 @@ def load_checkpoint(
       dtype: of weights and cache.
       needs_tokenizer: refuses a model without a tokenizer.
       dense: leaves out the sharing of keys that a model was adapted to.
+      mesh: of devices that share the weights; one device by default.
 
     Raises:
       ValueError: a model that cannot be loaded, or one without a tokenizer.
@@ -40,7 +46,7 @@ def load_checkpoint(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* has no tokenizer")  # an error below
-            loaded = Loaded(*load_model(name, jnp.dtype(dtype)))
+            loaded = Loaded(*load_model(name, jnp.dtype(dtype), mesh))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).removeprefix(f"path_or_id={name!r} ")
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error

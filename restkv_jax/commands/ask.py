@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from restkv_jax.caches.base import repeat_rows
 from restkv_jax.caches.stored import load_cache, read_header
 from restkv_jax.commands.answering import AnswerOptions, check_answer, with_own
-from restkv_jax.commands.options import UsageError, as_usage_error, parse
+from restkv_jax.commands.options import MeshOptions, UsageError, as_usage_error, chosen_mesh, parse
 from restkv_jax.commands.progress import show_while
 from restkv_jax.generation.encoding import encode_continuation, encode_question, pad_left
 from restkv_jax.generation.text import decode_text
@@ -18,7 +18,7 @@ from restkv_jax.loading import DType, load_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AskOptions(AnswerOptions):
+class AskOptions(AnswerOptions, MeshOptions):
     """Asks questions about a document, all of them at once, each as if it were the only one.
 
     Args:
@@ -45,7 +45,8 @@ def run(args: Sequence[str]) -> None:
     note = note if isinstance(note, dict) else {}
     with as_usage_error(), show_while("loading the model and the cache"):
         dtype = note.get("dtype", "auto") if options.dtype == "auto" else options.dtype
-        loaded = load_checkpoint(options.model or note.get("model"), dtype)
+        mesh = chosen_mesh(options.model_parallel, options.data_parallel)
+        loaded = load_checkpoint(options.model or note.get("model"), dtype, mesh=mesh)
         cache = load_cache(options.cache, loaded.model, loaded.params)
         encode = encode_continuation if note.get("raw") else encode_question
         rows = [encode(loaded.tokenizer, question) for question in options.questions]

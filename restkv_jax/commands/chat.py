@@ -15,7 +15,14 @@ from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.stored import load_cache, read_header, save_cache
 from restkv_jax.commands.answering import AnswerOptions, check_answer, with_own
 from restkv_jax.commands.method_options import parse_with_method
-from restkv_jax.commands.options import CacheOptions, ModelOptions, UsageError, as_usage_error, print_notice
+from restkv_jax.commands.options import (
+    CacheOptions,
+    ModelOptions,
+    UsageError,
+    as_usage_error,
+    chosen_mesh,
+    print_notice,
+)
 from restkv_jax.commands.progress import show_while
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.conversation import Conversation, answer, start_conversation
@@ -117,7 +124,8 @@ def run(args: Sequence[str]) -> None:
         name = options.model
         if name is None and options.resume is not None:
             name = (read_header(options.resume).note or {}).get("model")
-        loaded = load_checkpoint(name, options.dtype, dense=options.dense)
+        mesh = chosen_mesh(options.model_parallel, options.data_parallel)
+        loaded = load_checkpoint(name, options.dtype, dense=options.dense, mesh=mesh)
         if not has_template(loaded.tokenizer):
             raise UsageError(
                 f"the tokenizer of model {name!r} has no chat template, which a chat needs; take a chat model, such as "

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from restkv_jax.commands.options import FLAT, UsageError, as_usage_error, parse
+from restkv_jax.commands.options import FLAT, UsageError, as_usage_error, chosen_mesh, parse
 from restkv_jax.commands.progress import show_while
 from restkv_jax.evaluate.costs import measure_costs
 from restkv_jax.evaluate.example import plot_example
@@ -43,9 +43,12 @@ from restkv_jax.evaluate.results import (
     write_costs,
     write_errors,
 )
-from restkv_jax.evaluate.sweep import check_sweep, run_sweep
+from restkv_jax.evaluate.sweep import as_first, check_sweep, run_sweep
 from restkv_jax.loading import Loaded, load_checkpoint
 from restkv_jax.models.digest import checksum
+
+HEARTBEAT_SECONDS = 30
+"""Without a sign of life from a process after which the others end."""
 
 COLUMNS = (
     TextColumn("evaluating"),
@@ -63,7 +66,8 @@ class EvaluateOptions:
     """Measures how well a model answers on small caches: tasks x methods x budgets x lengths in one sweep.
 
     Every result is written as soon as it is known, table and report as soon as all are, and what else is measured after
-    that. The same command goes on where one that was killed stopped. Several processes share the work.
+    that. The same command goes on where one that was killed stopped. All devices take part, those of other processes
+    included, which all run the same command; the first of them writes.
 
     Args:
       output: directory of the results; created if missing.
@@ -78,6 +82,8 @@ class EvaluateOptions:
         longer than many a sweep.
       compilation_cache: directory in which JAX keeps compiled programs, or "none"; ~/.cache/restkv-jax, or what
         JAX_COMPILATION_CACHE_DIR says, if left out.
+      model_parallel: devices that share the weights, of several hosts if need be.
+      data_parallel: parts that the prompts of a batch are divided into; as many as there are devices for if left out.
       distributed: join the other processes of a TPU slice, or those at --coordinator.
       coordinator: address and port of process 0, for --distributed where JAX does not find it by itself.
       num_processes: how many processes there are, with --coordinator.
@@ -93,6 +99,8 @@ class EvaluateOptions:
     costs: bool = True
     rates: bool = False
     compilation_cache: str | None = None
+    model_parallel: int = 1
+    data_parallel: int | None = None
     distributed: bool = False
     coordinator: str | None = None
     num_processes: int | None = None
@@ -112,31 +120,51 @@ def run(args: Sequence[str]) -> None:
         check_output(options.output)
     if options.compilation_cache is not None:
         _keep_programs(options.compilation_cache)
-    settings = _join(options)
-    with as_usage_error():
-        with show_while("loading the model", quiet=options.quiet):
-            loaded = load_checkpoint(grid.model, grid.dtype, dense=grid.dense)
-        check_sweep(loaded, grid, settings)
-        weights = checksum(loaded.params)
+    settings = _settings(options)
+    _join(options)
+    try:
+        with as_usage_error():
+            _sweep(options, grid, settings)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise UsageError(
+            f"another process has ended ({str(error).partition(chr(10))[0][:200]}); start all of them again with the "
+            "same command, and the sweep goes on"
+        ) from error
+
+
+def _sweep(options: EvaluateOptions, grid: Grid, settings: RunSettings) -> None:
+    is_first = jax.process_index() == 0
+    mesh = chosen_mesh(options.model_parallel, options.data_parallel)
+    with show_while("loading the model", quiet=options.quiet):
+        loaded = load_checkpoint(grid.model, grid.dtype, dense=grid.dense, mesh=mesh)
+    check_sweep(loaded, grid)
+    _open(options.output, grid, checksum(loaded.params))
+    # a batch may take minutes, and the time left is estimated from several
+    is_silent = options.quiet or not is_first
+    with Progress(*COLUMNS, console=Console(stderr=True), disable=is_silent, speed_estimate_period=3600) as bar:
+        shown = bar.add_task("", total=None)
+        show = lambda done, total: bar.update(shown, completed=done, total=total)  # noqa: E731
+        run_sweep(loaded, grid, options.output, settings, show)
+    if is_first:
+        _report(options)
+    if measure_once(options, loaded, grid, settings) and is_first:
+        _report(options, quiet=True)
+    if jax.process_count() > 1:  # who leaves first ends the others
+        multihost_utils.sync_global_devices("the report is written")
+
+
+def _open(directory: pathlib.Path, grid: Grid, weights: str) -> None:
+    """Opens the sweep in the first process; the others end if it cannot."""
+    refused = None
+    if jax.process_index() == 0:
         try:
-            if settings.process == 0:
-                open_sweep(options.output, grid, weights)
-        finally:  # the others see for themselves what is wrong
-            _wait_for_all(settings, "the sweep is opened")
-        open_sweep(options.output, grid, weights)
-        quiet = options.quiet or settings.process > 0
-        # a batch may take minutes, and the time left is estimated from several
-        with Progress(*COLUMNS, console=Console(stderr=True), disable=quiet, speed_estimate_period=3600) as bar:
-            shown = bar.add_task("", total=None)
-            show = lambda done, total: bar.update(shown, completed=done, total=total)  # noqa: E731
-            run_sweep(loaded, grid, options.output, settings, show)
-        _wait_for_all(settings, "the sweep is done")
-        if settings.process == 0:
-            _report(options)
-            if measure_once(options, loaded, grid):
-                _report(options, quiet=True)
-    # who leaves first ends the others
-    _wait_for_all(settings, "the report is written")
+            open_sweep(directory, grid, weights)
+        except ValueError as error:
+            refused = error
+    if not as_first(refused is None):
+        raise refused or UsageError("the first process cannot open the sweep, and says why")
 
 
 def _report(options: EvaluateOptions, quiet: bool = False) -> None:
@@ -148,7 +176,7 @@ def _report(options: EvaluateOptions, quiet: bool = False) -> None:
         print(f"wrote {report}")
 
 
-def measure_once(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> bool:
+def measure_once(options: EvaluateOptions, loaded: Loaded, grid: Grid, settings: RunSettings) -> bool:
     """Measures the configurations' costs and reconstruction errors, unless they are there or not asked for.
 
     Returns:
@@ -156,16 +184,20 @@ def measure_once(options: EvaluateOptions, loaded: Loaded, grid: Grid) -> bool:
     """
 
     def show(name: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-        return iter if options.quiet else functools.partial(track, description=name, console=Console(stderr=True))
+        is_silent = options.quiet or not is_first
+        return iter if is_silent else functools.partial(track, description=name, console=Console(stderr=True))
 
-    # on one device, and so on its share of a batch
-    settings = RunSettings(-(-options.batch_size // jax.local_device_count()), options.together)
-    costs = read_costs(options.output)
-    lacks_costs = costs is None if not options.rates else costs is None or not costs.rates
-    if lacks_costs := lacks_costs and (options.costs or options.rates):
-        write_costs(options.output, measure_costs(loaded, grid, settings, options.rates, show("costs")))
-    if lacks_errors := options.errors and not read_errors(options.output):
-        write_errors(options.output, measure_layer_errors(loaded, grid, settings, show("layer errors")))
+    is_first = jax.process_index() == 0
+    costs = read_costs(options.output) if is_first else None
+    lacks_costs = costs is None or (options.rates and not costs.rates)
+    if lacks_costs := as_first(lacks_costs and (options.costs or options.rates)):
+        found = measure_costs(loaded, grid, settings, options.rates, show("costs"))
+        if is_first:
+            write_costs(options.output, found)
+    if lacks_errors := as_first(options.errors and not (is_first and read_errors(options.output))):
+        errors = measure_layer_errors(loaded, grid, settings, show("layer errors"))
+        if is_first:
+            write_errors(options.output, errors)
     return lacks_costs or lacks_errors
 
 
@@ -231,19 +263,17 @@ def _keep_programs(directory: str) -> None:
     jax.config.update("jax_compilation_cache_dir", path)
 
 
-def _join(options: EvaluateOptions) -> RunSettings:
-    """Joins the other processes, if there are any."""
+def _settings(options: EvaluateOptions) -> RunSettings:
     settings = RunSettings(options.batch_size, options.together)
     for name in ("batch_size", "together"):
         if getattr(settings, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least 1")
-    if not options.distributed:
-        return settings
-    with as_usage_error("--distributed: "):
-        jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
-    return settings._replace(process=jax.process_index(), num_processes=jax.process_count())
+    return settings
 
 
-def _wait_for_all(settings: RunSettings, name: str) -> None:
-    if settings.num_processes > 1:
-        multihost_utils.sync_global_devices(name)
+def _join(options: EvaluateOptions) -> None:
+    """Joins the other processes, if there are any; one that ends is missed after a while."""
+    if options.distributed:
+        processes = options.coordinator, options.num_processes, options.process_id
+        with as_usage_error("--distributed: "):
+            jax.distributed.initialize(*processes, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)

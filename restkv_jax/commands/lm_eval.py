@@ -24,20 +24,21 @@ def run(args: Sequence[str]) -> None:
     """Hands over to the harness; tasks that cannot be loaded are named and left out, the others run.
 
     Args:
-      args: the harness's own; the model is `restkv` unless `--model` names another, and without `pretrained` it is the
-        one that comes with the package.
+      args: the harness's own, and `--model-parallel` and `--data-parallel`; the model is `restkv` unless `--model`
+        names another, and without `pretrained` it is the one that comes with the package.
 
     Raises:
       UsageError: arguments that cannot work, a task that there is not, or none that can be loaded.
     """
     setup_logging()
     harness = HarnessCLI()
+    mesh, args = _mesh_options(args)
     with _process_arguments("restkv lm-eval", *args):  # the harness reads no others
         parsed = harness.parse_args()
     left_out: dict[str, str] = {}
     with as_usage_error():
         if parsed.command == "run":
-            _set_model(parsed)
+            _set_model(parsed, mesh)
             parsed.tasks = _loadable_tasks(EvaluatorConfig.from_cli(parsed), left_out)
         harness.execute(parsed)
     for name, reason in left_out.items():
@@ -53,13 +54,22 @@ def _process_arguments(*arguments: str) -> Iterator[None]:
         sys.argv = given
 
 
-def _set_model(parsed: argparse.Namespace) -> None:
+def _mesh_options(args: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """The options of the mesh, which the harness does not know, and the others."""
+    parser = argparse.ArgumentParser(prog="restkv lm-eval", add_help=False, allow_abbrev=False)
+    for name in ("--model-parallel", "--data-parallel"):
+        parser.add_argument(name, type=int, default=argparse.SUPPRESS)
+    known, others = parser.parse_known_args(list(args))
+    return vars(known), others
+
+
+def _set_model(parsed: argparse.Namespace, mesh: dict[str, int]) -> None:
     """Fills in the default model and checks its arguments; a file of settings says itself which model it is for."""
     if parsed.config is None:
         parsed.model = parsed.model or "restkv"
         if parsed.model == "restkv":
             # tasks that make their own prompts find the tokenizer by this argument
-            parsed.model_args = {"pretrained": EMBEDDED} | (parsed.model_args or {})
+            parsed.model_args = {"pretrained": EMBEDDED} | mesh | (parsed.model_args or {})
             parse_model_args(parsed.model_args)
 
 

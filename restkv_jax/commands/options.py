@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import cyclopts
+import jax
+from jax.sharding import Mesh
 
 from restkv_jax.eviction.presets import suggest
 from restkv_jax.loading import DType
+from restkv_jax.models.mesh import make_mesh
 
 Parsed = TypeVar("Parsed")
 
@@ -37,7 +40,37 @@ def print_notice(text: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class MeshOptions:
+    """The devices.
+
+    Args:
+      model_parallel: devices that share the weights.
+      data_parallel: parts that the rows of a batch are divided into, each on devices of its own.
+    """
+
+    model_parallel: int = 1
+    data_parallel: int = 1
+
+
+def chosen_mesh(model_parallel: int, data_parallel: int | None) -> Mesh | None:
+    """The mesh of options, None for one device.
+
+    Args:
+      model_parallel: devices that share the weights.
+      data_parallel: parts of a batch; as many as there are devices for if None.
+
+    Raises:
+      UsageError: numbers for which there are not the devices.
+    """
+    given = "" if data_parallel is None else f" --data-parallel {data_parallel}"
+    with as_usage_error(f"--model-parallel {model_parallel}{given}: "):
+        if model_parallel == 1 and (data_parallel == 1 or (data_parallel is None and jax.device_count() == 1)):
+            return None
+        return make_mesh(data_parallel, model_parallel)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(MeshOptions):
     """The model.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error
+from restkv_jax.commands.options import PromptOptions, UsageError, as_usage_error, chosen_mesh
 from restkv_jax.commands.progress import show_while
 from restkv_jax.generation.encoding import encode_messages, encode_text
 from restkv_jax.loading import Loaded, load_checkpoint
@@ -56,7 +56,8 @@ def load_prompt(
     """
     text = read_prompt(options)
     with as_usage_error(), show_while("loading the model", quiet=quiet):
-        loaded = load_checkpoint(options.model, options.dtype, dense=options.dense)
+        mesh = chosen_mesh(options.model_parallel, options.data_parallel)
+        loaded = load_checkpoint(options.model, options.dtype, dense=options.dense, mesh=mesh)
     ids = encode(loaded.tokenizer, text)
     if not ids:
         raise UsageError("the prompt is empty: the tokenizer turns it into no tokens")

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.evaluate.batching import pad_batch
@@ -20,6 +19,7 @@ from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.generating import decode_step, generate
 from restkv_jax.generation.reading import cache_shapes, prefill, prefill_each
 from restkv_jax.loading import Loaded
+from restkv_jax.models.mesh import divisible, fetched
 
 NEW_TOKENS = 16
 """Room for new tokens in the caches that are measured, and tokens that are timed."""
@@ -54,7 +54,7 @@ def measure_costs(
     for length in show(sorted(by_length)):
         encoded = encode_prompts(grid, loaded.tokenizer, by_length[length])
         first = encoded.batches(settings.batch_size)[0]
-        tokens, mask = pad_batch([encoded.tokens[i] for i in first], len(first))
+        tokens, mask = pad_batch([encoded.tokens[i] for i in first], divisible(len(first), loaded.params))
         found += _costs_at(loaded, grid, length, tokens, mask, settings.together, timed)
     rates = _rates(loaded, grid, by_length[min(by_length)], settings.batch_size) if by_length and timed else ()
     return Costs(jax.devices()[0].device_kind, tuple(found), rates)
@@ -102,7 +102,7 @@ def _token_seconds(loaded: Loaded, by_structure: dict, tokens, mask, together: i
         group = structures[start : start + together]
         kept = tuple(by_structure[structure] for structure in group)
         logits, caches = prefill_each(loaded.model, loaded.params, tokens, mask, kept, NEW_TOKENS, **stored)
-        token = logits.argmax(-1).astype(np.int32)
+        token = fetched(logits).argmax(-1).astype(np.int32)
         for structure, policy, cache in zip(group, kept, caches, strict=True):
             found[structure] = _step_seconds(loaded, token, cache, policy)
     return found
@@ -126,12 +126,11 @@ def _rates(loaded: Loaded, grid: Grid, prompt_set: PromptSet, batch_size: int) -
     for config, policy in policies(grid, prompt_set.length).items():
         first.setdefault(config.method, (config, policy))
     configs = dict(list(first.values())[:MOST_RATED])
-    mesh = Mesh(np.array(jax.local_devices()[:1]), ("rows",))
-    lengths = {i: pad_batch([encoded.tokens[i]], 1) for i in batch}
+    lengths = {i: pad_batch([encoded.tokens[i]], divisible(1, loaded.params)) for i in batch}
 
     def one_by_one():
         for i in batch:
-            measure_batch(loaded, configs, encoded, [i], RunSettings(1), mesh, grid.cache_dtype)
+            measure_batch(loaded, configs, encoded, [i], RunSettings(1), grid.cache_dtype)
 
     def one_by_one_for_each():
         for policy in configs.values():
@@ -149,7 +148,7 @@ def _rates(loaded: Loaded, grid: Grid, prompt_set: PromptSet, batch_size: int) -
     names = f"{len(configs)} methods"
     ways = {
         f"batches of {len(batch)}, {names} from one prefill": lambda: measure_batch(
-            loaded, configs, encoded, batch, RunSettings(len(batch)), mesh, grid.cache_dtype
+            loaded, configs, encoded, batch, RunSettings(len(batch)), grid.cache_dtype
         ),
         f"one prompt at a time, {names} from one prefill": one_by_one,
         f"one prompt and one method at a time, {names}": one_by_one_for_each,

@@ -4,6 +4,8 @@ import pathlib
 import zipfile
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -12,6 +14,7 @@ from restkv_jax.evaluate.grid import Grid, cache_configs, parse_method
 from restkv_jax.evaluate.results import DAMAGED
 from restkv_jax.eviction.budgets import budget_slots, parse_budget
 from restkv_jax.models.files import written_whole
+from restkv_jax.models.mesh import fetched
 from restkv_jax.plot import kept_shares, plot_shares, token_span
 
 KEPT = "kept.npz"
@@ -37,13 +40,18 @@ def save_example(
       caches: with the prompt as their first row, by the label of their configuration.
     """
     tokens, prompt = encoded.tokens[number], encoded.prompts[number]
-    shown = {label: kept_shares(caches[label]) for label in _shown(grid, len(tokens)) if label in caches}
-    if shown:
+    labels = [label for label in _shown(grid, len(tokens)) if label in caches]
+    shown = {label: kept_shares(_on_host(caches[label])) for label in labels}
+    if shown and jax.process_index() == 0:
         span = _span_of_answer(tokenizer, prompt, tokens)
         with written_whole(directory / KEPT) as unfinished, unfinished.open("wb") as file:
             np.savez_compressed(
                 file, labels=list(shown), shares=np.stack(list(shown.values())), span=np.array(span, int)
             )
+
+
+def _on_host(cache: Cache) -> Cache:
+    return jax.tree.map(lambda x: jnp.asarray(fetched(x)), cache)
 
 
 def _span_of_answer(tokenizer: Any, prompt: Any, tokens: list[int]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from restkv_jax.evaluate.tasks.texts import DIVERGENCE
 from restkv_jax.generation.encoding import encode_continuation, pad_left
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.loading import Loaded
+from restkv_jax.models.mesh import divisible, fetched
 
 
 def measure_layer_errors(
@@ -38,13 +39,15 @@ def measure_layer_errors(
         encoded = encode_prompts(grid, loaded.tokenizer, first[task, length])
         rows, num_following = _texts(loaded.tokenizer, encoded, settings.batch_size)
         configs = {e.label: p for e, p in policies(grid, length).items() if not p.while_generating and p.refit is None}
+        count = len(rows)
+        rows += [rows[0]] * (divisible(count, loaded.params) - count)
         tokens, mask = pad_left(rows, bucket_length(max(map(len, rows)) - num_following) + num_following)
         labels = list(configs)
         for start in range(0, len(labels), settings.together):
             group = labels[start : start + settings.together]
             chosen = tuple(configs[label] for label in group)
             errors = reconstruction_errors(loaded.model, loaded.params, tokens, mask, chosen, num_following)
-            means = np.asarray(errors.mean(-1), np.float64).round(6).tolist()
+            means = fetched(errors)[..., :count].mean(-1, dtype=np.float64).round(6).tolist()
             found += [LayerErrors(task, length, label, tuple(row)) for label, row in zip(group, means, strict=True)]
     return tuple(found)
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.evaluate.batching import even_size, pad_batch
@@ -14,7 +13,6 @@ from restkv_jax.evaluate.grid import CacheConfig
 from restkv_jax.evaluate.steps import (
     Reading,
     answer_reading,
-    cache_of_first,
     divergences_of_reading,
     extend_reading,
     read_batch,
@@ -25,6 +23,7 @@ from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.loading import Loaded
+from restkv_jax.models.mesh import divisible, fetched
 from restkv_jax.timing import CompilationClock
 
 Look = Callable[[int, dict[str, Cache]], None]
@@ -33,14 +32,12 @@ Look = Callable[[int, dict[str, Cache]], None]
 class RunSettings(NamedTuple):
     """How a sweep is carried out, which changes none of its results.
 
-    At most `batch_size` prompts are generated at once, divided among the devices of the process; `together` policies
-    share a prefill, and their caches exist at one time; this is process `process` of `num_processes`.
+    At most `batch_size` prompts are generated at once, divided along the mesh's axis `data`; `together` policies share
+    a prefill, and their caches exist at one time.
     """
 
     batch_size: int = 10
     together: int = 128
-    process: int = 0
-    num_processes: int = 1
 
 
 class EncodedPrompts(NamedTuple):
@@ -77,7 +74,6 @@ def measure_batch(
     encoded: EncodedPrompts,
     batch: Sequence[int],
     settings: RunSettings,
-    mesh: Mesh,
     cache_dtype: str | None = None,
     look: Look | None = None,
 ) -> dict[int, Found]:
@@ -92,21 +88,20 @@ def measure_batch(
       encoded: the prompts.
       batch: numbers of those to measure.
       settings: how.
-      mesh: of the process's devices.
       cache_dtype: what caches store keys and values in; see `prefill`.
       look: called once with the number of the batch's first prompt and the first caches that hold it, by label.
     """
     found = {i: Found({}, 0.0, {}) for i in batch}
     size = even_size(len(encoded.tokens), settings.batch_size)
-    rows = -(-size // mesh.size) * mesh.size
+    rows = divisible(size, loaded.params)
     measure = _diverged if encoded.following else _said
     columns, seconds = [(config.label, policy) for config, policy in configs.items()], 0.0
     for start in range(0, len(columns), settings.together):
         labels, group = zip(*columns[start : start + settings.together], strict=True)
-        of_group = measure(loaded, encoded, batch, group, rows, mesh, cache_dtype)
+        of_group = measure(loaded, encoded, batch, group, rows, cache_dtype)
         seconds += of_group.read_seconds
         if look is not None and start == 0:
-            look(batch[0], {label: cache_of_first(of_group.reading, i) for i, label in enumerate(labels)})
+            look(batch[0], dict(zip(labels, of_group.reading.caches, strict=True)))
         for label, values in zip(labels, of_group.values, strict=True):
             for i, value in zip(batch, values, strict=True):
                 (found[i].divergences if encoded.following else found[i].said)[label] = value
@@ -121,34 +116,32 @@ class OfGroup(NamedTuple):
     reading: Reading
 
 
-def _said(
-    loaded: Loaded, encoded: EncodedPrompts, batch: Sequence[int], policies, rows: int, mesh: Mesh, cache_dtype
-) -> OfGroup:
+def _said(loaded: Loaded, encoded: EncodedPrompts, batch: Sequence[int], policies, rows: int, cache_dtype) -> OfGroup:
     """The texts that are said."""
     model, params, tokenizer = loaded
     new = encoded.max_new_tokens
-    reading, seconds = _read(loaded, encoded, batch, policies, new, rows, mesh, cache_dtype)
+    reading, seconds = _read(loaded, encoded, batch, policies, new, rows, cache_dtype)
     last = reading
     if encoded.asked:
         longest = bucket_length(max(map(len, encoded.asked.values())))
         asked = pad_batch([encoded.asked[i] for i in batch], rows, longest)
-        last = extend_reading(model, params, *asked, reading, new, mesh)
-    tokens = np.asarray(answer_reading(model, params, last, new, mesh))
+        last = extend_reading(model, params, *asked, reading, new)
+    tokens = fetched(answer_reading(model, params, last, new))
     texts = [tokenizer.batch_decode(of_policy[: len(batch)], skip_special_tokens=True) for of_policy in tokens]
     return OfGroup(texts, seconds, reading)
 
 
 def _diverged(
-    loaded: Loaded, encoded: EncodedPrompts, batch: Sequence[int], policies, rows: int, mesh: Mesh, cache_dtype
+    loaded: Loaded, encoded: EncodedPrompts, batch: Sequence[int], policies, rows: int, cache_dtype
 ) -> OfGroup:
     """The divergences from the full cache as it is, which is read beside the others unless these are quantised."""
     first, others = ((full(), *policies), ()) if cache_dtype is None else ((full(),), policies)
-    reading, seconds = _read(loaded, encoded, batch, first, NUM_FOLLOWING, rows, mesh)
+    reading, seconds = _read(loaded, encoded, batch, first, NUM_FOLLOWING, rows)
     if others:
-        quantised, seconds = _read(loaded, encoded, batch, others, NUM_FOLLOWING, rows, mesh, cache_dtype)
+        quantised, seconds = _read(loaded, encoded, batch, others, NUM_FOLLOWING, rows, cache_dtype)
         reading = reading.beside(quantised)
     following, _ = pad_batch([encoded.following[i] for i in batch], rows, NUM_FOLLOWING)
-    nats = np.asarray(divergences_of_reading(loaded.model, loaded.params, following, reading, mesh), np.float64)
+    nats = np.asarray(fetched(divergences_of_reading(loaded.model, loaded.params, following, reading)), np.float64)
     return OfGroup(nats[1:, : len(batch)].round(8).tolist(), seconds, reading.after(1))
 
 
@@ -159,7 +152,6 @@ def _read(
     policies,
     room: int,
     rows: int,
-    mesh,
     cache_dtype=None,
 ) -> tuple[Reading, float]:
     """The reading of a batch, and its seconds without compilation."""
@@ -167,6 +159,6 @@ def _read(
     with CompilationClock() as clock:
         start = time.perf_counter()
         reading = jax.block_until_ready(
-            read_batch(loaded.model, loaded.params, tokens, mask, tuple(policies), room, mesh, cache_dtype)
+            read_batch(loaded.model, loaded.params, tokens, mask, tuple(policies), room, cache_dtype)
         )
         return reading, max(0.0, time.perf_counter() - start - clock.seconds)

@@ -17,6 +17,7 @@ from restkv_jax.kernels.pairs import largest_divisor
 from restkv_jax.models.arguments import check_integer
 from restkv_jax.models.decoder import Decoder, Hooks, LayerView, positions_of, read
 from restkv_jax.models.memory import PairMemory
+from restkv_jax.models.mesh import beside
 from restkv_jax.models.rules import with_usual_promotion
 
 
@@ -76,7 +77,8 @@ def reconstruction_errors(
     prompt = tokens[:, :length], mask[:, :length]
     _, caches = prefill_each(model, params, *prompt, policies, max_new_tokens=1, chunk_size=chunk_size)
     kept = tuple(map(kept_positions, caches))
-    return _errors(model, params, tokens, mask, kept, num_following, chunk_size)
+    with beside(params) as params:
+        return _errors(model, params, tokens, mask, kept, num_following, chunk_size)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_following", "chunk_size"))

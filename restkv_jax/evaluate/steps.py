@@ -1,8 +1,4 @@
-"""The compiled steps of a sweep: a batch is read once for many policies, and answered from what each of them keeps.
-
-Every device does its own rows. What one step leaves to the next, a `Reading`, has an axis of devices in front of every
-array, as caches are not all divided along their rows.
-"""
+"""The compiled steps of a sweep: a batch is read once for many policies, and answered from what each of them keeps."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,8 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from restkv_jax.caches.base import Cache, join_rows, split_rows, that_join
 from restkv_jax.eviction.policy import EvictionPolicy
@@ -20,10 +14,9 @@ from restkv_jax.generation.generating import decode_each
 from restkv_jax.generation.passes import append_all
 from restkv_jax.generation.reading import CHUNK_SIZE, extend, prefill_each
 from restkv_jax.models.decoder import Decoder, logits
+from restkv_jax.models.mesh import beside
 
 T = TypeVar("T")
-
-ROWS = P("rows")
 
 
 class Reading(NamedTuple):
@@ -41,7 +34,6 @@ class Reading(NamedTuple):
         return Reading(self.logits[count:], self.caches[count:])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "policies", "max_new_tokens", "mesh", "cache_dtype"))
 def read_batch(
     model: Decoder,
     params: Any,
@@ -49,69 +41,67 @@ def read_batch(
     mask: Array,
     policies: tuple[EvictionPolicy, ...],
     max_new_tokens: int,
-    mesh: Mesh,
     cache_dtype: str | None = None,
 ) -> Reading:
     """Reads prompts, int32 [B, T] with their mask, once for all policies."""
-
-    def alone(params: Any, tokens: Array, mask: Array) -> Reading:
-        logits, caches = prefill_each(model, params, tokens, mask, policies, max_new_tokens, cache_dtype=cache_dtype)
-        return _boxed(Reading((logits,) * len(caches), caches))
-
-    return _divided(alone, mesh, 1)(params, tokens, mask)
+    logits, caches = prefill_each(model, params, tokens, mask, policies, max_new_tokens, cache_dtype=cache_dtype)
+    return Reading((logits,) * len(caches), caches)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "mesh"))
-def answer_reading(model: Decoder, params: Any, reading: Reading, max_new_tokens: int, mesh: Mesh) -> Array:
+def answer_reading(model: Decoder, params: Any, reading: Reading, max_new_tokens: int) -> Array:
     """What is said after each of the readings, int32 [P, B, max_new_tokens]."""
-
-    def alone(params: Any, reading: Reading) -> Array:
-        outs = decode_each(model, params, *_unboxed(reading), max_new_tokens)
-        return jnp.stack([out.tokens for out in outs])
-
-    return _divided(alone, mesh, 1, P(None, *ROWS))(params, reading)
+    with beside(params) as params:
+        return _answer_reading(model, params, reading, max_new_tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
+def _answer_reading(model: Decoder, params: Any, reading: Reading, max_new_tokens: int) -> Array:
+    return jnp.stack([out.tokens for out in decode_each(model, params, *reading, max_new_tokens)])
+
+
 def extend_reading(
-    model: Decoder, params: Any, tokens: Array, mask: Array, reading: Reading, max_new_tokens: int, mesh: Mesh
+    model: Decoder, params: Any, tokens: Array, mask: Array, reading: Reading, max_new_tokens: int
 ) -> Reading:
     """Reads further tokens, int32 [B, T] with their mask, onto all caches, as `extend` does."""
-
-    def alone(params: Any, tokens: Array, mask: Array, reading: Reading) -> Reading:
-        def step(cache: Cache, count: int) -> list[tuple[Array, Cache]]:
-            of_all, mask_of_all = jnp.tile(tokens, (count, 1)), jnp.tile(mask, (count, 1))
-            logits, cache = extend(model, params, of_all, mask_of_all, cache, None, max_new_tokens)
-            caches = [cache] if count == 1 else split_rows(cache, count)
-            return list(zip(jnp.split(logits, count), caches, strict=True))
-
-        found = _by_group(_unboxed(reading).caches, step)
-        return _boxed(Reading(*map(tuple, zip(*found, strict=True))))
-
-    return _divided(alone, mesh, 1)(params, tokens, mask, reading)
+    with beside(params) as params:
+        return _extend_reading(model, params, tokens, mask, reading, max_new_tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mesh"))
-def divergences_of_reading(model: Decoder, params: Any, tokens: Array, reading: Reading, mesh: Mesh) -> Array:
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
+def _extend_reading(
+    model: Decoder, params: Any, tokens: Array, mask: Array, reading: Reading, max_new_tokens: int
+) -> Reading:
+    def step(cache: Cache, count: int) -> list[tuple[Array, Cache]]:
+        of_all, mask_of_all = jnp.tile(tokens, (count, 1)), jnp.tile(mask, (count, 1))
+        logits, cache = extend(model, params, of_all, mask_of_all, cache, None, max_new_tokens)
+        caches = [cache] if count == 1 else split_rows(cache, count)
+        return list(zip(jnp.split(logits, count), caches, strict=True))
+
+    return Reading(*map(tuple, zip(*_by_group(reading.caches, step), strict=True)))
+
+
+def divergences_of_reading(model: Decoder, params: Any, tokens: Array, reading: Reading) -> Array:
     """How far what is said after further tokens diverges from the first reading's, float32 [P, B] in nats per token.
 
     The mean over the tokens, int32 [B, T], of `KL(p_0 || p)`, where `p` is the distribution of the next token once a
     token and those before it were read onto a cache, and `p_0` that of the first cache.
     """
+    with beside(params) as params:
+        return _divergences_of_reading(model, params, tokens, reading)
 
-    def alone(params: Any, tokens: Array, reading: Reading) -> Array:
-        def step(cache: Cache, count: int) -> list[Array]:
-            return jnp.split(_hidden_after(model, params, jnp.tile(tokens, (count, 1)), cache), count)
 
-        hidden = jnp.stack(_by_group(_unboxed(reading).caches, step))
+@functools.partial(jax.jit, static_argnames="model")
+def _divergences_of_reading(model: Decoder, params: Any, tokens: Array, reading: Reading) -> Array:
+    def step(cache: Cache, count: int) -> list[Array]:
+        return jnp.split(_hidden_after(model, params, jnp.tile(tokens, (count, 1)), cache), count)
 
-        def of_token(hidden: Array) -> Array:
-            said = jax.nn.log_softmax(logits(model, params, hidden))
-            return (jnp.exp(said[0]) * (said[0] - said)).sum(-1)
+    hidden = jnp.stack(_by_group(reading.caches, step))
 
-        return jax.lax.map(of_token, jnp.moveaxis(hidden, 2, 0)).mean(0)
+    def of_token(hidden: Array) -> Array:
+        said = jax.nn.log_softmax(logits(model, params, hidden))
+        return (jnp.exp(said[0]) * (said[0] - said)).sum(-1)
 
-    return _divided(alone, mesh, 1, P(None, *ROWS))(params, tokens, reading)
+    return jax.lax.map(of_token, jnp.moveaxis(hidden, 2, 0)).mean(0)
 
 
 def _hidden_after(model: Decoder, params: Any, tokens: Array, cache: Cache) -> Array:
@@ -134,26 +124,3 @@ def _by_group(caches: Sequence[Cache], step: Callable[[Cache, int], list[T]]) ->
         joined = chosen[0] if len(chosen) == 1 else join_rows(chosen)
         found |= zip(members, step(joined, len(chosen)), strict=True)
     return [found[i] for i in range(len(caches))]
-
-
-def cache_of_first(reading: Reading, index: int) -> Cache:
-    """The cache of a policy as the first device has it."""
-    return jax.tree.map(lambda x: x[0], reading.caches[index])
-
-
-def _divided(alone: Callable[..., Any], mesh: Mesh, num_whole: int, out_specs: P = ROWS) -> Callable[..., Any]:
-    """A step that every device does with its rows of all but the first `num_whole` arguments."""
-
-    def divided(*args: Any) -> Any:
-        in_specs = (P(),) * num_whole + (ROWS,) * (len(args) - num_whole)
-        return jax.shard_map(alone, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
-
-    return divided
-
-
-def _boxed(reading: Reading) -> Reading:
-    return jax.tree.map(lambda x: x[None], reading)
-
-
-def _unboxed(reading: Reading) -> Reading:
-    return jax.tree.map(lambda x: x[0], reading)

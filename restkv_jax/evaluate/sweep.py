@@ -7,14 +7,12 @@ import pathlib
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import filelock
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from restkv_jax.evaluate.batching import even_size
 from restkv_jax.evaluate.example import has_example, save_example
@@ -62,42 +60,37 @@ def run_sweep(
     settings: RunSettings,
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Answers all prompts of a checked grid that have no result yet, and appends each result to the process's file.
+    """Answers all prompts of a checked grid that have no result yet, and appends each result to the file.
 
-    Batches are numbered through the whole sweep; process `p` of `n` takes those whose number is `p` modulo `n`. A
-    result in the file of any process counts as done. A batch is always made of the same prompts, so a sweep that goes
-    on gives what an unbroken one gives.
+    Processes that share the model's devices all run this; the first alone reads and writes files. A batch is always
+    made of the same prompts, so a sweep that goes on gives what an unbroken one gives.
 
     Args:
       loaded: what to measure.
       grid: which prompts, with what.
       directory: of the results; see `open_sweep`.
       settings: how.
-      show: called with the prompts done and all prompts of this process, as they grow.
+      show: called with the prompts done and all prompts, as they grow.
 
     Raises:
       ValueError: another process that writes, or a file that cannot be written.
     """
-    found = prompt_sets(grid, loaded.tokenizer)
-    mesh = Mesh(np.array(jax.local_devices()), ("rows",))
-    loaded = loaded._replace(params=jax.device_put(loaded.params, NamedSharding(mesh, P())))
-    path = results_path(directory, settings.process)
-    units = batches_of_process(found, settings)
+    units = batches(prompt_sets(grid, loaded.tokenizer), settings)
     total, shown = sum(size for _, _, size in units), 0
-    with writing(path), _only_writer(path), path.open("a", encoding="utf-8") as file:
-        drop_broken_line(path)
-        done = read_lines(directory)
-        for prompt_set, number, size in units:
+    path, is_first = results_path(directory, 0), jax.process_index() == 0
+    with _only_writer(path) if is_first else contextlib.nullcontext() as file:
+        done = read_lines(directory) if is_first else {}
+        for number, (prompt_set, place, size) in enumerate(units):
             encoded = encode_prompts(grid, loaded.tokenizer, prompt_set)
-            items = {i: PromptId(*prompt_set[:3], i) for i in encoded.batches(settings.batch_size)[number]}
-            if not all(item in done for item in items.values()):
+            items = {i: PromptId(*prompt_set[:3], i) for i in encoded.batches(settings.batch_size)[place]}
+            if not as_first(all(item in done for item in items.values())):
                 look = None
-                if prompt_set == found[0] and number == 0 and not has_example(directory):
+                if number == 0 and not as_first(has_example(directory)):
                     look = functools.partial(save_example, directory, grid, loaded.tokenizer, encoded)
                 configs = policies(grid, prompt_set.length)
-                results = measure_batch(loaded, configs, encoded, list(items), settings, mesh, grid.cache_dtype, look)
+                results = measure_batch(loaded, configs, encoded, list(items), settings, grid.cache_dtype, look)
                 for i, item in items.items():
-                    if item not in done:
+                    if file is not None and item not in done:
                         tokens = len(encoded.tokens[i]) + len(encoded.asked.get(i, ()))
                         answers = encoded.prompts[i].answers
                         append_line(file, PromptResult(item, tokens, answers, *results[i]))
@@ -105,7 +98,12 @@ def run_sweep(
             show(shown, total)
 
 
-def check_sweep(loaded: Loaded, grid: Grid, settings: RunSettings) -> None:
+def as_first(value: bool) -> bool:
+    """What the first process says, for all of them."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def check_sweep(loaded: Loaded, grid: Grid) -> None:
     """Refuses what could not be carried out to the end, before anything is written.
 
     Raises:
@@ -127,7 +125,7 @@ def check_sweep(loaded: Loaded, grid: Grid, settings: RunSettings) -> None:
             _make(grid, loaded.tokenizer, prompt_set, 1)
     if grid.ask == "after":
         _check_extending(loaded, policies(grid, found[0].length), found[0].length)
-    if settings.num_processes > 1:
+    if jax.process_count() > 1:
         digest = np.uint32(zlib.crc32(repr(found).encode()))
         try:
             multihost_utils.assert_equal(digest, "prompt sets differ")
@@ -153,23 +151,25 @@ def _check_extending(loaded: Loaded, configs: dict[CacheConfig, EvictionPolicy],
 
 
 @contextlib.contextmanager
-def _only_writer(path: pathlib.Path) -> Iterator[None]:
-    """Keeps a second process from writing to the same file; a killed one does not."""
+def _only_writer(path: pathlib.Path) -> Iterator[IO[str]]:
+    """The file of results, to append to, and to no second process; a killed one does not keep others out."""
     try:
-        with filelock.FileLock(path.with_suffix(".lock"), timeout=0):
-            yield
+        with writing(path), filelock.FileLock(path.with_suffix(".lock"), timeout=0):
+            drop_broken_line(path)
+            with path.open("a", encoding="utf-8") as file:
+                yield file
     except filelock.Timeout as error:
         raise ValueError(f"another process writes {str(path)!r}; wait for it, or give another directory") from error
 
 
-def batches_of_process(found: Sequence[PromptSet], settings: RunSettings) -> list[tuple[PromptSet, int, int]]:
-    """The batches of this process: prompt set, number of the batch in it, prompts."""
+def batches(found: Sequence[PromptSet], settings: RunSettings) -> list[tuple[PromptSet, int, int]]:
+    """All batches: prompt set, number of the batch in it, prompts."""
     units = []
     for prompt_set in found:
         size = even_size(prompt_set.num_prompts, settings.batch_size)
         starts = range(0, prompt_set.num_prompts, size)
         units += [(prompt_set, n, min(size, prompt_set.num_prompts - start)) for n, start in enumerate(starts)]
-    return units[settings.process :: settings.num_processes]
+    return units
 
 
 @functools.lru_cache(maxsize=1)

@@ -29,7 +29,7 @@ from restkv_jax.evaluate.results import read_lines, read_results
 from restkv_jax.evaluate.sweep import (
     PromptSet,
     RunSettings,
-    batches_of_process,
+    batches,
     encode_prompts,
     prompt_set_seed,
     prompt_sets,
@@ -127,7 +127,7 @@ def test_own_prompts_are_bucketed_and_what_cannot_be_read_is_named(tmp_path, cap
 
 def test_batches_are_no_larger_than_there_are_prompts(sweep):
     assert [even_size(count, 8) for count in (1, 4, 8, 9, 23)] == [1, 4, 8, 5, 8]
-    sizes = [size for _, _, size in batches_of_process([PromptSet("single", 256, None, 23)], RunSettings(10))]
+    sizes = [size for _, _, size in batches([PromptSet("single", 256, None, 23)], RunSettings(10))]
     assert sizes == [8, 8, 7]
     lines = read_lines(sweep).values()
     assert {bool(line.read_seconds) for line in lines} == {True}, "2, 2 and 1 of 5 prompts"
@@ -183,18 +183,6 @@ def test_no_two_places_ask_for_the_same_needles():
     assert len(set(answers)) == len(answers) == 24
 
 
-def test_processes_share_the_batches_without_rest():
-    grid = Grid(prompts=23, lengths=(256, 512))
-    _, _, tokenizer = rk.load_model(dtype=jnp.float32)
-    whole = batches_of_process(prompt_sets(grid, tokenizer), RunSettings(batch_size=4))
-    shared = [
-        batches_of_process(prompt_sets(grid, tokenizer), RunSettings(4, process=p, num_processes=3)) for p in range(3)
-    ]
-    assert sorted(unit for part in shared for unit in part) == sorted(whole)
-    assert sum(size for _, _, size in whole) == 23 * 2 * 3
-    assert max(map(len, shared)) - min(map(len, shared)) <= 1
-
-
 def start(output, *args, devices=1):
     command = [sys.executable, "-m", "restkv_jax.commands.cli", "evaluate", "--output", str(output), *SMALL, *args]
     environment = os.environ | {
@@ -226,20 +214,37 @@ def test_a_killed_sweep_goes_on_to_the_same_results(sweep, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.slow
-def test_two_processes_of_four_devices_share_a_sweep(sweep, tmp_path):
+def start_two(output, *args):
+    """Two processes with four devices each, on whose mesh two devices share the weights."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    joined = "--distributed", "--coordinator", coordinator, "--num-processes", "2", "--quiet"
-    processes = [
-        start(tmp_path / "out", "--tasks", "single", "multikey", *joined, "--process-id", str(p), devices=4)
-        for p in range(2)
-    ]
-    for process in processes:
+    joined = "--distributed", "--coordinator", coordinator, "--num-processes", "2", "--quiet", "--model-parallel", "2"
+    return [start(output, *args, *joined, "--process-id", str(p), devices=4) for p in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_give_what_one_device_gives(sweep, tmp_path):
+    for process in start_two(tmp_path / "out", "--tasks", "single", "multikey"):
         _, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors
-    files = [tmp_path / "out" / f"results-{p}.jsonl" for p in range(2)]
-    assert all(file.read_text().count("\n") >= 4 for file in files)
+    assert [path.name for path in (tmp_path / "out").glob("*.jsonl")] == ["results-0.jsonl"]
     assert (tmp_path / "out" / "report.html").is_file()
+    assert said(tmp_path / "out") == said(sweep)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_within_a_minute_and_the_sweep_goes_on(sweep, tmp_path, killed):
+    processes = start_two(tmp_path / "out", "--tasks", "single", "multikey")
+    while not ((tmp_path / "out").is_dir() and read_lines(tmp_path / "out")):
+        time.sleep(0.05)
+        assert all(process.poll() is None for process in processes)
+    processes[killed].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    _, errors = processes[1 - killed].communicate(timeout=60)
+    assert processes[1 - killed].returncode != 0 and time.monotonic() - died < 60
+    assert "another process has ended" in errors or "distributed" in errors, errors
+    processes[killed].communicate()
+    assert evaluate(tmp_path / "out", "--tasks", "single", "multikey") == 0
     assert said(tmp_path / "out") == said(sweep)

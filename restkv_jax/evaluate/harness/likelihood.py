@@ -13,6 +13,7 @@ from restkv_jax.generation.reading import CHUNK_SIZE, prefill
 from restkv_jax.generation.sampling import Forced, TokenScores, score_tokens
 from restkv_jax.kernels.pairs import largest_divisor
 from restkv_jax.models.decoder import Decoder, logits, read
+from restkv_jax.models.mesh import beside
 
 SCORED_AT_ONCE = 128
 """Positions whose logits over the whole vocabulary exist at one time."""
@@ -44,10 +45,10 @@ def score_continuation(
     continuation = jnp.asarray(continuation, jnp.int32)
     max_new_tokens = max(1, continuation.shape[1] - 1)
     logits, cache = prefill(model, params, tokens, mask, policy, max_new_tokens, cache_dtype=cache_dtype)
-    return run_from(model, params, logits, cache, Forced(continuation), continuation.shape[1]).notes
+    with beside(params) as params:
+        return run_from(model, params, logits, cache, Forced(continuation), continuation.shape[1]).notes
 
 
-@functools.partial(jax.jit, static_argnames="model")
 def score_text(model: Decoder, params: Any, tokens: Array, mask: Array, targets: Array) -> TokenScores:
     """Scores the token after each position under the model's own attention; nothing is evicted.
 
@@ -61,6 +62,12 @@ def score_text(model: Decoder, params: Any, tokens: Array, mask: Array, targets:
     Returns:
       `TokenScores` [B, T].
     """
+    with beside(params) as params:
+        return _score_text(model, params, tokens, mask, targets)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _score_text(model: Decoder, params: Any, tokens: Array, mask: Array, targets: Array) -> TokenScores:
     batch, length = tokens.shape
     hidden, _ = read(model, params, tokens, mask, chunk_size=largest_divisor(length, CHUNK_SIZE))
     part = largest_divisor(length, SCORED_AT_ONCE)

@@ -28,6 +28,7 @@ from restkv_jax.generation.encoding import pad_left
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.loading import Loaded, load_checkpoint
 from restkv_jax.models.digest import checksum
+from restkv_jax.models.mesh import divisible, make_mesh
 from restkv_jax.models.tokenizer import load_tokenizer
 
 EMBEDDED = str(importlib.resources.files("restkv_jax") / "embedded")
@@ -259,7 +260,8 @@ class RestKV(TemplateLM):
         """As `make_batches`; the policy is tried on all before anything runs."""
         for length in sorted({bucket_length(len(tokens_of(item))) for item in items}):
             self.parsed.policy.resolved(length)
-        return make_batches(items, also, tokens_of, self._size_for)
+        for batch in make_batches(items, also, tokens_of, self._size_for):
+            yield batch._replace(size=divisible(batch.size, self.params))
 
     def _progress(self, batches: Iterable[Batch], total: int, disable: bool) -> Iterator[Batch]:
         with tqdm(total=total, disable=disable or self.rank != 0, desc="Running requests") as bar:
@@ -274,7 +276,10 @@ def load_model_of(args: ModelArgs) -> Loaded:
     Raises:
       ValueError: a model or tokenizer that cannot be loaded.
     """
-    loaded = load_checkpoint(args.pretrained, args.dtype, args.tokenizer is None, args.dense)
+    mesh = None
+    if args.model_parallel * args.data_parallel > 1:
+        mesh = make_mesh(args.data_parallel, args.model_parallel)
+    loaded = load_checkpoint(args.pretrained, args.dtype, args.tokenizer is None, args.dense, mesh)
     if args.tokenizer is None:
         return loaded
     try:

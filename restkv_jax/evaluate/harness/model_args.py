@@ -28,6 +28,8 @@ class ModelArgs:
       dense: leave out the sharing of keys that the model was adapted to.
       cache_dtype: what the cache stores keys and values in: int8, int4 or float8_e4m3fn, or with the sizes of groups
         and residual window int4(group_size=32;residual=16); the model's dtype if left out.
+      model_parallel: devices that share the weights.
+      data_parallel: parts that the rows of a batch are divided into, each on devices of its own.
     """
 
     pretrained: str | None = None
@@ -40,6 +42,8 @@ class ModelArgs:
     seed: int = 0
     dense: bool = False
     cache_dtype: str | None = None
+    model_parallel: int = 1
+    data_parallel: int = 1
 
 
 class ParsedArgs(NamedTuple):
@@ -75,9 +79,9 @@ def parse_model_args(given: Mapping[str, Any]) -> ParsedArgs:
 
 
 def _check_general(general: ModelArgs) -> None:
-    for name in ("max_length", "max_gen_toks", "batch_size"):
+    for name in ("max_length", "max_gen_toks", "batch_size", "model_parallel", "data_parallel"):
         if getattr(general, name) not in (None, "auto"):
-            check_integer(name, getattr(general, name), 1, "tokens or prompts")
+            check_integer(name, getattr(general, name), 1, "tokens, prompts or devices")
     check_integer("seed", general.seed, 0, "of random draws")
     if general.cache_dtype is not None:
         parse_quantisation(str(general.cache_dtype))
