@@ -48,9 +48,9 @@ def collectives_of(
         size = sum(shape.plain_bytes for shape in shapes)
         if (group := group_size(instruction.attributes)) > 1:
             yield Collective(kind, size, group, times)
-    inner = module.computations.get(instruction.called("calls") or "")
-    for called in inner.instructions if inner else ():
-        yield from collectives_of(module, inner, called, times)
+    if inner := module.computations.get(instruction.called("calls") or ""):
+        for called in inner.instructions:
+            yield from collectives_of(module, inner, called, times)
 
 
 def _is_only_sliced(computation: Computation, value: Instruction) -> bool:

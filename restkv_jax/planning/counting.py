@@ -5,7 +5,6 @@ often as they turn, and fusions what they touch.
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -74,7 +73,7 @@ def count(
     """
     module = parse(text)
     read = written = total = 0.0
-    sent: Counter[tuple[str, float, int]] = Counter()
+    sent: dict[tuple[str, float, int], float] = {}
     unknown = []
     for times, computation, instruction in executed(module, taken, unknown_turns):
         if instruction.opcode == "while":
@@ -84,7 +83,8 @@ def count(
         read, written = read + times * moved.read, written + times * moved.written
         total += times * operations(module, computation, instruction)
         for c in collectives_of(module, computation, instruction, times):
-            sent[c.kind, c.bytes, c.group] += c.times
+            kind = c.kind, c.bytes, c.group
+            sent[kind] = sent.get(kind, 0.0) + c.times
     return Count(read, written, total, tuple(Collective(*key, times) for key, times in sent.items()), tuple(unknown))
 
 

@@ -230,7 +230,8 @@ def _compile(lowered: Any) -> Compiled:
     return Compiled(compiled.memory_analysis(), text or compiled.as_text(), time.perf_counter() - start)
 
 
-def _as_out_of_memory(error: jax.errors.JaxRuntimeError) -> Exception:
+def _as_out_of_memory(error: Exception) -> Exception:
+    """An `OutOfMemory` if the compiler says so, else the error itself."""
     sizes = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", str(error))
     if sizes is None:
         return error
