@@ -9,10 +9,14 @@ from jax import Array
 
 from restkv_jax.kernels.dispatch import Dispatched
 from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor, proximal, take_columns, take_pairs, visible
+from restkv_jax.kernels.partition import by_device
 from restkv_jax.kernels.softmax import Softmax, cap_gradient, empty_softmax, join, logits_of, read_keys, wide_einsum
 
 BLOCK = 512
 """Queries, and keys, whose probabilities exist at one time."""
+
+PAIRS = Pairs._make(("b k n d", "b k n d", "b k n"))
+"""The axes of pairs."""
 
 
 class Span(NamedTuple):
@@ -74,7 +78,12 @@ def _joint(spans: tuple[Span | None, ...], queries: Queries, parts: tuple[Pairs,
             Pairs(*(_pad_to_blocks(x, axis=2, empty=empty) for x, empty in zip(part, (0, 0, -1), strict=True)))
             for part in parts
         )
-    context: Any = _blockwise(spans, padded, parts)
+    if length == 1:
+        context: Any = _blockwise(spans, padded, parts)
+        return context
+    # every device asks its own rows alone whether a block is seen
+    axes = padded.replace(vectors="b k g q d", positions="b q", sliding_window=""), (PAIRS,) * len(parts)
+    context = by_device(functools.partial(_blockwise, spans), (padded, parts), axes, "b k g q d")
     return context[:, :, :, :length]
 
 

@@ -60,10 +60,27 @@ def on_mesh(x: Array, axes: str) -> Array:
     return jax.lax.with_sharding_constraint(x, spec_of(axes, x.shape, sizes))
 
 
-def is_divided() -> bool:
-    """Whether the mesh of the context divides layers."""
+def layer_parts() -> int:
+    """The parts that the mesh of the context divides a layer into."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(name, 1) for name in EVERY) > 1
+    return math.prod(sizes.get(name, 1) for name in EVERY)
+
+
+def by_device(function: Callable[..., Array], arrays: Any, axes: Any, out_axes: str) -> Array:
+    """Applies a function to what each device of the context's mesh has of some arrays, without any exchange.
+
+    Args:
+      function: of one device's arrays, one array of their dtype and of the shape of the first.
+      arrays: a tuple of pytrees; rows, KV heads and query heads are independent of each other.
+      axes: a tree of the same structure with the axes of each array, as "b k g n d".
+      out_axes: those of the result.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if math.prod(sizes.get(name, 1) for name in ("data", *EVERY)) == 1:
+        return function(*arrays)
+    specs = jax.tree.map(lambda x, axes: spec_of(axes, x.shape, sizes), arrays, axes)
+    out = spec_of(out_axes, jax.tree.leaves(arrays)[0].shape, sizes)
+    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
 
 
 class Parts(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.kernels.pairs import Pairs, Queries
-from restkv_jax.kernels.partition import is_divided, on_mesh
+from restkv_jax.kernels.partition import layer_parts, on_mesh
 from restkv_jax.kernels.softmax import cap_logits
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.key_groups import Sharing
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         num_chunks = length // chunk_size
         tokens_of, positions_of = (_in_chunks(x, num_chunks) for x in (tokens, positions))
         # gathered once for keys, values and queries, though these then stand in memory for the whole prompt
-        queries_first = num_chunks > 1 and is_divided()
+        queries_first = num_chunks > 1 and layer_parts() > 1
         heads = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
 
         def layer_step(layer, carry, scanned):

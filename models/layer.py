@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.partition import on_mesh
+from restkv_jax.kernels.partition import layer_parts, on_mesh
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.experts import Experts, mix_experts
 from restkv_jax.models.rope import Rope, apply_rope, grow_with_position
@@ -115,7 +115,13 @@ class DecoderLayer(nn.Module):
             experts = Experts(self.router, self.gate_projection, self.up_projection, self.down_projection)
             return mix_experts(x, experts, c.num_experts_per_tok, c.norm_topk_prob, activation)
         gate = activation(x @ self.gate_projection + self.gate_bias)
-        return (gate * (x @ self.up_projection + self.up_bias)) @ self.down_projection + self.down_bias
+        features = gate * (x @ self.up_projection + self.up_bias)
+        if (parts := layer_parts()) == 1:
+            return features @ self.down_projection + self.down_bias
+        # XLA makes one sum over devices of products over two axes; over one a chain of exchanges that sends more
+        features = einops.rearrange(features, "b t (p f) -> b t p f", p=parts)
+        projection = einops.rearrange(self.down_projection, "(p f) m -> p f m", p=parts)
+        return jnp.einsum("btpf,pfm->btm", features, projection) + self.down_bias
 
     def _branch(self, output: Array, norm: Array | None) -> Array:
         """What the output of attention or MLP adds to the residual stream."""
