@@ -104,9 +104,10 @@ def _works(options: PlanOptions, policy: EvictionPolicy) -> tuple[dict[str, Work
     with as_usage_error():
         work = Work(model, _mesh(options, model, topology), options.batch_size, options.length, full())
         work = work._replace(max_new_tokens=options.max_new_tokens, dtype=jnp.dtype(options.dtype))
-        label = options.method if options.cache_dtype is None else f"{options.method}, {options.cache_dtype}"
+        kinds = options.method, options.cache_dtype, None if model.sharing is None else "shared keys"
         chosen = work._replace(policy=policy, cache_dtype=options.cache_dtype)
-        return {label: chosen, "full": work._replace(model=model.clone(sharing=None))}, topology
+        works = {", ".join(filter(None, kinds)): chosen, "full": work._replace(model=model.clone(sharing=None))}
+        return works, topology
 
 
 def _model(options: PlanOptions) -> Decoder:
