@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import einops
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
@@ -81,6 +82,32 @@ def by_device(function: Callable[..., Array], arrays: Any, axes: Any, out_axes: 
     specs = jax.tree.map(lambda x, axes: spec_of(axes, x.shape, sizes), arrays, axes)
     out = spec_of(out_axes, jax.tree.leaves(arrays)[0].shape, sizes)
     return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
+
+
+def project_back(equation: str, x: Array, weight: Array) -> Array:
+    """Products with a weight whose sum over the devices that share a layer leaves each of them tokens of its own.
+
+    Args:
+      equation: as `einsum` takes it, of axes as in `MESH_AXES`, `q` those of tokens: "bqf,fm->bqm".
+      x: of the devices' own heads or features.
+      weight: likewise.
+
+    Returns:
+      [B, T, M], tokens divided like a layer where that is possible.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    names = tuple(name for name in EVERY if sizes.get(name, 1) > 1)
+    terms = [" ".join(term) for term in equation.partition("->")[0].split(",")]
+    length = x.shape[terms[0].split().index("q")]
+    if not names or "repeat" in names or length % layer_parts():
+        return on_mesh(jnp.einsum(equation, x, weight), "b t m")
+
+    def alone(x: Array, weight: Array) -> Array:
+        return jax.lax.psum_scatter(jnp.einsum(equation, x, weight), names, scatter_dimension=1, tiled=True)
+
+    specs = tuple(spec_of(axes, array.shape, sizes) for axes, array in zip(terms, (x, weight), strict=True))
+    out = spec_of("b t m", (x.shape[0], length, weight.shape[-1]), sizes)
+    return jax.shard_map(alone, in_specs=specs, out_specs=out, check_vma=False)(x, weight)
 
 
 class Parts(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.partition import layer_parts, on_mesh
+from restkv_jax.kernels.partition import on_mesh, project_back
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.experts import Experts, mix_experts
 from restkv_jax.models.rope import Rope, apply_rope, grow_with_position
@@ -104,8 +104,8 @@ class DecoderLayer(nn.Module):
         On a mesh each sum over the devices that share the layer leaves them tokens of their own, and the MLP's input is
         gathered: as many bytes as Megatron's sum that leaves all tokens to all.
         """
-        projected = jnp.einsum("bkgtd,kgdm->btm", context, self._grouped(self.output_projection, "d m"))
-        hidden = hidden + self._branch(on_mesh(projected, "b t m") + self.output_bias, self.attention_output_norm)
+        projected = project_back("bkgqd,kgdm->bqm", context, self._grouped(self.output_projection, "d m"))
+        hidden = hidden + self._branch(projected + self.output_bias, self.attention_output_norm)
         normed = on_mesh(self._norm(hidden, self.post_attention_norm), "b c m")
         return hidden + self._branch(on_mesh(self._mlp(normed), "b t m"), self.mlp_output_norm)
 
@@ -116,12 +116,7 @@ class DecoderLayer(nn.Module):
             return mix_experts(x, experts, c.num_experts_per_tok, c.norm_topk_prob, activation)
         gate = activation(x @ self.gate_projection + self.gate_bias)
         features = gate * (x @ self.up_projection + self.up_bias)
-        if (parts := layer_parts()) == 1:
-            return features @ self.down_projection + self.down_bias
-        # XLA makes one sum over devices of products over two axes; over one a chain of exchanges that sends more
-        features = einops.rearrange(features, "b t (p f) -> b t p f", p=parts)
-        projection = einops.rearrange(self.down_projection, "(p f) m -> p f m", p=parts)
-        return jnp.einsum("btpf,pfm->btm", features, projection) + self.down_bias
+        return project_back("bqf,fm->bqm", features, self.down_projection) + self.down_bias
 
     def _branch(self, output: Array, norm: Array | None) -> Array:
         """What the output of attention or MLP adds to the residual stream."""
