@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo report report-real test test-slow lint format wheel clean
+.PHONY: demo report report-real test test-slow test-tpu lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -28,6 +28,10 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
+
+# Compiles for TPUs that need not be there. libtpu stays out of the environment, where JAX would look for a TPU with it.
+test-tpu: $(VENV)/.test build/libtpu/.installed
+	PYTHONPATH=$(CURDIR)/build/libtpu $(BIN)/python -m pytest tests/tpu
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -50,6 +54,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --quiet --editable ".[eval]"
+	touch $@
+
+build/libtpu/.installed: | $(VENV)/bin/python
+	$(PIP) install --quiet --no-deps --target $(@D) libtpu==0.0.52
 	touch $@
 
 $(VENV)/.test: pyproject.toml scripts/install_torch.py | $(VENV)/bin/python

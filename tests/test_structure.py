@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ORDER = ("kernels", "models", "eviction", "caches", "generation", "pod", "evaluate", "commands")
+ORDER = ("kernels", "models", "eviction", "caches", "generation", "planning", "pod", "evaluate", "commands")
 """Each imports itself and those before it."""
 MODULES = [
     (f"restkv_jax.{name}", path)

@@ -35,6 +35,7 @@ COMMANDS = {
         "run tasks of lm-evaluation-harness on a small cache, with its own options: `restkv lm-eval run --help`",
         "harness",
     ),
+    "plan": Command("compile for a slice of TPUs that need not be there: what fits, what moves", compiles=False),
     "pod": Command("share keys of distant tokens across layers: `restkv pod --help`", "train"),
 }
 """By name; the module of a command has its name, and a function `run` that takes the arguments after it."""

@@ -1,0 +1,78 @@
+"""`restkv plan` as a user types it, for one emulated device; `tests/tpu` has those of TPUs."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+import restkv_jax as rk
+from restkv_jax.commands.cli import main
+from restkv_jax.generation.reading import cache_shapes
+
+LENGTH, BUDGET, NEW = 128, 64, 8
+SHORT = ["--topology", "cpu:1", "--method", "snapkv", "--budget", BUDGET, "--length", LENGTH, "--max-new-tokens", NEW]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(tiny.CONFIG))
+    return path
+
+
+def run(capsys, *args):
+    code = main(["plan", *map(str, args)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_bytes_are_those_of_the_arrays_that_generation_makes(capsys, config):
+    code, out, err = run(capsys, "--model", config, *SHORT, "--dtype", "float32", "--json")
+    assert (code, err) == (0, "")
+    model = rk.build_model(config)
+    params = rk.init_params(model, jax.random.key(0))
+    tokens = jnp.ones((1, LENGTH), jnp.int32)
+    for name, policy in (("snapkv", rk.snapkv(BUDGET)), ("full", rk.full())):
+        cache = cache_shapes(model, params, tokens, None, policy, NEW)
+        found = json.loads(out)[name]
+        assert found["weights"] == sum(x.nbytes for x in jax.tree.leaves(params))
+        assert (found["cache"], found["slots"]) == (rk.cache_bytes(cache), cache.num_slots)
+        assert found["step"]["floor"] == found["weights"] + found["cache"]  # embeddings are tied
+        assert found["step"]["total"] > found["cache"] + found["weights"]
+        assert found["prefill"]["operations"] > found["step"]["operations"] * LENGTH / 4
+
+
+def test_a_table_sets_the_method_beside_the_full_cache(capsys, config, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    code, out, _ = run(capsys, "--model", config, *SHORT, "--cache-dtype", "int8(group_size=16,residual=16)")
+    assert code == 0
+    for text in ("snapkv, int8", "full", "weights", "prefill: reads", "step: reads", f"{LENGTH:,} tokens"):
+        assert text in out
+    assert "time by" not in out  # nothing is known of an emulated device's peaks
+
+
+WITHOUT_LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--topology", "v5e"], "topology='v5e' is not known; known: v5e:1x1"),
+        (["--topology", "h100:8"], "topology='h100:8' is not known"),
+        (["--topology", "cpu:4096"], "4096 devices"),
+        pytest.param(["--topology", "v5e:2x4"], "pip install --no-deps libtpu", marks=WITHOUT_LIBTPU),
+        ([*SHORT, "--max"], "--max: how much memory cpu:1 has"),
+        ([*SHORT, "--length", 0], "--length 0 must be at least 1"),
+        ([*SHORT, "--model-parallel", 3], "model=3"),
+        ([*SHORT, "--budget", "much"], "budget='much'"),
+        ([*SHORT, "--model", "no/such"], "no/such"),
+        ([*SHORT, "--pod-groups", "no-such.json"], "no-such.json"),
+    ],
+)
+def test_bad_input_is_said_in_one_line(capsys, config, args, said):
+    code, out, err = run(capsys, "--model", config, *args)
+    assert (code, out) == (2, "")
+    assert said in err and err.count("\n") == 1
