@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows the commands that run a sweep of restkv-jax on one TPU VM and on a slice of several hosts. It runs none of them.
+# Shows the commands that run a sweep of restkv-jax on a TPU VM, a slice of several hosts and a cluster. It runs none of them.
 set -euo pipefail
 
 usage() {
@@ -31,17 +31,17 @@ else
   bring="" put=""
 fi
 
-# Commands for all hosts of a machine: $1 its accelerator type, $2 its number of hosts, $3 an option of the sweep.
+# Commands for all hosts of a machine: $1 its accelerator type, $2 options of the sweep, $3 how it is made.
 show() {
   cat <<TEXT
-gcloud compute tpus tpu-vm create $name $at --accelerator-type=$1 --version=v2-alpha-tpuv5-lite
+$3
 gcloud compute tpus tpu-vm scp dist/restkv_jax-*.whl $name: $at --worker=all
 gcloud compute tpus tpu-vm scp $grid $name:grid.yaml $at --worker=all
 gcloud compute tpus tpu-vm ssh $name $at --worker=all \\
   --command='python3 -m pip install uv && python3 -m uv venv --python 3.12 env && python3 -m uv pip install --python env "\$(ls restkv_jax-*.whl)[tpu,eval]"'
-gcloud compute tpus tpu-vm ssh $name $at --worker=all --command="$bring$sweep$3$put"
+gcloud compute tpus tpu-vm ssh $name $at --worker=all --command="$bring$sweep$2$put"
 mkdir -p sweep
-for worker in $(seq -s ' ' 0 $(($2 - 1))); do gcloud compute tpus tpu-vm scp "$name:sweep/*.json*" sweep/ $at --worker=\$worker; done
+gcloud compute tpus tpu-vm scp "$name:sweep/*.json*" sweep/ $at --worker=0
 restkv report sweep
 gcloud compute tpus tpu-vm delete $name $at
 TEXT
@@ -52,10 +52,39 @@ cat <<TEXT
 make wheel
 
 # One VM with 8 chips, which share the prompts of a batch.
-$(show v5litepod-8 1 "")
+$(show v5litepod-8 "" "gcloud compute tpus tpu-vm create $name $at --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite")
 
-# A slice of 4 hosts with 4 chips each: batches are shared out by the number of the process.
-$(show v5litepod-16 4 " --distributed")
+# A slice of 4 hosts with 4 chips each, of which 8 share the weights: all hosts run the same command, the first writes.
+# Queued, since slices are seldom free; ask for its state with \`gcloud compute tpus queued-resources describe\`.
+$(show v5litepod-16 " --distributed --model-parallel 8" "gcloud compute tpus queued-resources create $name --node-id=$name $at --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite")
 
-# A sweep that was stopped goes on with the same command, where its results are still on the hosts or in the bucket.
+# The same slice of a cluster (GKE): an indexed job with a pod for each host; IMAGE has the package installed.
+kubectl apply -f - <<'YAML'
+apiVersion: v1
+kind: Service
+metadata: {name: restkv}
+spec: {clusterIP: None, selector: {job-name: restkv}}
+---
+apiVersion: batch/v1
+kind: Job
+metadata: {name: restkv}
+spec:
+  completions: 4
+  parallelism: 4
+  completionMode: Indexed
+  backoffLimit: 4
+  template:
+    spec:
+      subdomain: restkv
+      restartPolicy: Never
+      nodeSelector: {cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 4x4}
+      containers:
+        - name: restkv
+          image: IMAGE
+          command: [restkv, evaluate, --grid, docs/report/grid.yaml, --model, $model, --output, /results/sweep, --distributed, --model-parallel, "8"]
+          resources: {limits: {google.com/tpu: 4}}
+YAML
+
+# A sweep that was stopped, or that lost a host, goes on with the same command, where its results are still on the first
+# host or in the bucket.
 TEXT

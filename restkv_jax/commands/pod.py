@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from restkv_jax.commands import pod_groups
 from restkv_jax.commands.options import FLAT, UsageError, as_usage_error, parse
+from restkv_jax.commands.pod_groups import run as run_groups
 from restkv_jax.commands.progress import show_while
 from restkv_jax.loading import load_checkpoint
 from restkv_jax.models.key_groups import LayerGroups, Sharing
@@ -68,7 +68,7 @@ def run(args: Sequence[str]) -> None:
     Raises:
       UsageError: an unknown command, or input that the command cannot work with.
     """
-    commands = {"groups": pod_groups.run, "adapt": run_adapt}
+    commands = {"groups": run_groups, "adapt": run_adapt}
     if args and args[0] in ("--help", "-h"):
         print(USAGE)
         return
