@@ -174,7 +174,7 @@ def mesh_of(params: Any) -> Mesh | None:
     found: dict[str, Mesh] = {}
     for name, leaf in flatten(params).items():
         sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
             found[name] = automatic(sharding.mesh)
     if not found:
         return None

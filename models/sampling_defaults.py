@@ -18,7 +18,8 @@ class SamplingDefaults:
     """Sampling options by the names of `generate`; None where the model's makers do not say.
 
     `do_sample` is whether transformers draws without being told to; nothing here draws without a key. `others` are the
-    file's fields that nothing here uses, such as a repetition penalty, as JSON: a model is saved with them.
+    file's fields that nothing here uses, such as a repetition penalty, as JSON: a model is saved with them, and is
+    equal to one with others.
     """
 
     temperature: float | None = None
@@ -26,7 +27,7 @@ class SamplingDefaults:
     top_p: float | None = None
     min_p: float | None = None
     do_sample: bool = False
-    others: str = "{}"
+    others: str = dataclasses.field(default="{}", compare=False)
 
     @property
     def options(self) -> dict[str, Any]:

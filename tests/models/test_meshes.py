@@ -102,7 +102,7 @@ def test_parameters_on_several_meshes_are_refused():
         def __init__(self, mesh):
             self.sharding = NamedSharding(mesh, PartitionSpec())
 
-    assert mesh_of({"embedding": Leaf(abstract(1, 1))}) is None
+    assert mesh_of({"embedding": np.zeros(3)}) is None and mesh_of({"embedding": Leaf(abstract(1, 1))}) is not None
     with pytest.raises(ValueError, match=r"'final_norm' lies on another mesh \(data=1, model=4 .*\) than 'embedding'"):
         mesh_of({"embedding": Leaf(abstract(2, 2)), "final_norm": Leaf(abstract(1, 4))})
     with pytest.raises(ValueError, match="must have 'data' and 'model'"):

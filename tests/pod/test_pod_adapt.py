@@ -178,7 +178,7 @@ BAD = {
     "no pattern": (dense("--data", "text.txt", "--train", "("), "train='(' is not a regular expression"),
     "accumulation": (dense("--data", "text.txt", "--accumulation", "3"), "accumulation=3 must divide batch_size=8"),
     "rate": (dense("--data", "text.txt", "--learning-rate", "0"), "learning_rate=0.0 must be positive"),
-    "devices": (dense("--data", "text.txt", "--model-parallel", "3"), "model_parallel=3 must be a divisor"),
+    "devices": (dense("--data", "text.txt", "--model-parallel", "3"), "model=3 needs 3 devices, but there are 1"),
     "output is a file": (["--dense", "--data", "text.txt", "--output", "text.txt/run"], "can be written"),
     "missing groups": (["--groups", "absent.json", "--data", "text.txt", "--output", "run"], "absent.json"),
     "groups of another model": (["--groups", "other.json", "--data", "text.txt", "--output", "run"], "another model"),
@@ -224,8 +224,8 @@ def test_batch_that_the_mesh_does_not_divide(model):
 
 
 def test_model_that_the_mesh_does_not_divide(model):
-    mesh = jax.sharding.AbstractMesh((1, 4), ("data", "model"))
-    with pytest.raises(ValueError, match=r"model axis, 4, must divide num_key_value_heads=2"):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1] * 5).reshape(1, 5), ("data", "model"))
+    with pytest.raises(ValueError, match=r"model axis of 5 must divide intermediate_size=\d+; \d+ or \d+ would"):
         make_program(model, Adaptation(1, 8, 16, compute_dtype="float32"), mesh)
 
 
