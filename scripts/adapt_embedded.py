@@ -1,7 +1,7 @@
 """Shares keys across the embedded model's layers: `python scripts/adapt_embedded.py --run build/pod`.
 
-Finds groups, trains with each and without any on the same tokens, and prints what each answers and holds: the tables
-of docs/pod.md. Every step leaves its result in the run's directory, where the same command goes on.
+Finds groups, trains with each and without any on the same tokens, and prints tables of what each answers and
+holds. Every step leaves its result in the run's directory, where the same command goes on.
 """
 
 import dataclasses
