@@ -54,17 +54,20 @@ def spec_of(axes: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Part
 
 
 def on_mesh(x: Array, axes: str) -> Array:
-    """Lays an array with the given axes, as "l b k n d", out over the mesh of the context (`jax.set_mesh`)."""
+    """Lays an array with the given axes, as "l b k n d", out over the mesh of the context."""
+    sizes = mesh_sizes()
+    return x if not sizes else jax.lax.with_sharding_constraint(x, spec_of(axes, x.shape, sizes))
+
+
+def mesh_sizes() -> dict[str, int]:
+    """The sizes of the axes, more than 1, along which the mesh of the context (`jax.set_mesh`) divides anything."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    if math.prod(sizes.get(name, 1) for name in ("data", *EVERY)) == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec_of(axes, x.shape, sizes))
+    return {name: sizes[name] for name in ("data", *EVERY) if sizes.get(name, 1) > 1}
 
 
 def layer_parts() -> int:
     """The parts that the mesh of the context divides a layer into."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(name, 1) for name in EVERY)
+    return math.prod(size for name, size in mesh_sizes().items() if name in EVERY)
 
 
 def by_device(function: Callable[..., Array], arrays: Any, axes: Any, out_axes: str) -> Array:
@@ -76,8 +79,7 @@ def by_device(function: Callable[..., Array], arrays: Any, axes: Any, out_axes: 
       axes: a tree of the same structure with the axes of each array, as "b k g n d".
       out_axes: those of the result.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    if math.prod(sizes.get(name, 1) for name in ("data", *EVERY)) == 1:
+    if not (sizes := mesh_sizes()):
         return function(*arrays)
     specs = jax.tree.map(lambda x, axes: spec_of(axes, x.shape, sizes), arrays, axes)
     out = spec_of(out_axes, jax.tree.leaves(arrays)[0].shape, sizes)
@@ -89,14 +91,14 @@ def project_back(equation: str, x: Array, weight: Array) -> Array:
 
     Args:
       equation: as `einsum` takes it, of axes as in `MESH_AXES`, `q` those of tokens: "bqf,fm->bqm".
-      x: of the devices' own heads or features.
-      weight: likewise.
+      x: [B, ..., T, ...], what heads or features gave, divided by these.
+      weight: [..., M], likewise.
 
     Returns:
       [B, T, M], tokens divided like a layer where that is possible.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    names = tuple(name for name in EVERY if sizes.get(name, 1) > 1)
+    sizes = mesh_sizes()
+    names = tuple(name for name in EVERY if name in sizes)
     terms = [" ".join(term) for term in equation.partition("->")[0].split(",")]
     length = x.shape[terms[0].split().index("q")]
     if not names or "repeat" in names or length % layer_parts():
@@ -119,7 +121,7 @@ class Parts(NamedTuple):
 
 def parts_of_mesh(batch: int, num_kv_heads: int) -> Parts:
     """The parts that the mesh of the context divides rows and KV heads into; 1 where it does not."""
-    sizes = jax.sharding.get_abstract_mesh().shape
+    sizes = mesh_sizes()
     rows, heads = (sizes.get(name, 1) for name in ("data", "model"))
     return Parts(rows if batch % rows == 0 else 1, heads if num_kv_heads % heads == 0 else 1)
 

@@ -293,15 +293,14 @@ def _read_parameter(
 
     if sharding is None:
         return jax.device_put(read((slice(None),) * len(shape)))
-    devices: dict[str, list[Any]] = {}
-    indices = {repr(index): index for index in sharding.addressable_devices_indices_map(shape).values()}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        devices.setdefault(repr(index), []).append(device)
+    index_of: Any = sharding.addressable_devices_indices_map(shape)
+    holders: dict[str, list[Any]] = {}
+    for device, index in index_of.items():
+        holders.setdefault(repr(index), []).append(device)
     parts = []
-    for name, index in indices.items():
-        assert index is not None
-        part = read(index)
-        parts += jax.block_until_ready([jax.device_put(part, device) for device in devices[name]])
+    for devices in holders.values():
+        part = read(index_of[devices[0]])
+        parts += jax.block_until_ready([jax.device_put(part, device) for device in devices])
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
