@@ -54,14 +54,13 @@ def plan(model, topology, *options):
 def test_a_slice_holds_reads_and_sends_no_more_than_it_must(case, groups):
     found = plan(*CASES[case].replace("GROUPS", str(groups)).split())
     assert len(found) == 2
-    most_sent = 1.05 if "2x4" in CASES[case] else 1.5  # libtpu makes all-reduces of reduce-scatters on other slices
     for name, one in found.items():
         assert one["prefill"]["fits"] and one["step"]["fits"], name
         held = one["weights"] + one["cache"]
         assert one["step"]["total"] <= 1.02 * held + 2**28, f"{name}: the cache is not rewritten in place"
         assert one["step"]["read"] <= 1.1 * one["step"]["floor"], name
         assert one["step"]["sent"] <= 1.05 * one["step"]["megatron"], (name, one["step"]["collectives"])
-        assert one["prefill"]["sent"] <= most_sent * one["prefill"]["megatron"], (name, one["prefill"]["collectives"])
+        assert one["prefill"]["sent"] <= 1.05 * one["prefill"]["megatron"], (name, one["prefill"]["collectives"])
         assert not {"all-to-all", "ragged-all-to-all"} & set(one["prefill"]["collectives"]), name
         assert set(one["step"]["collectives"]) == {"all-reduce"}, name
 
