@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.dispatch import Dispatched
+from restkv_jax.kernels import splash
+from restkv_jax.kernels.dispatch import Dispatched, Implementation
 from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor, proximal, take_columns, take_pairs, visible
 from restkv_jax.kernels.partition import by_device
+from restkv_jax.kernels.ranges import Span
 from restkv_jax.kernels.softmax import Softmax, cap_gradient, empty_softmax, join, logits_of, read_keys, wide_einsum
 
 BLOCK = 512
@@ -19,18 +21,17 @@ PAIRS = Pairs._make(("b k n d", "b k n d", "b k n"))
 """The axes of pairs."""
 
 
-class Span(NamedTuple):
-    """Which part of a query's past a set of pairs stands for, static under jit.
+class How(NamedTuple):
+    """Static options of attention: the span of each set of pairs, and the implementation if one is forced."""
 
-    The first `sink` positions and the last `recent` up to and with the query's own where `is_proximal`, else the rest.
-    """
+    spans: tuple[Span | None, ...]
+    implementation: str | None = None
 
-    sink: int
-    recent: int
-    is_proximal: bool
+    def of(self, kernel: Dispatched) -> Any:
+        return kernel if self.implementation is None else kernel.force(self.implementation)
 
 
-def _attend(queries: Queries, pairs: Pairs) -> Array:
+def attend(queries: Queries, pairs: Pairs, *, implementation: str | None = None) -> Array:
     """Causal softmax attention where order is given by positions, not by places in the arrays.
 
     Queries and keys are taken in blocks with a running maximum and normaliser (online softmax), and pairs of blocks
@@ -38,13 +39,20 @@ def _attend(queries: Queries, pairs: Pairs) -> Array:
     keys at once. Differentiable in reverse: besides its arguments the backward pass needs the result and one
     normaliser per query, and recomputes a block's probabilities from them (FlashAttention, arXiv 2205.14135).
 
+    Args:
+      queries: of any places.
+      pairs: for several queries in the order of their positions, empty places first.
+      implementation: forces one by name, "reference" or "splash"; by the platform if None.
+
     Returns:
       [B, K, G, T, D] in the dtype of the queries; zeros where a query sees nothing. Softmax in float32.
     """
-    return _joint((None,), queries, (pairs,))
+    return _joint(How((None,), implementation), queries, (pairs,))
 
 
-def _attend_shared(queries: Queries, pairs: Pairs, distant_keys: Array, *, sink: int, recent: int) -> Array:
+def attend_shared(
+    queries: Queries, pairs: Pairs, distant_keys: Array, *, sink: int, recent: int, implementation: str | None = None
+) -> Array:
     """`attend` that reads distant tokens by other keys: one softmax over proximal and distant ones (PoD).
 
     `sum_P exp(q k) v + sum_D exp(q k') v` over `sum_P exp(q k) + sum_D exp(q k')`, where the proximal tokens `P` of a
@@ -56,16 +64,13 @@ def _attend_shared(queries: Queries, pairs: Pairs, distant_keys: Array, *, sink:
       distant_keys: [B, K, N, D], of the same tokens, for distant ones.
       sink: tokens at the beginning.
       recent: tokens at the end.
+      implementation: as for `attend`.
     """
     spans = Span(sink, recent, is_proximal=True), Span(sink, recent, is_proximal=False)
-    return _joint(spans, queries, (pairs, pairs._replace(keys=distant_keys)))
+    return _joint(How(spans, implementation), queries, (pairs, pairs._replace(keys=distant_keys)))
 
 
-attend = Dispatched(_attend)
-attend_shared = Dispatched(_attend_shared)
-
-
-def _joint(spans: tuple[Span | None, ...], queries: Queries, parts: tuple[Pairs, ...]) -> Array:
+def _joint(how: How, queries: Queries, parts: tuple[Pairs, ...]) -> Array:
     """One softmax over the union of several sets of pairs, each seen as its span says."""
     length = queries.vectors.shape[3]
     padded = queries.replace(
@@ -79,20 +84,51 @@ def _joint(spans: tuple[Span | None, ...], queries: Queries, parts: tuple[Pairs,
             for part in parts
         )
     if length == 1:
-        context: Any = _blockwise(spans, padded, parts)
+        context: Any = _context(how, padded, parts)
         return context
     # every device asks its own rows alone whether a block is seen
     axes = padded.replace(vectors="b k g q d", positions="b q", sliding_window=""), (PAIRS,) * len(parts)
-    context = by_device(functools.partial(_blockwise, spans), (padded, parts), axes, "b k g q d")
+    context = by_device(functools.partial(_context, how), (padded, parts), axes, "b k g q d")
     return context[:, :, :, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(spans, queries: Queries, parts: tuple[Pairs, ...]) -> Array:
-    return _forward(spans, queries, parts)[0]
+def _context(how: How, queries: Queries, parts: tuple[Pairs, ...]) -> Array:
+    return _forward(how, queries, parts)[0]
 
 
-def _forward(spans, queries: Queries, parts: tuple[Pairs, ...]):
+def _forward(how: How, queries: Queries, parts: tuple[Pairs, ...]):
+    context, normaliser = how.of(read_parts)(queries, parts, spans=how.spans)
+    return context, (queries, parts, context, normaliser)
+
+
+def _backward(how: How, saved, gradient):
+    queries, parts, context, normaliser = saved
+    none: Any = None  # positions have no gradient
+    rest = jnp.sum(context.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
+    of_vectors, of_parts = how.of(part_gradients)(queries, parts, normaliser, rest, gradient, spans=how.spans)
+    of_queries = queries.replace(vectors=of_vectors.astype(queries.vectors.dtype), positions=none, sliding_window=none)
+    return of_queries, tuple(
+        Pairs(of_keys.astype(pairs.keys.dtype), of_values.astype(pairs.values.dtype), none)
+        for pairs, (of_keys, of_values) in zip(parts, of_parts, strict=True)
+    )
+
+
+_context.defvjp(_forward, _backward)
+
+
+def _read_parts(queries: Queries, parts: tuple[Pairs, ...], *, spans: tuple[Span | None, ...]) -> tuple[Array, Array]:
+    """What queries get from the union of sets of pairs, and how much they see.
+
+    Args:
+      queries: [B, K, G, T, D].
+      parts: sets of pairs, each in the order of positions, empty places at the ends.
+      spans: which part of the past each set stands for, None for all.
+
+    Returns:
+      the context [B, K, G, T, D] in the dtype of the queries, and the logarithm of the sum of all exponentials,
+      float32 [B, K, G, T].
+    """
     # Masks depend on positions alone. A scan over layers that is differentiated would compute them ahead of its loop,
     # for all blocks, which is T x T: so let them wait for the layer's queries.
     vectors, positions = jax.lax.optimization_barrier((queries.vectors, queries.positions))
@@ -106,8 +142,7 @@ def _forward(spans, queries: Queries, parts: tuple[Pairs, ...]):
             state = _read_pairs(span, block, pairs, state)
         return state.context().astype(vectors.dtype), state.normaliser()
 
-    context, normaliser = _over_blocks(one_block, length, axis=3)
-    return context, (queries, parts, context, normaliser)
+    return _over_blocks(one_block, length, axis=3)
 
 
 def _read_pairs(span: Span | None, queries: Queries, pairs: Pairs, state: Softmax) -> Softmax:
@@ -127,22 +162,37 @@ def _read_pairs(span: Span | None, queries: Queries, pairs: Pairs, state: Softma
     return jax.lax.scan(read, state, jnp.arange(0, length, size))[0]
 
 
-def _backward(spans, saved, gradient):
-    """Gradients from the saved result and normaliser, a pair of blocks at a time.
+def _part_gradients(
+    queries: Queries,
+    parts: tuple[Pairs, ...],
+    normaliser: Array,
+    rest: Array,
+    gradient: Array,
+    *,
+    spans: tuple[Span | None, ...],
+) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
+    """Gradients of `read_parts`, a pair of blocks at a time.
 
     With `w = exp(q k - normaliser)` and `e` the gradient of the result `o`: `dv = w e`, and `e (v - o) w` is the
     gradient of the logit, `q k` or its soft cap.
+
+    Args:
+      queries: as for `read_parts`.
+      parts: likewise.
+      normaliser: float32 [B, K, G, T], the result's.
+      rest: float32 [B, K, G, T], the product of context and gradient.
+      gradient: [B, K, G, T, D], of the context.
+      spans: as for `read_parts`.
+
+    Returns:
+      float32 gradients of the queries' vectors, and of the keys and values of each set.
     """
-    queries, parts, context, normaliser = saved
-    none: Any = None  # positions have no gradient
-    rest = jnp.sum(context.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
     of_queries, of_parts = jnp.zeros(queries.vectors.shape, jnp.float32), []
     for span, pairs in zip(spans, parts, strict=True):
-        of_part, of_keys, of_values = _part_gradient(span, queries, pairs, normaliser, rest, gradient)
+        of_part, *of_pairs = _part_gradient(span, queries, pairs, normaliser, rest, gradient)
         of_queries += of_part
-        of_parts.append(Pairs(of_keys.astype(pairs.keys.dtype), of_values.astype(pairs.values.dtype), none))
-    of_vectors = of_queries.astype(queries.vectors.dtype)
-    return queries.replace(vectors=of_vectors, positions=none, sliding_window=none), tuple(of_parts)
+        of_parts.append(tuple(of_pairs))
+    return of_queries, tuple(of_parts)
 
 
 def _part_gradient(span, queries: Queries, pairs: Pairs, normaliser: Array, rest: Array, gradient: Array):
@@ -185,7 +235,8 @@ def _part_gradient(span, queries: Queries, pairs: Pairs, normaliser: Array, rest
     return _join_blocks(of_queries, axis=3), *of_pairs
 
 
-_blockwise.defvjp(_forward, _backward)
+read_parts = Dispatched(_read_parts, splash=Implementation(splash.read_parts, "tpu", splash.refusal))
+part_gradients = Dispatched(_part_gradients, splash=Implementation(splash.part_gradients, "tpu", splash.refusal))
 
 
 def _seen(span: Span | None, queries: Queries, pairs: Pairs) -> Array:

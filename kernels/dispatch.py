@@ -49,11 +49,14 @@ class Dispatched(Generic[P, R]):
         choices = {i.platform: bound(i.function) for i in taken}
         return jax.lax.platform_dependent(*arrays, default=bound(self.reference), **choices)
 
-    def force(self, name: str) -> Callable[P, R]:
-        """One implementation, whatever the platform: for tests and benchmarks.
+    def force(self, name: str) -> Callable[..., R]:
+        """One implementation and no other: for tests and benchmarks.
+
+        With `interpret=True` a kernel is interpreted, which every platform can.
 
         Raises:
-          ValueError: an unknown name; when it is called, arguments that the implementation does not take.
+          ValueError: an unknown name; when it is called, arguments that the implementation does not take, or another
+            platform than its own.
         """
         if name == REFERENCE:
             return self.reference
@@ -62,16 +65,33 @@ class Dispatched(Generic[P, R]):
                 f"implementation={name!r} of {self.__name__} is unknown; choose from {', '.join(map(repr, self.names))}"
             )
 
-        def forced(*arrays: Any, **options: Any) -> Any:
-            chosen = self.implementations[name]
-            reason = chosen.refusal(*arrays, **options)
-            if reason is not None:
+        def forced(*arrays: Any, interpret: bool = False, **options: Any) -> Any:
+            platform = target_platform()
+
+            def reason(one: Implementation) -> str | None:
+                refused = one.refusal(*arrays, **options)
+                if refused is None and one.platform != platform and not interpret:
+                    return f"it is for {one.platform!r}, and programs are made for {platform!r}"
+                return refused
+
+            if (why := reason(self.implementations[name])) is not None:
+                able = REFERENCE, *(other for other, one in self.implementations.items() if reason(one) is None)
                 raise ValueError(
-                    f"implementation={name!r} of {self.__name__} cannot be used: {reason}; take 'reference'"
+                    f"implementation={name!r} of {self.__name__} cannot be used: {why}; "
+                    f"take {' or '.join(map(repr, able))}"
                 )
-            return chosen.function(*arrays, **options)
+            if interpret:
+                options["interpret"] = True
+            return self.implementations[name].function(*arrays, **options)
 
         return forced
+
+
+def target_platform() -> str:
+    """The platform that programs are made for, as `jax.lax.platform_dependent` names it: that of the context's mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    backend = jax.default_backend() if device is None else device.platform
+    return "cuda" if backend == "gpu" else backend
 
 
 def never(*arrays: Any, **options: Any) -> None:

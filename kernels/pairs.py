@@ -13,13 +13,15 @@ class Queries(flax.struct.PyTreeNode):
 
     `vectors` [B, K, G, T, D], the `G` query heads of each KV head; `positions` int32 [B, T], -1 on padding;
     `sliding_window` int32 scalar, in tokens: how far back they see; `soft_cap`, static: logits are
-    `soft_cap tanh(q k / soft_cap)` (Gemma 2, arXiv 2408.00118), `q k` where it is None.
+    `soft_cap tanh(q k / soft_cap)` (Gemma 2, arXiv 2408.00118), `q k` where it is None; `widest_window`, static: the
+    widest sliding window of any layer that has one, 0 where none has, None where that is not known.
     """
 
     vectors: Array
     positions: Array
     sliding_window: Array | int
     soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
+    widest_window: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def last(self, count: int) -> "Queries":
         """The last `count` of them."""

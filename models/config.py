@@ -163,6 +163,11 @@ class ModelConfig:
         return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     @property
+    def widest_window(self) -> int:
+        """The widest sliding window of any layer, in tokens; 0 where all layers attend to everything."""
+        return max((width for width in self.sliding_windows if width != UNLIMITED), default=0)
+
+    @property
     def layer_types(self) -> list[str]:
         """What transformers calls the layers with and without a sliding window."""
         return ["full_attention" if width == UNLIMITED else "sliding_attention" for width in self.sliding_windows]

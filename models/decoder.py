@@ -114,7 +114,7 @@ class Decoder(nn.Module):
             rope = ropes.of(which_rope)
 
             def as_queries(vectors, positions):
-                return Queries(vectors, positions, sliding_window, c.attn_logit_softcapping)
+                return Queries(vectors, positions, sliding_window, c.attn_logit_softcapping, c.widest_window)
 
             def project(layer, projected, chunk):
                 part, places = on_mesh(hidden[chunk], "b c m"), positions_of[chunk]

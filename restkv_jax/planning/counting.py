@@ -12,6 +12,7 @@ from restkv_jax.planning.collectives import Collective, collectives_of
 from restkv_jax.planning.hbm import traffic, whole
 from restkv_jax.planning.hlo import Computation, Instruction, Module, Shape, parse
 from restkv_jax.planning.products import operations
+from restkv_jax.planning.splash import attention_cost
 
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "iota",
@@ -67,7 +68,8 @@ def count(
 
     Args:
       text: optimised HLO.
-      taken: how often the heaviest branch of a conditional is taken; 1 gives an upper bound.
+      taken: how often the heaviest branch of a conditional is taken, and the share of the keys that a query of a
+        splash kernel sees; 1 gives an upper bound.
       kernel_reads: the part that a hand-written kernel reads of an operand, by its shape.
       unknown_turns: how often loops turn whose turns depend on data.
     """
@@ -80,8 +82,11 @@ def count(
             unknown.append(instruction.name)
             continue
         moved = traffic(module, computation, instruction, kernel_reads)
+        products = operations(module, computation, instruction)
+        if attention := attention_cost(computation, instruction, taken):
+            moved, products = moved._replace(read=attention.read), attention.operations
         read, written = read + times * moved.read, written + times * moved.written
-        total += times * operations(module, computation, instruction)
+        total += times * products
         for c in collectives_of(module, computation, instruction, times):
             kind = c.kind, c.bytes, c.group
             sent[kind] = sent.get(kind, 0.0) + c.times

@@ -18,8 +18,8 @@ def refusal(x, *, factor):
     return None if x.ndim == 1 else f"x has {x.ndim} axes, and the kernel knows one"
 
 
-def marked(x, *, factor):
-    return x * factor + 100
+def marked(x, *, factor, interpret=False):
+    return x * factor + (200 if interpret else 100)
 
 
 scaled = Dispatched(
@@ -36,7 +36,10 @@ def test_the_platforms_implementation_is_taken_where_it_fits():
 def test_forced_by_name():
     assert scaled.names == ("reference", "marked", "other") and scaled.__doc__ == "The reference."
     np.testing.assert_array_equal(scaled.force("reference")(jnp.ones(2), factor=3), [3, 3])
-    np.testing.assert_array_equal(scaled.force("other")(jnp.ones(2), factor=3), [103, 103])
+    np.testing.assert_array_equal(scaled.force("marked")(jnp.ones(2), factor=3), [103, 103])
+    np.testing.assert_array_equal(scaled.force("other")(jnp.ones(2), factor=3, interpret=True), [203, 203])
+    with pytest.raises(ValueError, match=r"it is for 'tpu', and programs are made for 'cpu'; take 'reference' or 'mar"):
+        scaled.force("other")(jnp.ones(2), factor=3)
     with pytest.raises(
         ValueError, match=r"implementation='splash' of _scaled is unknown; choose from 'reference', 'mar"
     ):

@@ -1,0 +1,74 @@
+"""Which keys each query sees, as ranges of places: what attention kernels mask by."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.kernels.pairs import Queries
+
+
+class Span(NamedTuple):
+    """Which part of a query's past a set of pairs stands for, static under jit.
+
+    The first `sink` positions and the last `recent` up to and with the query's own where `is_proximal`, else the rest.
+    """
+
+    sink: int
+    recent: int
+    is_proximal: bool
+
+
+class Ranges(NamedTuple):
+    """Places `first <= place < end` of the keys, int32 [B, K or 1, T]; none where `first >= end`.
+
+    None begins before `floor`, int32 [B, K or 1].
+    """
+
+    first: Array
+    end: Array
+    floor: Array
+
+    def see(self) -> Array:
+        """Which queries see anything, bool [B, K or 1, T]."""
+        return self.first < self.end
+
+
+def ranges_of(span: Span | None, queries: Queries, positions: Array) -> tuple[Ranges, ...]:
+    """The places that queries see of a set of pairs; ranges of one query do not overlap.
+
+    Args:
+      span: the part of the past; None: all.
+      queries: with positions int32 [B, T].
+      positions: of the keys, int32 [B, K or 1, N], ascending, empty places, -1, at the ends.
+    """
+    used = positions >= 0
+    behind = jnp.arange(positions.shape[-1]) >= positions.shape[-1] - used[..., ::-1].argmax(-1, keepdims=True)
+    positions = jnp.where(behind, jnp.iinfo(jnp.int32).max, positions)
+    own = jnp.broadcast_to(queries.positions[:, None], (*positions.shape[:2], queries.positions.shape[1]))
+
+    def places_before(bounds: Array) -> Array:
+        """How many keys have lower positions; counted, which is faster on a vector unit than looking up."""
+        return (positions[:, :, None] < bounds[..., None]).sum(-1, dtype=jnp.int32)
+
+    empty = places_before(jnp.zeros((*positions.shape[:2], 1), jnp.int32))
+    end = places_before(own + 1)
+    first = jnp.broadcast_to(empty, end.shape)
+    if queries.widest_window != 0:
+        first = jnp.maximum(places_before(own - queries.sliding_window + 1), empty)
+    if span is None:
+        return (Ranges(first, end, empty[..., 0]),)
+    sink = places_before(jnp.full_like(empty, span.sink))
+    recent = jnp.maximum(places_before(own - span.recent + 1), sink)
+    if span.is_proximal:
+        of_sink = Ranges(first, jnp.minimum(end, sink), empty[..., 0])
+        return of_sink, Ranges(jnp.maximum(first, recent), end, sink[..., 0])
+    return (Ranges(jnp.maximum(first, sink), jnp.minimum(end, recent), sink[..., 0]),)
+
+
+def widest(span: Span | None, queries: Queries) -> int | None:
+    """How many places a range spans at most that does not begin at its floor; None where that is not known."""
+    windows = queries.widest_window
+    if windows is None:
+        return None
+    return windows if span is None or not span.is_proximal else max(windows, span.recent)
