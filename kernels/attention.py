@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels import splash
+from restkv_jax.kernels import splash, triton
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
 from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor, proximal, take_columns, take_pairs, visible
 from restkv_jax.kernels.partition import by_device
@@ -42,7 +42,7 @@ def attend(queries: Queries, pairs: Pairs, *, implementation: str | None = None)
     Args:
       queries: of any places.
       pairs: for several queries in the order of their positions, empty places first.
-      implementation: forces one by name, "reference" or "splash"; by the platform if None.
+      implementation: forces one by name, of `read_parts`; by the platform if None.
 
     Returns:
       [B, K, G, T, D] in the dtype of the queries; zeros where a query sees nothing. Softmax in float32.
@@ -235,7 +235,11 @@ def _part_gradient(span, queries: Queries, pairs: Pairs, normaliser: Array, rest
     return _join_blocks(of_queries, axis=3), *of_pairs
 
 
-read_parts = Dispatched(_read_parts, splash=Implementation(splash.read_parts, "tpu", splash.refusal))
+read_parts = Dispatched(
+    _read_parts,
+    splash=Implementation(splash.read_parts, "tpu", splash.refusal),
+    triton=Implementation(triton.read_parts, "cuda", triton.refusal),
+)
 part_gradients = Dispatched(_part_gradients, splash=Implementation(splash.part_gradients, "tpu", splash.refusal))
 
 

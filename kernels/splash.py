@@ -4,6 +4,7 @@ They are handed what they are made for, the blocks of keys that a block of queri
 a block, but as traced arrays: the places that each query sees follow a chunk's start, padding and windows.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor
-from restkv_jax.kernels.ranges import Ranges, Span, ranges_of, widest
+from restkv_jax.kernels.ranges import Ranges, Span, over_ranges, ranges_of, widest
 from restkv_jax.kernels.softmax import HIDDEN
 
 LANES = 128
@@ -112,16 +113,7 @@ def read_parts(
     queries: Queries, parts: tuple[Pairs, ...], *, spans: tuple[Span | None, ...], interpret: bool = False
 ) -> tuple[Array, Array]:
     """The context [B, K, G, T, D] and the normaliser float32 [B, K, G, T] over the union of sets of pairs."""
-    found = [
-        _read(ranges, queries, pairs, interpret)
-        for span, pairs in zip(spans, parts, strict=True)
-        for ranges in ranges_of(span, queries, pairs.positions)
-    ]
-    contexts, normalisers = zip(*found, strict=True)
-    whole = jax.nn.logsumexp(jnp.stack(normalisers), axis=0)
-    shares = (jnp.exp(x - whole)[..., None] for x in normalisers)
-    context = sum((share * x for share, x in zip(shares, contexts, strict=True)), start=jnp.zeros((), jnp.float32))
-    return context.astype(queries.vectors.dtype), jnp.where(whole > HIDDEN, whole, -HIDDEN)
+    return over_ranges(functools.partial(_read, interpret=interpret), queries, parts, spans)
 
 
 def _read(ranges: Ranges, queries: Queries, pairs: Pairs, interpret: bool) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""The splash kernels, interpreted, against the reference; which ranges of places stand for what is visible."""
+"""The kernels of attention, interpreted, against the reference; which ranges of places stand for what is visible."""
 
 import functools
 
@@ -68,14 +68,15 @@ CASES = {
 
 
 FAST = "a window, padding longer than a block", "other places for every head", "shared keys"
-"""The others too are fast, a few seconds, but they are many."""
+"""The others too take a few seconds, but they are many."""
 
 
+@pytest.mark.parametrize("implementation", ["splash", "triton"])
 @pytest.mark.parametrize("case", [pytest.param(x, marks=[] if x in FAST else pytest.mark.slow) for x in CASES])
-def test_agrees_with_the_reference(case):
+def test_agrees_with_the_reference(case, implementation):
     options, spans = CASES[case]
     queries, parts = arrays(**options, spans=spans)
-    context, normaliser = read_parts.force("splash")(queries, parts, spans=spans, interpret=True)
+    context, normaliser = read_parts.force(implementation)(queries, parts, spans=spans, interpret=True)
     expected, total = read_parts.reference(queries, parts, spans=spans)
     assert context.dtype == expected.dtype
     tolerance = 1e-2 if context.dtype == jnp.bfloat16 else 2e-6
@@ -131,6 +132,14 @@ def test_a_range_in_one_integer(data, length):
     np.testing.assert_array_equal(code.holds(written[0, 0], jnp.asarray(places)), (places >= first) & (places < end))
 
 
+@pytest.mark.parametrize("case", FAST)
+def test_a_gpu_program_holds_the_kernel(case):
+    options, spans = CASES[case]
+    program = jax.jit(functools.partial(read_parts, spans=spans)).trace(*arrays(**options, spans=spans))
+    assert "attend_ranges" in program.lower(lowering_platforms=("cuda",)).as_text()
+    assert "attend_ranges" not in program.lower(lowering_platforms=("cpu",)).as_text()
+
+
 def refused(length, **options):
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     places = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, 128), (), (1, 1, length)))
@@ -149,6 +158,8 @@ def test_what_the_kernels_cannot_take():
     queries, parts = arrays(prompt([0], 256, 128), dim=12)
     with pytest.raises(ValueError, match=r"'splash' of _read_parts .*dimension 12 is not a multiple of 8; take 'ref"):
         attend(queries, parts[0], implementation="splash")
+    with pytest.raises(ValueError, match="8 queries are less than a block of 16"):
+        attend(queries.last(8), parts[0], implementation="triton")
     queries, parts = arrays(prompt([0], 256, 128))
     with pytest.raises(ValueError, match="it is for 'tpu', and programs are made for 'cpu'; take 'reference'"):
         attend_shared(queries, parts[0], parts[0].keys, sink=4, recent=9, implementation="splash")
