@@ -66,25 +66,35 @@ class Dispatched(Generic[P, R]):
             )
 
         def forced(*arrays: Any, interpret: bool = False, **options: Any) -> Any:
-            platform = target_platform()
-
-            def reason(one: Implementation) -> str | None:
-                refused = one.refusal(*arrays, **options)
-                if refused is None and one.platform != platform and not interpret:
-                    return f"it is for {one.platform!r}, and programs are made for {platform!r}"
-                return refused
-
-            if (why := reason(self.implementations[name])) is not None:
-                able = REFERENCE, *(other for other, one in self.implementations.items() if reason(one) is None)
+            reasons = self.reasons(target_platform(), *arrays, anywhere=interpret, **options)
+            if (reason := reasons[name]) is not None:
+                able = [repr(other) for other, why in reasons.items() if why is None]
                 raise ValueError(
-                    f"implementation={name!r} of {self.__name__} cannot be used: {why}; "
-                    f"take {' or '.join(map(repr, able))}"
+                    f"implementation={name!r} of {self.__name__} cannot be used: {reason}; take {' or '.join(able)}"
                 )
             if interpret:
                 options["interpret"] = True
             return self.implementations[name].function(*arrays, **options)
 
         return forced
+
+    def reasons(self, platform: str, *arrays: Any, anywhere: bool = False, **options: Any) -> dict[str, str | None]:
+        """Why each implementation is not taken for these arguments, None where it can be.
+
+        Args:
+          platform: that programs are made for.
+          arrays: the kernel's, or their shapes.
+          anywhere: whether the platform does not count.
+          options: the kernel's.
+        """
+
+        def reason(one: Implementation) -> str | None:
+            refused = one.refusal(*arrays, **options)
+            if refused is None and one.platform != platform and not anywhere:
+                return f"it is for {one.platform!r}, and programs are made for {platform!r}"
+            return refused
+
+        return {REFERENCE: None, **{name: reason(one) for name, one in self.implementations.items()}}
 
 
 def target_platform() -> str:

@@ -76,7 +76,8 @@ class Row(flax.struct.PyTreeNode):
 
     def mask_info(self, axis: int) -> MaskInfo:
         """For kernels whose innermost loop is over the queries' blocks, axis 0, or over the keys', 1."""
-        return MaskInfo(_next(self.runs, axis)[None], None, self.runs[None], None, self.code)
+        arrays: Any = _next(self.runs, axis)[None], None, self.runs[None], None, self.code  # traced, not NumPy's
+        return MaskInfo(*arrays)
 
     def segments(self) -> splash.SegmentIds:
         """No query is of the segment of what lies before the floor."""

@@ -27,6 +27,7 @@ COMMANDS = {
     "read": Command("read a document once into a small cache that is kept in a file"),
     "ask": Command("ask questions about a document that was read, all at once"),
     "chat": Command("chat on one cache that never exceeds its budget"),
+    "devices": Command("list the devices, and what computes attention and scores on them", compiles=False),
     "methods": Command("list the methods, their references and their options", compiles=False),
     "plot": Command("draw which positions of a prompt are kept and which are evicted", "plot"),
     "evaluate": Command("measure tasks x methods x budgets x lengths in one sweep, with a report", "eval"),

@@ -62,16 +62,20 @@ class Count:
 
 
 def count(
-    text: str, taken: float = 1.0, kernel_reads: Callable[[Shape], float] = whole, unknown_turns: int = 1
+    text: str,
+    taken: float = 1.0,
+    kernel_reads: Callable[[Shape], float] = whole,
+    unknown_turns: int = 1,
+    seen: float = 1.0,
 ) -> Count:
     """Counts what a program costs each of its devices.
 
     Args:
       text: optimised HLO.
-      taken: how often the heaviest branch of a conditional is taken, and the share of the keys that a query of a
-        splash kernel sees; 1 gives an upper bound.
+      taken: how often the heaviest branch of a conditional is taken; 1 gives an upper bound.
       kernel_reads: the part that a hand-written kernel reads of an operand, by its shape.
       unknown_turns: how often loops turn whose turns depend on data.
+      seen: the share of its keys that a query of a splash kernel sees on the average.
     """
     module = parse(text)
     read = written = total = 0.0
@@ -83,7 +87,7 @@ def count(
             continue
         moved = traffic(module, computation, instruction, kernel_reads)
         products = operations(module, computation, instruction)
-        if attention := attention_cost(computation, instruction, taken):
+        if attention := attention_cost(computation, instruction, seen):
             moved, products = moved._replace(read=attention.read), attention.operations
         read, written = read + times * moved.read, written + times * moved.written
         total += times * products

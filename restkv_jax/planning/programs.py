@@ -136,7 +136,7 @@ def compile_reading(work: Work) -> Program:
         arrays = _rows(work, prompt.tokens), _rows(work, prompt.mask)
         lowered = read_prompt.lower(prompt.model, params, *arrays, None, prompt.plan)
         compiled = _compile(lowered)
-    return _measured(compiled, CAUSAL_SHARE)
+    return _measured(compiled, CAUSAL_SHARE, seen=_seen(work))
 
 
 def abstract_cache(work: Work) -> Cache:
@@ -243,10 +243,20 @@ def _measured(
     taken: float,
     kernel_reads: Callable[[Shape], float] = lambda shape: 1.0,
     unknown_turns: int = 1,
+    seen: float = 1.0,
 ) -> Program:
     m = compiled.memory
     sizes = m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes, m.temp_size_in_bytes
-    return Program(Memory(*sizes), count(compiled.text, taken, kernel_reads, unknown_turns), compiled.seconds)
+    return Program(Memory(*sizes), count(compiled.text, taken, kernel_reads, unknown_turns, seen), compiled.seconds)
+
+
+def _seen(work: Work) -> float:
+    """The share of a prompt's keys that one call of an attention kernel reads for a query, on the average.
+
+    With shared keys three calls divide the past: of the first tokens, of the last, and of those between.
+    """
+    shares = [min(width / work.length, 1.0) for width in work.model.config.sliding_windows]
+    return sum(share - share**2 / 2 for share in shares) / len(shares) / (1 if work.model.sharing is None else 3)
 
 
 def _kernel_reads(work: Work, cache: Cache) -> Callable[[Shape], float]:

@@ -258,3 +258,23 @@ def test_a_program_that_xla_compiled_costs_what_it_says_times_its_turns():
     )
     assert count(once.as_text()).operations == once.cost_analysis()["flops"] == 2 * 64 * 96 * 96
     assert count(often.as_text()).operations == 12 * 2 * 64 * 96 * 96
+
+
+def test_splash_attention_reads_the_keys_once_for_every_query_head_and_block():
+    line = (
+        "ROOT %splash_mha_fwd_segmented.3 = (bf16[8,2048,128]{2,1,0:T(8,128)(2,1)}, f32[8,2048,128]{2,1,0:T(8,128)}) "
+        'custom-call(%q, %k, %v), custom_call_target="tpu_custom_call"'
+    )
+    lines = (
+        "%q = bf16[8,2048,128]{2,1,0:T(8,128)(2,1)} parameter(0)",
+        "%k = bf16[2,8192,128]{2,1,0:T(8,128)(2,1)} parameter(1)",
+        "%v = bf16[2,8192,128]{2,1,0:T(8,128)(2,1)} parameter(2)",
+        line,
+    )
+    queries, keys = 2 * 8 * 2048 * 128, 2 * 2 * 8192 * 128
+    whole = count(entry(*lines))
+    assert whole.read == queries + 2 * keys * 4 * 2 and whole.operations == 4 * 8 * 2048 * 8192 * 128
+    assert whole.written == queries + 2 * queries
+    causal = count(entry(*lines), seen=0.5)  # 4.5 of 8 blocks
+    assert causal.read == queries + 2 * keys * 4 * 2 * 4.5 / 8
+    assert causal.operations == whole.operations * 4.5 / 8
