@@ -103,7 +103,7 @@ def uses(config: ModelConfig, length: int, dtype: Any) -> Iterator[Use]:
     def queries(count: int) -> Queries:
         places: Any = array(1, count, dtype=jnp.int32), array(dtype=jnp.int32)
         vectors: Any = array(1, heads, group, count, dim)
-        return Queries(vectors, *places, config.attn_logit_softcapping, config.widest_window)
+        return Queries(vectors, *places, soft_cap=config.attn_logit_softcapping, widest_window=config.widest_window)
 
     keys, of_keys = array(1, heads, length, dim), array(1, 1, length, dtype=jnp.int32)
     arrays: Any = keys, keys, of_keys
