@@ -147,7 +147,7 @@ def parse(text: str) -> Module:
         if name is None and (header := _COMPUTATION.match(line)):
             name, lines = header[2], []
             entry = name if header[1] else entry
-        elif line == "}" and name is not None:
+        elif (line == "}" or line.startswith("}, ")) and name is not None:  # `}, execution_thread="sparsecore"`
             computations[name] = Computation(name, tuple(lines))
             name = None
         elif name is not None and (found := _INSTRUCTION.match(line)):

@@ -278,3 +278,12 @@ def test_splash_attention_reads_the_keys_once_for_every_query_head_and_block():
     causal = count(entry(*lines), seen=0.5)  # 4.5 of 8 blocks
     assert causal.read == queries + 2 * keys * 4 * 2 * 4.5 / 8
     assert causal.operations == whole.operations * 4.5 / 8
+
+
+def test_a_computation_of_another_core_ends_with_the_name_of_its_thread():
+    other = (
+        "%gathered (x: f32[64]) -> f32[64] {\n  %x = f32[64]{0} parameter(0)\n"
+        '  ROOT %y = f32[64]{0} negate(%x)\n}, execution_thread="sparsecore"\n'
+    )
+    module = parse(entry("%a = f32[8]{0} parameter(0)", "ROOT %b = f32[8]{0} negate(%a)", others=other))
+    assert list(module.computations) == ["gathered", "main"] and module.computations["main"].root.name == "b"
