@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels import splash, triton
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
 from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor, proximal, take_columns, take_pairs, visible
 from restkv_jax.kernels.partition import by_device
 from restkv_jax.kernels.ranges import Span
 from restkv_jax.kernels.softmax import Softmax, cap_gradient, empty_softmax, join, logits_of, read_keys, wide_einsum
+from restkv_jax.kernels.splash import part_gradients as splash_gradients
+from restkv_jax.kernels.splash import read_parts as read_by_splash
+from restkv_jax.kernels.splash import refusal as splash_refusal
+from restkv_jax.kernels.triton import read_parts as read_by_triton
+from restkv_jax.kernels.triton import refusal as triton_refusal
 
 BLOCK = 512
 """Queries, and keys, whose probabilities exist at one time."""
@@ -237,10 +241,10 @@ def _part_gradient(span, queries: Queries, pairs: Pairs, normaliser: Array, rest
 
 read_parts = Dispatched(
     _read_parts,
-    splash=Implementation(splash.read_parts, "tpu", splash.refusal),
-    triton=Implementation(triton.read_parts, "cuda", triton.refusal),
+    splash=Implementation(read_by_splash, "tpu", splash_refusal),
+    triton=Implementation(read_by_triton, "cuda", triton_refusal),
 )
-part_gradients = Dispatched(_part_gradients, splash=Implementation(splash.part_gradients, "tpu", splash.refusal))
+part_gradients = Dispatched(_part_gradients, splash=Implementation(splash_gradients, "tpu", splash_refusal))
 
 
 def _seen(span: Span | None, queries: Queries, pairs: Pairs) -> Array:

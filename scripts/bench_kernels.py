@@ -29,7 +29,7 @@ from restkv_jax.models.build import build_model
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.planning.chips import CHIPS, Chip, Topology, find_topology
 from restkv_jax.planning.counting import count
-from restkv_jax.planning.uses import Use, uses
+from restkv_jax.planning.uses import Use, kernel_uses
 
 KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 GPUS = {
@@ -66,7 +66,7 @@ def main() -> None:
     options = parse(BenchOptions, program="python -m scripts.bench_kernels")
     with as_usage_error():
         config = build_model(options.model).config
-    todo = list(uses(config, options.length, jnp.dtype(options.dtype)))
+    todo = list(kernel_uses(config, options.length, jnp.dtype(options.dtype)))
     if options.topology is None:
         device = jax.devices()[0].device_kind
         results = [line for use in track(todo, "timing", transient=True) for line in timed(use, options.rounds)]

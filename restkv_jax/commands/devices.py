@@ -16,7 +16,7 @@ from restkv_jax.commands.plan import EMBEDDED
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.kernels.dispatch import target_platform
 from restkv_jax.models.build import build_model
-from restkv_jax.planning.uses import Use, uses
+from restkv_jax.planning.uses import Use, kernel_uses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def run(args: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.print(_devices())
     platform = options.platform or target_platform()
-    console.print(_kernels(platform, uses(config, bucket_length(options.length), jnp.dtype(options.dtype))))
+    console.print(_kernels(platform, kernel_uses(config, bucket_length(options.length), jnp.dtype(options.dtype))))
 
 
 def _devices() -> Table:

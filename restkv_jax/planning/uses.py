@@ -52,7 +52,7 @@ class Use(NamedTuple):
         return _bytes((arrays, result)) + sum(again)
 
 
-def uses(config: ModelConfig, length: int, dtype: Any) -> Iterator[Use]:
+def kernel_uses(config: ModelConfig, length: int, dtype: Any) -> Iterator[Use]:
     """Every kernel, for the last queries of one prompt.
 
     Args:

@@ -10,7 +10,7 @@ import pytest
 
 import restkv_jax as rk
 from restkv_jax.commands.plan import EMBEDDED
-from restkv_jax.planning.uses import uses
+from restkv_jax.planning.uses import kernel_uses
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -44,7 +44,7 @@ def test_bytes_that_cannot_be_avoided():
         config.num_attention_heads // config.num_key_value_heads,
         config.head_dim,
     )
-    found = {use.purpose: use for use in uses(config, 4096, jnp.bfloat16)}
+    found = {use.purpose: use for use in kernel_uses(config, 4096, jnp.bfloat16)}
     keys = 2 * heads * 4096 * dim
     small = 2**18  # queries and positions
     scores = 4 * heads * group * 4096
