@@ -1,5 +1,6 @@
 """Which keys each query sees, as ranges of places: what attention kernels mask by."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,11 +50,7 @@ def ranges_of(span: Span | None, queries: Queries, positions: Array) -> tuple[Ra
     behind = jnp.arange(positions.shape[-1]) >= positions.shape[-1] - used[..., ::-1].argmax(-1, keepdims=True)
     positions = jnp.where(behind, jnp.iinfo(jnp.int32).max, positions)
     own = jnp.broadcast_to(queries.positions[:, None], (*positions.shape[:2], queries.positions.shape[1]))
-
-    def places_before(bounds: Array) -> Array:
-        """How many keys have lower positions; counted, which is faster on a vector unit than looking up."""
-        return (positions[:, :, None] < bounds[..., None]).sum(-1, dtype=jnp.int32)
-
+    places_before = functools.partial(_places_before, positions)
     empty = places_before(jnp.zeros((*positions.shape[:2], 1), jnp.int32))
     end = places_before(own + 1)
     first = jnp.broadcast_to(empty, end.shape)
@@ -67,6 +64,21 @@ def ranges_of(span: Span | None, queries: Queries, positions: Array) -> tuple[Ra
         of_sink = Ranges(first, jnp.minimum(end, sink), empty[..., 0])
         return of_sink, Ranges(jnp.maximum(first, recent), end, sink[..., 0])
     return (Ranges(jnp.maximum(first, sink), jnp.minimum(end, recent), sink[..., 0]),)
+
+
+def _places_before(positions: Array, bounds: Array) -> Array:
+    """How many of ascending positions int32 [B, K or 1, N] are below bounds int32 [B, K or 1, T]: int32 like these."""
+    return jax.lax.platform_dependent(positions, bounds, tpu=count_below, default=find_below)
+
+
+def count_below(positions: Array, bounds: Array) -> Array:
+    """As `_places_before`, by counting all, which a TPU's vector unit does faster than looking up."""
+    return (positions[:, :, None] < bounds[..., None]).sum(-1, dtype=jnp.int32)
+
+
+def find_below(positions: Array, bounds: Array) -> Array:
+    """As `_places_before`, by looking up."""
+    return jax.vmap(jax.vmap(jnp.searchsorted))(positions, bounds).astype(jnp.int32)
 
 
 def widest(span: Span | None, queries: Queries) -> int | None:

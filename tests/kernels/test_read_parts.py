@@ -13,7 +13,7 @@ import restkv_jax as rk
 from restkv_jax.kernels import attention, splash
 from restkv_jax.kernels.attention import attend, attend_shared, part_gradients, read_parts
 from restkv_jax.kernels.pairs import Pairs, Queries, proximal, visible
-from restkv_jax.kernels.ranges import Ranges, Span, ranges_of
+from restkv_jax.kernels.ranges import Ranges, Span, count_below, find_below, ranges_of
 from restkv_jax.models import decoder
 
 UNLIMITED = 2**30
@@ -116,6 +116,17 @@ def test_ranges_are_what_is_visible(data, span, window):
     inside = [(places >= r.first[..., None]) & (places < r.end[..., None]) for r in ranges]
     np.testing.assert_array_equal(sum(x.astype(int) for x in inside), expected)
     assert all((jnp.where(r.see(), r.first, UNLIMITED) >= r.floor[..., None]).all() for r in ranges)
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_counting_finds_what_looking_up_finds(data):
+    places = st.lists(st.integers(-1, 40), min_size=12, max_size=12)
+    positions = jnp.asarray([[sorted(data.draw(places))], [sorted(data.draw(places))]], jnp.int32)
+    bounds = jnp.asarray([[data.draw(places)], [data.draw(places)]], jnp.int32)
+    expected = [[(row[0] < bound).sum() for bound in bounds[i, 0]] for i, row in enumerate(np.asarray(positions))]
+    np.testing.assert_array_equal(count_below(positions, bounds)[:, 0], expected)
+    np.testing.assert_array_equal(find_below(positions, bounds)[:, 0], expected)
 
 
 @settings(deadline=None, max_examples=100)
