@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.dispatch import Dispatched
 from restkv_jax.kernels.pairs import Pairs, Queries, take_columns, take_pairs, visible
 from restkv_jax.kernels.softmax import HIDDEN, Softmax, empty_softmax, join, logits_of, read_keys
 from restkv_jax.kernels.top import top_mask
@@ -136,7 +135,11 @@ def removal_error(
     outputs = jnp.where(is_top[..., None], output_rest[..., None, :], output[..., None, :])
     moved = outputs - values.astype(jnp.float32)[:, :, None]
     squared = einsum("bkgnd,kgde,bkgne->bkgn", moved, gram, moved)
-    distance = jnp.sqrt(jnp.maximum(squared, 0.0))
+    return error_at(jnp.sqrt(jnp.maximum(squared, 0.0)), attention, is_top, tau)
+
+
+def error_at(distance: Array, attention: Array, is_top: Array, tau: float) -> Array:
+    """The `removal_error` of keys whose values are at a distance from what is left, or, of others, from the output."""
     if tau == 1:
         return attention / jnp.where(is_top, 1.0, 1 - attention) * distance
     # the top key's distance is without its factor `1 - A`
@@ -321,11 +324,3 @@ def map_tiles(function: Callable[[Pairs, Array], Array], queries: Queries, pairs
 
     empty = jnp.zeros((*shape.shape[:-1], length), shape.dtype)
     return jax.lax.scan(one_tile, empty, jnp.arange(0, length, size))[0]
-
-
-attention_centres = Dispatched(_attention_centres)
-averaged_attention_removal_error = Dispatched(_averaged_attention_removal_error)
-averaged_removal_error = Dispatched(_averaged_removal_error)
-column_row_norms = Dispatched(_column_row_norms)
-column_sums = Dispatched(_column_sums)
-removal_errors = Dispatched(_removal_errors)

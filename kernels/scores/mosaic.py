@@ -1,0 +1,156 @@
+"""Pallas kernels for TPU that go through a KV head's keys and values in tiles, and their products in few passes."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from restkv_jax.kernels.pairs import Queries
+from restkv_jax.kernels.softmax import HIDDEN
+
+SUBLANES, LANES = 8, 128
+"""Rows and columns of a float32 vector register."""
+
+ELEMENTS = 2**17
+"""Of the largest float32 temporary of a tile: half a MiB, of which some ten exist at one time."""
+
+MAX_TILE = 2048
+"""Keys of a tile at most."""
+
+UNSEEN = HIDDEN / 2
+"""The peak of a query that sees nothing: a hidden logit is so far below it that its exponential is 0."""
+
+Ref = Any
+"""The block of an array that a kernel has before it."""
+
+Described = tuple[str, jax.Array | jax.ShapeDtypeStruct]
+"""The axes of an array, by letters, and the array: `b` rows and `k` KV heads, one at a time; `n` keys, in tiles."""
+
+
+class Rows(NamedTuple):
+    """Queries as the rows of one matrix per KV head, `R = G w'`, where `w'` is `w` up to whole registers.
+
+    `vectors` [B, K, R, D]; `positions` int32 [B, R, 1], -1 in rows that fill up; `group`, static, is `G`.
+    """
+
+    vectors: Array
+    positions: Array
+    group: int
+
+
+def rows_of(queries: Queries) -> Rows:
+    """The queries of all heads of a KV head, one head after the other."""
+    batch, num_kv_heads, group, _, dim = queries.vectors.shape
+    vectors = _fill(queries.vectors, axis=3)
+    positions = jnp.broadcast_to(_fill(queries.positions, axis=1, value=-1)[:, None], (batch, group, vectors.shape[3]))
+    return Rows(vectors.reshape(batch, num_kv_heads, -1, dim), positions.reshape(batch, -1, 1), group)
+
+
+def as_column(x: Array) -> Array:
+    """Numbers of queries, float32 [B, K, G, w], as a column beside their `Rows`: [B, K, R, 1], 0 in what fills up."""
+    return _fill(x, axis=3).reshape(*x.shape[:2], -1, 1)
+
+
+def _fill(x: Array, axis: int, value: int = 0) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = 0, -x.shape[axis] % SUBLANES
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def tile_of(rows: int, length: int) -> int:
+    """Keys of a tile, whole registers, for matrices of `rows` rows."""
+    fitting = max(1, min(MAX_TILE, ELEMENTS // rows) // LANES) * LANES
+    return min(fitting, -(-length // LANES) * LANES)
+
+
+def over_tiles(
+    kernel: Callable[..., None],
+    scalar: Array | int,
+    inputs: Sequence[Described],
+    outputs: Sequence[Described],
+    grid: tuple[int, int, int],
+    tile: int,
+    interpret: bool,
+) -> list[Array]:
+    """Runs a kernel for every row, KV head and tile of keys, tiles in order.
+
+    Args:
+      kernel: called with the scalar in an array of one, then with the block of every input and output.
+      scalar: int32, in the memory of scalars.
+      inputs: one that has one row or KV head is every one's.
+      outputs: shapes; those without an axis `n` stay in the chip from tile to tile.
+      grid: rows, KV heads, keys.
+      tile: keys of a tile.
+      interpret: runs anywhere, slowly.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def block(axes: str, x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+        letters, sizes = axes.split(), {"b": None, "k": None, "n": tile}
+
+        def place(b, k, t, scalar):
+            places = {"b": b, "k": k, "n": t}
+            return tuple(places.get(a, 0) if n > 1 else 0 for a, n in zip(letters, x.shape, strict=True))
+
+        return pl.BlockSpec(tuple(sizes.get(a, n) for a, n in zip(letters, x.shape, strict=True)), place)
+
+    specs = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(*grid[:2], pl.cdiv(grid[2], tile)),
+        in_specs=[block(*x) for x in inputs],
+        out_specs=[block(*x) for x in outputs],
+    )
+    order = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+    shapes = [x for _, x in outputs]
+    call = pl.pallas_call(kernel, grid_spec=specs, out_shape=shapes, compiler_params=order, interpret=interpret)
+    return call(jnp.asarray(scalar, jnp.int32).reshape(1), *(x for _, x in inputs))
+
+
+def places_of(tile: int) -> Array:
+    """In a kernel: where the keys of its tile stand, int32 [1, n]."""
+    from jax.experimental import pallas as pl
+
+    return pl.program_id(2) * tile + jax.lax.broadcasted_iota(jnp.int32, (1, tile), 1)
+
+
+def at_first_tile(initialise: Callable[[], None]) -> None:
+    """In a kernel: runs it at the first tile alone."""
+    from jax.experimental import pallas as pl
+
+    pl.when(pl.program_id(2) == 0)(initialise)
+
+
+def split(x: Array) -> tuple[Array, ...]:
+    """The bfloat16 numbers that `x` is the sum of: itself, or two that keep 17 bits of float32.
+
+    Rounded by integers: a compiler may leave out a conversion to bfloat16 and back.
+    """
+    if x.dtype == jnp.bfloat16:
+        return (x,)
+    x = x.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    high = jax.lax.bitcast_convert_type((bits + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+def product(x: Sequence[Array], y: Sequence[Array], over: tuple[int, int] = (1, 0)) -> Array:
+    """The float32 product of two matrices that are `split`, without that of both small parts.
+
+    One pass of the matrix unit for bfloat16, where it is exact, two with a float32 matrix, three for float32.
+
+    Args:
+      x: parts of a matrix.
+      y: parts of another.
+      over: the axis of each that is summed over.
+    """
+    dimensions = ((over[0],), (over[1],)), ((), ())
+    multiply = functools.partial(
+        jax.lax.dot_general, dimension_numbers=dimensions, precision=jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    terms = [multiply(a, b) for i, a in enumerate(x) for j, b in enumerate(y) if i + j < 2]
+    return functools.reduce(jnp.add, reversed(terms))
