@@ -6,7 +6,7 @@
 from collections.abc import Callable
 
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
-from restkv_jax.kernels.scores import columns, reference, removals
+from restkv_jax.kernels.scores import columns, reference, removals, removals_by_query
 from restkv_jax.kernels.scores.reference import (
     HIGHEST,
     Outputs,
@@ -52,7 +52,9 @@ attention_centres = Dispatched(reference._attention_centres)
 averaged_attention_removal_error = Dispatched(
     reference._averaged_attention_removal_error, pallas_tpu=_on_tpu(removals.averaged_attention_removal_error)
 )
-averaged_removal_error = Dispatched(reference._averaged_removal_error)
+averaged_removal_error = Dispatched(
+    reference._averaged_removal_error, pallas_tpu=_on_tpu(removals_by_query.averaged_removal_error)
+)
 column_row_norms = Dispatched(reference._column_row_norms, pallas_tpu=_on_tpu(columns.column_row_norms))
 column_sums = Dispatched(reference._column_sums, pallas_tpu=_on_tpu(columns.column_sums))
 removal_errors = Dispatched(reference._removal_errors)

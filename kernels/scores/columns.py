@@ -12,6 +12,7 @@ from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.kernels.partition import by_device
 from restkv_jax.kernels.scores.mosaic import (
     LANES,
+    MAX_TILE,
     UNSEEN,
     Described,
     Ref,
@@ -114,22 +115,25 @@ def read_keys(
     inputs: Sequence[Described],
     outputs: Sequence[str],
     interpret: bool,
+    scratch: Sequence[str] = (),
+    limit: int = MAX_TILE,
 ) -> list[Array]:
-    """Runs `kernel(static, *blocks)` over the tiles of keys.
+    """Runs `kernel(static, *blocks)` over the tiles of keys, of at most `limit`.
 
-    The blocks are those that `logits_of_tile` takes, then inputs, then outputs, which are float32, described by their
-    axes: also `r`, queries of a KV head; `g`, its query heads; `d`; and `c`, one column.
+    The blocks are those that `logits_of_tile` takes, then inputs, outputs and scratch. The last two are float32 and
+    described by their axes: also `r`, queries of a KV head; `g`, its query heads; `d`; and `c`, one column.
     """
     rows, length = rows_of(queries), pairs.keys.shape[2]
     batch, num_kv_heads, count, dim = rows.vectors.shape
-    tile = tile_of(max(count, dim, LANES), length)
+    tile = tile_of(max(count, dim, LANES), length, limit)
     sizes = {"b": batch, "k": num_kv_heads, "r": count, "g": rows.group, "n": length, "d": dim, "c": 1}
     shapes = [(axes, jax.ShapeDtypeStruct([sizes[a] for a in axes.split()], jnp.float32)) for axes in outputs]
+    in_chip = [tuple({**sizes, "n": tile}[a] for a in axes.split()) for axes in scratch]
     keys = ("b r c", rows.positions), ("b k r d", rows.vectors), ("b k n d", pairs.keys)
     known = functools.partial(kernel, Static(rows.group, length, tile, queries.soft_cap))
     described = *keys, ("b k c n", pairs.positions[:, :, None]), *inputs
     grid = batch, num_kv_heads, length
-    return over_tiles(known, queries.sliding_window, described, shapes, grid, tile, interpret)
+    return over_tiles(known, queries.sliding_window, described, shapes, grid, tile, interpret, in_chip)
 
 
 def attention_of(queries: Queries, pairs: Pairs, weights: Array, interpret: bool) -> list[Described]:

@@ -60,9 +60,9 @@ def _fill(x: Array, axis: int, value: int = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def tile_of(rows: int, length: int) -> int:
+def tile_of(rows: int, length: int, limit: int = MAX_TILE) -> int:
     """Keys of a tile, whole registers, for matrices of `rows` rows."""
-    fitting = max(1, min(MAX_TILE, ELEMENTS // rows) // LANES) * LANES
+    fitting = max(1, min(limit, ELEMENTS // rows) // LANES) * LANES
     return min(fitting, -(-length // LANES) * LANES)
 
 
@@ -74,17 +74,19 @@ def over_tiles(
     grid: tuple[int, int, int],
     tile: int,
     interpret: bool,
+    scratch: Sequence[tuple[int, ...]] = (),
 ) -> list[Array]:
     """Runs a kernel for every row, KV head and tile of keys, tiles in order.
 
     Args:
-      kernel: called with the scalar in an array of one, then with the block of every input and output.
+      kernel: called with the scalar in an array of one, then with the block of every input and output, then scratch.
       scalar: int32, in the memory of scalars.
       inputs: one that has one row or KV head is every one's.
       outputs: shapes; those without an axis `n` stay in the chip from tile to tile.
       grid: rows, KV heads, keys.
       tile: keys of a tile.
       interpret: runs anywhere, slowly.
+      scratch: shapes of float32 arrays in the chip.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -103,6 +105,7 @@ def over_tiles(
         grid=(*grid[:2], pl.cdiv(grid[2], tile)),
         in_specs=[block(*x) for x in inputs],
         out_specs=[block(*x) for x in outputs],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     )
     order = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
     shapes = [x for _, x in outputs]

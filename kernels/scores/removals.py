@@ -90,7 +90,7 @@ def _output_kernel(num_prefix: int, static: Static, *blocks: Ref) -> None:
     is_best = (place == best) & in_prefix
     transposed = jnp.where(place < static.length, values[...].astype(jnp.float32).T, 0.0)
     parts = split(transposed.astype(values.dtype))
-    value = product(split(jnp.where(is_best, 1.0, 0.0)), parts, over=(1, 1))
+    value = product([is_best.astype(jnp.bfloat16)], parts, over=(1, 1))
     is_new = largest > so_far.share[...]
     lost = jnp.where(is_new, so_far.share[...], largest)
     lost_value = jnp.where(is_new, so_far.value[...], value)
