@@ -6,7 +6,7 @@
 from collections.abc import Callable
 
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
-from restkv_jax.kernels.scores import columns, reference, removals, removals_by_query
+from restkv_jax.kernels.scores import centres, columns, reference, removals, removals_by_query
 from restkv_jax.kernels.scores.reference import (
     HIGHEST,
     Outputs,
@@ -48,7 +48,10 @@ def _on_tpu(function: Callable) -> Implementation:
     return Implementation(function, "tpu", columns.refusal)
 
 
-attention_centres = Dispatched(reference._attention_centres)
+attention_centres = Dispatched(
+    reference._attention_centres,
+    pallas_tpu=Implementation(centres.attention_centres, "tpu", centres.refusal),
+)
 averaged_attention_removal_error = Dispatched(
     reference._averaged_attention_removal_error, pallas_tpu=_on_tpu(removals.averaged_attention_removal_error)
 )

@@ -15,6 +15,7 @@ from restkv_jax.kernels.scores.mosaic import (
     MAX_TILE,
     UNSEEN,
     Described,
+    Grid,
     Ref,
     as_column,
     at_first_tile,
@@ -90,11 +91,11 @@ def refusal(queries: Queries, pairs: Pairs, *_: Any, **options: Any) -> str | No
 
 
 def on_devices(function: Callable[..., Array], queries: Queries, pairs: Pairs, *others: Described) -> Array:
-    """Calls a function of queries, pairs and other arrays for what each device has of them: [B, K, G, T]."""
+    """Calls a function of queries, pairs and other arrays for what each device has of them: [B, K, G, ...]."""
     queries = queries.replace(sliding_window=jnp.asarray(queries.sliding_window, jnp.int32))
     axes = queries.replace(vectors="b k g q d", positions="b q", sliding_window="")
-    names, arrays = zip(*others, strict=True)
     of_pairs = Pairs("b k n d", "b k n d", "b k n")
+    names, arrays = [axes for axes, _ in others], [x for _, x in others]
     return by_device(function, (queries, pairs, *arrays), (axes, of_pairs, *names), "b k g n")
 
 
@@ -115,25 +116,29 @@ def read_keys(
     inputs: Sequence[Described],
     outputs: Sequence[str],
     interpret: bool,
-    scratch: Sequence[str] = (),
+    scratch: Sequence[tuple[str, Any]] = (),
     limit: int = MAX_TILE,
+    at_once: int | None = None,
 ) -> list[Array]:
-    """Runs `kernel(static, *blocks)` over the tiles of keys, of at most `limit`.
+    """Runs `kernel(static, *blocks)` over the tiles of keys, of at most `limit`, and all queries or `at_once` of them.
 
-    The blocks are those that `logits_of_tile` takes, then inputs, outputs and scratch. The last two are float32 and
-    described by their axes: also `r`, queries of a KV head; `g`, its query heads; `d`; and `c`, one column.
+    The blocks are those that `logits_of_tile` takes, then inputs, outputs, which are float32, and scratch of some
+    dtypes. These are described by their axes: also `r`, queries of a KV head; `g`, its query heads; `d`; `c`, one
+    column; `N`, all tiles beside each other.
     """
     rows, length = rows_of(queries), pairs.keys.shape[2]
     batch, num_kv_heads, count, dim = rows.vectors.shape
-    tile = tile_of(max(count, dim, LANES), length, limit)
+    at_once = min(at_once or count, count)
+    tile = tile_of(max(at_once, dim, LANES), length, limit)
     sizes = {"b": batch, "k": num_kv_heads, "r": count, "g": rows.group, "n": length, "d": dim, "c": 1}
     shapes = [(axes, jax.ShapeDtypeStruct([sizes[a] for a in axes.split()], jnp.float32)) for axes in outputs]
-    in_chip = [tuple({**sizes, "n": tile}[a] for a in axes.split()) for axes in scratch]
+    block = sizes | {"r": at_once, "n": tile, "N": length + -length % tile}
+    in_chip = [(tuple(block[a] for a in axes.split()), dtype) for axes, dtype in scratch]
     keys = ("b r c", rows.positions), ("b k r d", rows.vectors), ("b k n d", pairs.keys)
-    known = functools.partial(kernel, Static(rows.group, length, tile, queries.soft_cap))
     described = *keys, ("b k c n", pairs.positions[:, :, None]), *inputs
-    grid = batch, num_kv_heads, length
-    return over_tiles(known, queries.sliding_window, described, shapes, grid, tile, interpret, in_chip)
+    known = functools.partial(kernel, Static(rows.group, length, tile, queries.soft_cap))
+    grid = Grid(batch, num_kv_heads, count, at_once, length, tile)
+    return over_tiles(known, queries.sliding_window, described, shapes, grid, interpret, in_chip)
 
 
 def attention_of(queries: Queries, pairs: Pairs, weights: Array, interpret: bool) -> list[Described]:

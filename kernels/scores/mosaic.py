@@ -66,65 +66,95 @@ def tile_of(rows: int, length: int, limit: int = MAX_TILE) -> int:
     return min(fitting, -(-length // LANES) * LANES)
 
 
+class Grid(NamedTuple):
+    """The steps of a kernel: rows, and KV heads, one at a time; queries, `at_once` of them; keys in tiles, in order."""
+
+    batch: int
+    num_kv_heads: int
+    queries: int
+    at_once: int
+    keys: int
+    tile: int
+
+
 def over_tiles(
     kernel: Callable[..., None],
     scalar: Array | int,
     inputs: Sequence[Described],
     outputs: Sequence[Described],
-    grid: tuple[int, int, int],
-    tile: int,
+    grid: Grid,
     interpret: bool,
-    scratch: Sequence[tuple[int, ...]] = (),
+    scratch: Sequence[tuple[tuple[int, ...], Any]] = (),
 ) -> list[Array]:
-    """Runs a kernel for every row, KV head and tile of keys, tiles in order.
+    """Runs a kernel for every step of a grid.
 
     Args:
       kernel: called with the scalar in an array of one, then with the block of every input and output, then scratch.
       scalar: int32, in the memory of scalars.
-      inputs: one that has one row or KV head is every one's.
-      outputs: shapes; those without an axis `n` stay in the chip from tile to tile.
-      grid: rows, KV heads, keys.
-      tile: keys of a tile.
+      inputs: those of size 1 along an axis of the grid are the same for all its steps.
+      outputs: shapes; those without the axis of keys stay in the chip from tile to tile.
+      grid: the steps.
       interpret: runs anywhere, slowly.
-      scratch: shapes of float32 arrays in the chip.
+      scratch: shapes and dtypes of arrays in the chip.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
+    taken = {"b": None, "k": None, "r": grid.at_once, "n": grid.tile}
+
     def block(axes: str, x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-        letters, sizes = axes.split(), {"b": None, "k": None, "n": tile}
+        letters = axes.split()
 
-        def place(b, k, t, scalar):
-            places = {"b": b, "k": k, "n": t}
-            return tuple(places.get(a, 0) if n > 1 else 0 for a, n in zip(letters, x.shape, strict=True))
+        def place(*step_and_scalar):
+            step = dict(zip(taken, step_and_scalar, strict=False))
+            return tuple(step.get(a, 0) if n > 1 else 0 for a, n in zip(letters, x.shape, strict=True))
 
-        return pl.BlockSpec(tuple(sizes.get(a, n) for a, n in zip(letters, x.shape, strict=True)), place)
+        return pl.BlockSpec(tuple(taken.get(a, n) for a, n in zip(letters, x.shape, strict=True)), place)
 
+    steps = *grid[:2], pl.cdiv(grid.queries, grid.at_once), pl.cdiv(grid.keys, grid.tile)
     specs = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
-        grid=(*grid[:2], pl.cdiv(grid[2], tile)),
+        grid=steps,
         in_specs=[block(*x) for x in inputs],
         out_specs=[block(*x) for x in outputs],
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        scratch_shapes=[pltpu.VMEM(*x) for x in scratch],
     )
-    order = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+    order = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"))
     shapes = [x for _, x in outputs]
     call = pl.pallas_call(kernel, grid_spec=specs, out_shape=shapes, compiler_params=order, interpret=interpret)
     return call(jnp.asarray(scalar, jnp.int32).reshape(1), *(x for _, x in inputs))
+
+
+KEYS = 3
+"""The axis of a grid along which keys go."""
 
 
 def places_of(tile: int) -> Array:
     """In a kernel: where the keys of its tile stand, int32 [1, n]."""
     from jax.experimental import pallas as pl
 
-    return pl.program_id(2) * tile + jax.lax.broadcasted_iota(jnp.int32, (1, tile), 1)
+    return pl.program_id(KEYS) * tile + jax.lax.broadcasted_iota(jnp.int32, (1, tile), 1)
 
 
-def at_first_tile(initialise: Callable[[], None]) -> None:
-    """In a kernel: runs it at the first tile alone."""
+def at_first_tile(function: Callable[[], None]) -> None:
+    """In a kernel: calls a function at the first tile alone."""
     from jax.experimental import pallas as pl
 
-    pl.when(pl.program_id(2) == 0)(initialise)
+    pl.when(pl.program_id(KEYS) == 0)(function)
+
+
+def at_last_tile(function: Callable[[], None]) -> None:
+    """In a kernel: calls a function at the last tile alone."""
+    from jax.experimental import pallas as pl
+
+    pl.when(pl.program_id(KEYS) == pl.num_programs(KEYS) - 1)(function)
+
+
+def part(start: Array | int, size: int, multiple: int) -> Any:
+    """In a kernel: the index of `size` entries from a multiple of some number on."""
+    from jax.experimental import pallas as pl
+
+    return pl.ds(pl.multiple_of(start, multiple), size)
 
 
 def split(x: Array) -> tuple[Array, ...]:

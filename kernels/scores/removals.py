@@ -20,7 +20,17 @@ from restkv_jax.kernels.scores.columns import (
     sums_of_heads,
     weights_of_tile,
 )
-from restkv_jax.kernels.scores.mosaic import LANES, Ref, at_first_tile, over_tiles, places_of, product, split, tile_of
+from restkv_jax.kernels.scores.mosaic import (
+    LANES,
+    Grid,
+    Ref,
+    at_first_tile,
+    over_tiles,
+    places_of,
+    product,
+    split,
+    tile_of,
+)
 from restkv_jax.kernels.scores.reference import einsum, error_at
 
 
@@ -118,8 +128,9 @@ def _errors(
         ("b k d g", projected_output.swapaxes(2, 3)), ("b k g c", found.place), ("b k g c", distance[..., None]),
     ]  # fmt: skip
     shape = jax.ShapeDtypeStruct((*heads, group, num_prefix), jnp.float32)
+    grid = Grid(*heads, 1, 1, num_prefix, tile)
     kernel = functools.partial(_errors_kernel, Static(group, num_prefix, tile, None), tau)
-    return over_tiles(kernel, 0, inputs, [("b k g n", shape)], (*heads, num_prefix), tile, interpret)[0]
+    return over_tiles(kernel, 0, inputs, [("b k g n", shape)], grid, interpret)[0]
 
 
 def _errors_kernel(static: Static, tau: float, _, *blocks: Ref) -> None:

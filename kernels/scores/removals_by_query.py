@@ -26,6 +26,7 @@ from restkv_jax.kernels.scores.mosaic import (
     Ref,
     as_column,
     at_first_tile,
+    part,
     places_of,
     product,
     split,
@@ -52,7 +53,9 @@ def averaged_removal_error(
         weights = jnp.broadcast_to(weights[:, None, None], queries.vectors.shape[:-1])
         inputs = [*_of_outputs(found, gram), ("b k r c", as_column(weights)), ("b k n d", pairs.values)]
         kernel = functools.partial(_errors_kernel, tau)
-        return read_keys(kernel, queries, pairs, inputs, ["b k g n"], interpret, scratch=["r n"], limit=TILE)[0]
+        return read_keys(
+            kernel, queries, pairs, inputs, ["b k g n"], interpret, scratch=[("r n", jnp.float32)], limit=TILE
+        )[0]
 
     return on_devices(alone, queries, pairs, ("k g d e", gram), per_query(weights, queries))
 
@@ -146,16 +149,10 @@ def _errors_kernel(tau: float, static: Static, *blocks: Ref) -> None:
             for i in range(SUBLANES):
                 terms = (left[:, i : i + 1] - transposed) * (right[:, i : i + 1] - values_projected)
                 squared = jnp.where(rank == i, terms.sum(0, keepdims=True), squared)
-            rows = _eight_from(block * SUBLANES)
+            rows = part(block * SUBLANES, SUBLANES, SUBLANES)
             is_top = here == place[rows]
             moved = jnp.where(is_top, distance[rows], jnp.sqrt(jnp.maximum(squared, 0.0)))
             return total + (weights[rows] * error_at(moved, scratch[rows], is_top, tau)).sum(0, keepdims=True)
 
         nothing = jnp.zeros((1, static.tile), jnp.float32)
         errors[head : head + 1] = jax.lax.fori_loop(0, per_head, add_rows, nothing)
-
-
-def _eight_from(start: Array):
-    from jax.experimental import pallas as pl
-
-    return pl.ds(pl.multiple_of(start, SUBLANES), SUBLANES)

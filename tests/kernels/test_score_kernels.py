@@ -84,6 +84,20 @@ def test_errors_do_not_cancel(name, monkeypatch):
     np.testing.assert_allclose(found[..., :140], reference[..., :140], atol=2.0**-17 * reference[..., :140].max())
 
 
+@pytest.mark.parametrize(("case", "count"), zip(CASES, (5, 90, 2, 90), strict=True))
+def test_centres_agree_with_the_reference(case, count, monkeypatch):
+    """Also where most probabilities are 0 and so equal: of them the first keys count."""
+    shape, options = CASES[case]
+    options = dict(options)
+    monkeypatch.setattr(scores.mosaic, "ELEMENTS", options.pop("tile", 2 * LANES) * LANES)
+    monkeypatch.setattr(scores.centres, "HELD", 8 * shape[4])  # a group's queries, at most eight at one time
+    queries, pairs, _, _ = arguments(shape, **options)
+    queries = queries.replace(vectors=queries.vectors * jnp.where(jnp.arange(shape[3]) % 2, 1, 50)[:, None])
+    assert (scores.probabilities(queries, pairs) == 0).mean() > 0.3
+    found, reference = both("attention_centres", queries, pairs, count=count)
+    np.testing.assert_array_equal(found, reference)
+
+
 def test_a_product_keeps_17_bits_of_float32_and_all_of_bfloat16():
     x, y = draw(0, 64, 128), draw(1, 128, 32)
     exact = np.asarray(x, np.float64) @ np.asarray(y, np.float64)
