@@ -1,6 +1,10 @@
 """The kernels for TPU that score keys, interpreted, against the plain references that define the scores."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +112,12 @@ def test_a_product_keeps_17_bits_of_float32_and_all_of_bfloat16():
     exact = np.asarray(rough, np.float64).T @ np.asarray(rough, np.float64)
     size = np.abs(np.asarray(rough, np.float64)).T @ np.abs(np.asarray(rough, np.float64))
     assert len(split(rough)) == 1 and (np.abs(product(split(rough), split(rough), (0, 0)) - exact) < 1e-6 * size).all()
+
+
+def test_every_device_of_a_mesh_scores_its_own():
+    script = pathlib.Path(__file__).with_name("scores_on_meshes.py")
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
+    subprocess.run([sys.executable, str(script)], env=environment, check=True)
 
 
 @pytest.mark.parametrize(
