@@ -14,13 +14,11 @@ from restkv_jax.kernels.scores.reference import (
     einsum,
     find_outputs,
     find_peaks,
-    fold_places,
-    fold_tiles,
-    map_tiles,
     output_gram,
     probabilities,
     removal_error,
 )
+from restkv_jax.kernels.scores.tiles import fold_places, fold_tiles, map_tiles
 
 __all__ = [
     "HIGHEST",

@@ -38,6 +38,9 @@ DIM_LIMIT = 256
 GRAM_LIMIT = 2**20
 """Elements of a KV head's Gram matrices that it holds."""
 
+PAIRS = Pairs._make(("b k n d", "b k n d", "b k n"))
+"""The axes of pairs."""
+
 GRAM = "k p g d e"
 """The axes of Gram matrices that are split in two parts."""
 
@@ -74,11 +77,8 @@ def column_row_norms(queries: Queries, pairs: Pairs, gram: Array, *, interpret: 
 
 def refusal(queries: Queries, pairs: Pairs, *_: Any, **options: Any) -> str | None:
     """Why the kernels cannot take these arguments."""
-    (group, width, dim), dtypes = (
-        queries.vectors.shape[2:],
-        {queries.vectors.dtype, pairs.keys.dtype, pairs.values.dtype},
-    )
-    unknown = dtypes - {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
+    group, width, dim = queries.vectors.shape[2:]
+    unknown = {x.dtype for x in (queries.vectors, pairs.keys, pairs.values)} - {jnp.dtype(x) for x in DTYPES}
     if unknown:
         return f"the kernels know float32 and bfloat16, not {', '.join(map(str, unknown))}"
     if dim > DIM_LIMIT or dim % 8:
@@ -93,10 +93,8 @@ def refusal(queries: Queries, pairs: Pairs, *_: Any, **options: Any) -> str | No
 def on_devices(function: Callable[..., Array], queries: Queries, pairs: Pairs, *others: Described) -> Array:
     """Calls a function of queries, pairs and other arrays for what each device has of them: [B, K, G, ...]."""
     queries = queries.replace(sliding_window=jnp.asarray(queries.sliding_window, jnp.int32))
-    axes = queries.replace(vectors="b k g q d", positions="b q", sliding_window="")
-    of_pairs = Pairs("b k n d", "b k n d", "b k n")
-    names, arrays = [axes for axes, _ in others], [x for _, x in others]
-    return by_device(function, (queries, pairs, *arrays), (axes, of_pairs, *names), "b k g n")
+    axes = queries.replace(vectors="b k g q d", positions="b q", sliding_window=""), PAIRS, *(a for a, _ in others)
+    return by_device(function, (queries, pairs, *(x for _, x in others)), axes, "b k g n")
 
 
 def per_query(weights: Array, queries: Queries) -> Described:

@@ -150,7 +150,7 @@ def at_last_tile(function: Callable[[], None]) -> None:
     pl.when(pl.program_id(KEYS) == pl.num_programs(KEYS) - 1)(function)
 
 
-def part(start: Array | int, size: int, multiple: int) -> Any:
+def part(start: Array, size: int, multiple: int) -> Any:
     """In a kernel: the index of `size` entries from a multiple of some number on."""
     from jax.experimental import pallas as pl
 

@@ -116,7 +116,7 @@ def _errors(
     received: Array, found: Output, values: Array, gram: Array, num_prefix: int, tau: float, interpret: bool
 ) -> Array:
     """The removal errors of the keys before `num_prefix`, of attention float32 [B, K, G, T]: one pass over values."""
-    *heads, group, dim = found.value.shape
+    batch, num_kv_heads, group, dim = found.value.shape
     output = found.others + found.share * found.value
     moved = found.others / jnp.maximum(found.rest, jnp.finfo(jnp.float32).tiny) - found.value
     distance = jnp.sqrt(jnp.maximum(einsum("bkgd,kgde,bkge->bkg", moved, gram, moved), 0.0))
@@ -127,8 +127,8 @@ def _errors(
         ("b k g n", received), ("b k n d", values), (GRAM, parts), ("b k d g", output.swapaxes(2, 3)),
         ("b k d g", projected_output.swapaxes(2, 3)), ("b k g c", found.place), ("b k g c", distance[..., None]),
     ]  # fmt: skip
-    shape = jax.ShapeDtypeStruct((*heads, group, num_prefix), jnp.float32)
-    grid = Grid(*heads, 1, 1, num_prefix, tile)
+    shape = jax.ShapeDtypeStruct((batch, num_kv_heads, group, num_prefix), jnp.float32)
+    grid = Grid(batch, num_kv_heads, 1, 1, num_prefix, tile)
     kernel = functools.partial(_errors_kernel, Static(group, num_prefix, tile, None), tau)
     return over_tiles(kernel, 0, inputs, [("b k g n", shape)], grid, interpret)[0]
 
