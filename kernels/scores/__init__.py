@@ -1,6 +1,7 @@
 """What the attention of a few queries says of every key: the hot path of eviction.
 
-`reference` defines the scores in plain JAX; `columns` and `removals` compute them by kernels for TPU.
+`reference` defines the scores in plain JAX; `columns`, `removals`, `removals_by_query` and `centres` compute them by
+Pallas kernels for TPU, which `mosaic` runs.
 """
 
 from collections.abc import Callable

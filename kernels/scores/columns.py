@@ -103,8 +103,11 @@ def per_query(weights: Array, queries: Queries) -> Described:
 
 
 def split_gram(gram: Array) -> Array:
-    """Gram matrices float32 [K, G, D, D] in two parts, bfloat16 [K, 2, G, D, D]."""
-    return jnp.stack(split(gram), axis=1)
+    """Gram matrices float32 [K, G, D, D] in two parts, bfloat16 [K, 2, G, D, D].
+
+    Behind a barrier, so that what is computed of their sum is of the same numbers that kernels read.
+    """
+    return jax.lax.optimization_barrier(jnp.stack(split(gram), axis=1))
 
 
 def read_keys(

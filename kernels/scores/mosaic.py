@@ -67,7 +67,7 @@ def tile_of(rows: int, length: int, limit: int = MAX_TILE) -> int:
 
 
 class Grid(NamedTuple):
-    """The steps of a kernel: rows, and KV heads, one at a time; queries, `at_once` of them; keys in tiles, in order."""
+    """The steps of a kernel: rows, and KV heads, one at a time; queries, `at_once` of them; keys, in tiles."""
 
     batch: int
     num_kv_heads: int
@@ -92,7 +92,7 @@ def over_tiles(
       kernel: called with the scalar in an array of one, then with the block of every input and output, then scratch.
       scalar: int32, in the memory of scalars.
       inputs: those of size 1 along an axis of the grid are the same for all its steps.
-      outputs: shapes; those without the axis of keys stay in the chip from tile to tile.
+      outputs: shapes; those without the axis of keys stay in the chip from tile to tile, which then go in order.
       grid: the steps.
       interpret: runs anywhere, slowly.
       scratch: shapes and dtypes of arrays in the chip.
@@ -119,9 +119,10 @@ def over_tiles(
         out_specs=[block(*x) for x in outputs],
         scratch_shapes=[pltpu.VMEM(*x) for x in scratch],
     )
-    order = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"))
-    shapes = [x for _, x in outputs]
-    call = pl.pallas_call(kernel, grid_spec=specs, out_shape=shapes, compiler_params=order, interpret=interpret)
+    independent = all("n" in axes.split() for axes, _ in outputs)
+    order = "parallel", "parallel", "parallel", "parallel" if independent else "arbitrary"
+    params, shapes = pltpu.CompilerParams(dimension_semantics=order), [x for _, x in outputs]
+    call = pl.pallas_call(kernel, grid_spec=specs, out_shape=shapes, compiler_params=params, interpret=interpret)
     return call(jnp.asarray(scalar, jnp.int32).reshape(1), *(x for _, x in inputs))
 
 

@@ -71,21 +71,24 @@ def test_kernels_agree_with_their_references(name, case, monkeypatch):
     np.testing.assert_array_equal(found == 0, reference == 0)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(jnp.float32, 17), (jnp.bfloat16, 21)])
 @pytest.mark.parametrize("name", ["averaged_attention_removal_error", "averaged_removal_error"])
-def test_errors_do_not_cancel(name, monkeypatch):
+def test_errors_do_not_cancel(name, dtype, bits, monkeypatch):
     """All queries attend to key 140 by nearly 1, and the values of some other keys are nearly its value."""
     monkeypatch.setattr(scores.mosaic, "ELEMENTS", 128 * LANES)
     queries, pairs, gram, weights = arguments((1, 1, 2, 4, 200, 16))
     direction = draw(5, 16)
-    queries = queries.replace(vectors=jnp.broadcast_to(direction, queries.vectors.shape))
+    queries = queries.replace(vectors=jnp.broadcast_to(direction, queries.vectors.shape).astype(dtype))
     keys = (1e-3 * pairs.keys).at[:, :, 140].set(direction * 26 / (direction**2).sum())
     near = pairs.values[0, 0, 140] * (1 + 2e-3 * jnp.arange(1, 41)[:, None])
-    pairs = Pairs(keys, pairs.values.at[:, :, 20:60].set(near), pairs.positions)
+    values = pairs.values.at[:, :, 20:60].set(near)
+    pairs = Pairs(keys.astype(dtype), values.astype(dtype), pairs.positions)
     found, reference = both(name, queries, pairs, gram, weights / weights.sum())
     assert (reference.argmax(-1) == 140).all() and (reference[..., 20] < 1e-2 * reference[..., 60:140].mean()).all()
     np.testing.assert_allclose(found[..., 140], reference[..., 140], rtol=1e-4)
-    # the other keys are all attended to by 5e-12: their errors are distances, known to 17 bits of a value's size
-    np.testing.assert_allclose(found[..., :140], reference[..., :140], atol=2.0**-17 * reference[..., :140].max())
+    # the other keys are all attended to by 5e-12: their errors are distances, known to so many bits of a value's size
+    size = reference[..., :140].max()
+    np.testing.assert_allclose(found[..., :140], reference[..., :140], rtol=2e-6, atol=2.0**-bits * size)
 
 
 @pytest.mark.parametrize(("case", "count"), zip(CASES, (90, 5, 90, 2), strict=True))
