@@ -13,13 +13,13 @@ REFERENCE = "reference"
 
 
 class Implementation(NamedTuple):
-    """A faster `function` for programs of one `platform`, as `jax.lax.platform_dependent` names it.
+    """A faster `function` for programs of one `platform`, as `jax.lax.platform_dependent` names it; None by name alone.
 
     `refusal(*arrays, **options)` says why it cannot take these arguments, None where it can; shapes count, not values.
     """
 
     function: Callable
-    platform: str
+    platform: str | None
     refusal: Callable[..., str | None]
 
 
@@ -43,10 +43,13 @@ class Dispatched(Generic[P, R]):
         def bound(function: Callable) -> Callable:
             return lambda *xs: function(*xs, **options)
 
-        taken = [i for i in self.implementations.values() if i.refusal(*arrays, **options) is None]
-        if not taken:
+        choices = {
+            i.platform: bound(i.function)
+            for i in self.implementations.values()
+            if i.platform is not None and i.refusal(*arrays, **options) is None
+        }
+        if not choices:
             return self.reference(*arrays, **options)
-        choices = {i.platform: bound(i.function) for i in taken}
         return jax.lax.platform_dependent(*arrays, default=bound(self.reference), **choices)
 
     def force(self, name: str) -> Callable[P, R]:

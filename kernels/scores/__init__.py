@@ -1,13 +1,13 @@
 """What the attention of a few queries says of every key: the hot path of eviction.
 
 `reference` defines the scores in plain JAX; `columns`, `removals`, `removals_by_query` and `centres` compute them by
-Pallas kernels for TPU, which `mosaic` runs.
+Pallas kernels for TPU, which `mosaic` runs, and `triton` some of them by kernels for GPU.
 """
 
 from collections.abc import Callable
 
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
-from restkv_jax.kernels.scores import centres, columns, reference, removals, removals_by_query
+from restkv_jax.kernels.scores import centres, columns, reference, removals, removals_by_query, triton
 from restkv_jax.kernels.scores.reference import (
     HIGHEST,
     Outputs,
@@ -43,20 +43,27 @@ __all__ = [
 ]
 
 
-def _on_tpu(function: Callable) -> Implementation:
-    return Implementation(function, "tpu", columns.refusal)
+def _kernels(tpu: Callable, gpu: Callable) -> dict[str, Implementation]:
+    """Those for GPU have never run on one, so that they are taken by name alone."""
+    return {
+        "pallas_tpu": Implementation(tpu, "tpu", columns.refusal),
+        "pallas_triton": Implementation(gpu, None, triton.refusal),
+    }
 
 
 attention_centres = Dispatched(
-    reference._attention_centres,
-    pallas_tpu=Implementation(centres.attention_centres, "tpu", centres.refusal),
+    reference._attention_centres, pallas_tpu=Implementation(centres.attention_centres, "tpu", centres.refusal)
 )
 averaged_attention_removal_error = Dispatched(
-    reference._averaged_attention_removal_error, pallas_tpu=_on_tpu(removals.averaged_attention_removal_error)
+    reference._averaged_attention_removal_error,
+    **_kernels(removals.averaged_attention_removal_error, triton.averaged_attention_removal_error),
 )
 averaged_removal_error = Dispatched(
-    reference._averaged_removal_error, pallas_tpu=_on_tpu(removals_by_query.averaged_removal_error)
+    reference._averaged_removal_error,
+    pallas_tpu=Implementation(removals_by_query.averaged_removal_error, "tpu", columns.refusal),
 )
-column_row_norms = Dispatched(reference._column_row_norms, pallas_tpu=_on_tpu(columns.column_row_norms))
-column_sums = Dispatched(reference._column_sums, pallas_tpu=_on_tpu(columns.column_sums))
+column_row_norms = Dispatched(
+    reference._column_row_norms, **_kernels(columns.column_row_norms, triton.column_row_norms)
+)
+column_sums = Dispatched(reference._column_sums, **_kernels(columns.column_sums, triton.column_sums))
 removal_errors = Dispatched(reference._removal_errors)

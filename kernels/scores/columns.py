@@ -21,11 +21,10 @@ from restkv_jax.kernels.scores.mosaic import (
     at_first_tile,
     over_tiles,
     places_of,
-    product,
     rows_of,
-    split,
     tile_of,
 )
+from restkv_jax.kernels.scores.parts import product, split, split_gram
 from restkv_jax.kernels.softmax import HIDDEN, cap_logits
 
 DTYPES = jnp.float32, jnp.bfloat16
@@ -100,14 +99,6 @@ def on_devices(function: Callable[..., Array], queries: Queries, pairs: Pairs, *
 def per_query(weights: Array, queries: Queries) -> Described:
     """Weights float32 [w] or [B, w] of every row."""
     return "b q", jnp.broadcast_to(weights, queries.positions.shape)
-
-
-def split_gram(gram: Array) -> Array:
-    """Gram matrices float32 [K, G, D, D] in two parts, bfloat16 [K, 2, G, D, D].
-
-    Behind a barrier, so that what is computed of their sum is of the same numbers that kernels read.
-    """
-    return jax.lax.optimization_barrier(jnp.stack(split(gram), axis=1))
 
 
 def read_keys(

@@ -1,6 +1,5 @@
-"""Pallas kernels for TPU that go through a KV head's keys and values in tiles, and their products in few passes."""
+"""Pallas kernels for TPU that go through a KV head's keys and values in tiles."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -156,35 +155,3 @@ def part(start: Array, size: int, multiple: int) -> Any:
     from jax.experimental import pallas as pl
 
     return pl.ds(pl.multiple_of(start, multiple), size)
-
-
-def split(x: Array) -> tuple[Array, ...]:
-    """The bfloat16 numbers that `x` is the sum of: itself, or two that keep 17 bits of float32.
-
-    Rounded by integers: a compiler may leave out a conversion to bfloat16 and back.
-    """
-    if x.dtype == jnp.bfloat16:
-        return (x,)
-    x = x.astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    high = jax.lax.bitcast_convert_type((bits + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
-
-
-def product(x: Sequence[Array], y: Sequence[Array], over: tuple[int, int] = (1, 0)) -> Array:
-    """The float32 product of two matrices that are `split`, without that of both small parts.
-
-    One pass of the matrix unit for bfloat16, where it is exact, two with a float32 matrix, three for float32.
-
-    Args:
-      x: parts of a matrix.
-      y: parts of another.
-      over: the axis of each that is summed over.
-    """
-    dimensions = ((over[0],), (over[1],)), ((), ())
-    multiply = functools.partial(
-        jax.lax.dot_general, dimension_numbers=dimensions, precision=jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    terms = [multiply(a, b) for i, a in enumerate(x) for j, b in enumerate(y) if i + j < 2]
-    return functools.reduce(jnp.add, reversed(terms))

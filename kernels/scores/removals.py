@@ -16,7 +16,6 @@ from restkv_jax.kernels.scores.columns import (
     per_query,
     projected,
     read_keys,
-    split_gram,
     sums_of_heads,
     weights_of_tile,
 )
@@ -27,10 +26,9 @@ from restkv_jax.kernels.scores.mosaic import (
     at_first_tile,
     over_tiles,
     places_of,
-    product,
-    split,
     tile_of,
 )
+from restkv_jax.kernels.scores.parts import product, split, split_gram
 from restkv_jax.kernels.scores.reference import einsum, error_at
 
 
@@ -72,6 +70,14 @@ class Output(NamedTuple):
     value: Array
     others: Array
     rest: Array
+
+    def measured(self, gram: Array, parts: Array) -> tuple[Array, Array, Array]:
+        """The sum, and it times Gram matrices in parts, [B, K, G, D]; the top value's distance from the rest's mean."""
+        output = self.others + self.share * self.value
+        moved = self.others / jnp.maximum(self.rest, jnp.finfo(jnp.float32).tiny) - self.value
+        squared = einsum("bkgd,kgde,bkge->bkg", moved, gram, moved)[..., None]
+        projected_output = einsum("kgde,bkge->bkgd", parts.astype(jnp.float32).sum(1), output)
+        return output, projected_output, jnp.sqrt(jnp.maximum(squared, 0.0))
 
 
 OUTPUT = "b k g c", "b k g c", "b k g d", "b k g d", "b k g c"
@@ -117,15 +123,12 @@ def _errors(
 ) -> Array:
     """The removal errors of the keys before `num_prefix`, of attention float32 [B, K, G, T]: one pass over values."""
     batch, num_kv_heads, group, dim = found.value.shape
-    output = found.others + found.share * found.value
-    moved = found.others / jnp.maximum(found.rest, jnp.finfo(jnp.float32).tiny) - found.value
-    distance = jnp.sqrt(jnp.maximum(einsum("bkgd,kgde,bkge->bkg", moved, gram, moved), 0.0))
     parts = split_gram(gram)
-    projected_output = einsum("kgde,bkge->bkgd", parts.astype(jnp.float32).sum(1), output)
+    output, projected_output, distance = found.measured(gram, parts)
     tile = tile_of(max(group, dim, LANES), num_prefix)
     inputs = [
         ("b k g n", received), ("b k n d", values), (GRAM, parts), ("b k d g", output.swapaxes(2, 3)),
-        ("b k d g", projected_output.swapaxes(2, 3)), ("b k g c", found.place), ("b k g c", distance[..., None]),
+        ("b k d g", projected_output.swapaxes(2, 3)), ("b k g c", found.place), ("b k g c", distance),
     ]  # fmt: skip
     shape = jax.ShapeDtypeStruct((batch, num_kv_heads, group, num_prefix), jnp.float32)
     grid = Grid(batch, num_kv_heads, 1, 1, num_prefix, tile)

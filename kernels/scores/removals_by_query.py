@@ -16,7 +16,6 @@ from restkv_jax.kernels.scores.columns import (
     per_query,
     projected,
     read_keys,
-    split_gram,
     weights_of_tile,
 )
 from restkv_jax.kernels.scores.mosaic import (
@@ -28,9 +27,8 @@ from restkv_jax.kernels.scores.mosaic import (
     at_first_tile,
     part,
     places_of,
-    product,
-    split,
 )
+from restkv_jax.kernels.scores.parts import product, split, split_gram
 from restkv_jax.kernels.scores.reference import einsum, error_at
 from restkv_jax.kernels.softmax import HIDDEN
 

@@ -1,4 +1,4 @@
-"""The kernels for TPU that score keys, interpreted, against the plain references that define the scores."""
+"""The kernels that score keys, interpreted, against the plain references that define the scores."""
 
 import functools
 import os
@@ -13,7 +13,8 @@ import pytest
 
 from restkv_jax.kernels import scores
 from restkv_jax.kernels.pairs import Pairs, Queries
-from restkv_jax.kernels.scores.mosaic import LANES, product, split
+from restkv_jax.kernels.scores.mosaic import LANES
+from restkv_jax.kernels.scores.parts import product, split
 
 UNLIMITED = 2**30
 KERNELS = {
@@ -49,10 +50,10 @@ def arguments(shape, window=UNLIMITED, dtype=jnp.float32, cap=None, positions_of
     return queries, Pairs(keys, values, of_keys), gram, jnp.linspace(0.1, 0.4, width)
 
 
-def both(name, *arrays, **options):
+def both(name, *arrays, implementation="pallas_tpu", **options):
     kernel = getattr(scores, name)
     reference = jax.jit(functools.partial(kernel.reference, **options))(*arrays)
-    found = jax.jit(functools.partial(kernel.force("pallas_tpu"), interpret=True, **options))(*arrays)
+    found = jax.jit(functools.partial(kernel.force(implementation), interpret=True, **options))(*arrays)
     assert found.shape == reference.shape and found.dtype == jnp.float32
     return np.asarray(found), np.asarray(reference)
 
@@ -69,6 +70,27 @@ def test_kernels_agree_with_their_references(name, case, monkeypatch):
     assert (reference > 0).sum() > 10
     np.testing.assert_allclose(found, reference, rtol=1e-5 if "dtype" in options else 1e-4, atol=1e-30)
     np.testing.assert_array_equal(found == 0, reference == 0)
+
+
+GPU = [name for name in KERNELS if "pallas_triton" in getattr(scores, name).names]
+
+
+@pytest.mark.parametrize("case", ["one short of a tile", "tiles, bfloat16, one row sees little"])
+@pytest.mark.parametrize("name", GPU)
+def test_kernels_for_gpu_agree_with_their_references(name, case):
+    shape, options = CASES[case]
+    options = {key: value for key, value in options.items() if key != "tile"}
+    found, reference = both(name, *KERNELS[name](*arguments(shape, **options)), implementation="pallas_triton")
+    np.testing.assert_allclose(found, reference, rtol=1e-5 if "dtype" in options else 1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_kernels_lower_for_cuda(name):
+    arrays = jax.eval_shape(lambda: KERNELS[name](*arguments((1, 2, 4, 32, 1000, 128), dtype=jnp.bfloat16)))
+    traced = jax.jit(getattr(scores, name).force("pallas_triton")).trace(*arrays)
+    assert "__gpu$xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    # never run on a GPU: taken by name alone
+    assert "triton" not in jax.jit(getattr(scores, name)).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(jnp.float32, 17), (jnp.bfloat16, 21)])
