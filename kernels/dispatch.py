@@ -16,11 +16,13 @@ class Implementation(NamedTuple):
     """A faster `function` for programs of one `platform`, as `jax.lax.platform_dependent` names it.
 
     `refusal(*arrays, **options)` says why it cannot take these arguments, None where it can; shapes count, not values.
+    One that is not `trusted` is taken by name alone.
     """
 
     function: Callable
     platform: str
     refusal: Callable[..., str | None]
+    trusted: bool = True
 
 
 class Dispatched(Generic[P, R]):
@@ -43,10 +45,13 @@ class Dispatched(Generic[P, R]):
         def bound(function: Callable) -> Callable:
             return lambda *xs: function(*xs, **options)
 
-        taken = [i for i in self.implementations.values() if i.refusal(*arrays, **options) is None]
-        if not taken:
+        choices = {
+            i.platform: bound(i.function)
+            for i in self.implementations.values()
+            if i.trusted and i.refusal(*arrays, **options) is None
+        }
+        if not choices:
             return self.reference(*arrays, **options)
-        choices = {i.platform: bound(i.function) for i in taken}
         return jax.lax.platform_dependent(*arrays, default=bound(self.reference), **choices)
 
     def force(self, name: str) -> Callable[..., R]:
@@ -66,7 +71,7 @@ class Dispatched(Generic[P, R]):
             )
 
         def forced(*arrays: Any, interpret: bool = False, **options: Any) -> Any:
-            reasons = self.reasons(target_platform(), *arrays, anywhere=interpret, **options)
+            reasons = self.reasons(target_platform(), *arrays, anywhere=interpret, by_name=True, **options)
             if (reason := reasons[name]) is not None:
                 able = [repr(other) for other, why in reasons.items() if why is None]
                 raise ValueError(
@@ -78,13 +83,16 @@ class Dispatched(Generic[P, R]):
 
         return forced
 
-    def reasons(self, platform: str, *arrays: Any, anywhere: bool = False, **options: Any) -> dict[str, str | None]:
+    def reasons(
+        self, platform: str, *arrays: Any, anywhere: bool = False, by_name: bool = False, **options: Any
+    ) -> dict[str, str | None]:
         """Why each implementation is not taken for these arguments, None where it can be.
 
         Args:
           platform: that programs are made for.
           arrays: the kernel's, or their shapes.
           anywhere: whether the platform does not count.
+          by_name: whether those count that are taken by name alone.
           options: the kernel's.
         """
 
@@ -92,7 +100,7 @@ class Dispatched(Generic[P, R]):
             refused = one.refusal(*arrays, **options)
             if refused is None and one.platform != platform and not anywhere:
                 return f"it is for {one.platform!r}, and programs are made for {platform!r}"
-            return refused
+            return "it is taken by name alone" if refused is None and not (one.trusted or by_name) else refused
 
         return {REFERENCE: None, **{name: reason(one) for name, one in self.implementations.items()}}
 

@@ -126,7 +126,7 @@ def counted(use: Use, topology: Topology) -> Iterator[dict[str, Any]]:
 
 def implementations(use: Use, platform: str) -> Iterator[tuple[str, Callable]]:
     """Those that take the arrays on a platform."""
-    for name, reason in use.kernel.reasons(platform, *use.shapes(), **use.options).items():
+    for name, reason in use.kernel.reasons(platform, *use.shapes(), by_name=True, **use.options).items():
         if reason is None:
             yield name, functools.partial(use.kernel.force(name), **use.options)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import restkv_jax as rk
+from restkv_jax.kernels import scores
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 POOLING = {"avgpool": "avg", "maxpool": "max", "adaptive": "adaptive", "none": "none"}
@@ -96,3 +97,30 @@ def assert_same_sets_but_for_ties(kept, golden, score):
         if differing.size:
             prefix = golden[0, head][golden[0, head] < score.shape[-1]]
             np.testing.assert_array_equal(score[0, head, differing], score[0, head, prefix].min())
+
+
+KERNELS = {
+    "snapkv": ("column_sums",),
+    "restkv": ("averaged_attention_removal_error", "averaged_removal_error"),
+}
+
+
+def scorers():
+    """One case for each of the authors' ways to score, by projected values."""
+    found = {}
+    for name, case in load("small")[1]["cases"].items():
+        config = case["config"]
+        if case["method"] in KERNELS and config.get("use_wo", True) and config.get("use_ema", True):
+            found.setdefault((case["method"], config.get("metric_mode")), name)
+    return found.values()
+
+
+@pytest.mark.parametrize("name", scorers())
+def test_scores_by_kernels(name, monkeypatch):
+    """Their float32 products go in three passes of bfloat16."""
+    for method, kernels in KERNELS.items():
+        for kernel in kernels:
+            forced = functools.partial(getattr(scores, kernel).force("pallas_tpu"), interpret=True)
+            monkeypatch.setattr(f"restkv_jax.eviction.methods.{method}.{kernel}", forced)
+    arrays, ev = evict("small", name)
+    np.testing.assert_allclose(ev.scores, arrays[f"{name}/score"], rtol=1e-4)

@@ -110,8 +110,8 @@ def test_tiles_change_nothing(name, monkeypatch):
     view, pairs = layer_of(133)
     scorer = POLICIES[name].scorer
     whole = scorer(view, pairs, 4)[..., 5:]
-    monkeypatch.setattr(scores, "LEAST_TILE", 10)
-    monkeypatch.setattr(scores, "ELEMENTS_AT_ONCE", 1)
+    monkeypatch.setattr(scores.tiles, "LEAST_TILE", 10)
+    monkeypatch.setattr(scores.tiles, "ELEMENTS_AT_ONCE", 1)
     monkeypatch.setattr(expected_attention, "QUERIES_AT_ONCE", 10)
     np.testing.assert_allclose(scorer(view, pairs, 4)[..., 5:], whole, rtol=1e-4, atol=1e-5)
 

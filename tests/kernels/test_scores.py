@@ -33,8 +33,8 @@ SCORES = {
 @pytest.mark.parametrize("name", SCORES)
 def test_tiles_change_nothing(name, monkeypatch):
     whole = SCORES[name]()
-    monkeypatch.setattr(scores, "LEAST_TILE", 10)
-    monkeypatch.setattr(scores, "ELEMENTS_AT_ONCE", 1)
+    monkeypatch.setattr(scores.tiles, "LEAST_TILE", 10)
+    monkeypatch.setattr(scores.tiles, "ELEMENTS_AT_ONCE", 1)
     tiled = SCORES[name]()
     assert tiled.shape == whole.shape
     np.testing.assert_allclose(tiled, whole, rtol=2e-5, atol=1e-6)

@@ -6,22 +6,16 @@ heads stay axes throughout; the keys go through in tiles, so that temporaries fo
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.dispatch import Dispatched
 from restkv_jax.kernels.pairs import Pairs, Queries, take_columns, take_pairs, visible
+from restkv_jax.kernels.scores.tiles import ELEMENTS_AT_ONCE, fold_tiles, map_tiles
 from restkv_jax.kernels.softmax import HIDDEN, Softmax, empty_softmax, join, logits_of, read_keys
 from restkv_jax.kernels.top import top_mask
-
-ELEMENTS_AT_ONCE = 2**22
-"""Bound on the float32 temporaries of one tile, `B * H * tile * max(w, D)` elements: 16 MiB."""
-
-LEAST_TILE = 128
-"""Keys of a tile at least."""
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -136,7 +130,11 @@ def removal_error(
     outputs = jnp.where(is_top[..., None], output_rest[..., None, :], output[..., None, :])
     moved = outputs - values.astype(jnp.float32)[:, :, None]
     squared = einsum("bkgnd,kgde,bkgne->bkgn", moved, gram, moved)
-    distance = jnp.sqrt(jnp.maximum(squared, 0.0))
+    return error_at(jnp.sqrt(jnp.maximum(squared, 0.0)), attention, is_top, tau)
+
+
+def error_at(distance: Array, attention: Array, is_top: Array, tau: float) -> Array:
+    """The `removal_error` of keys whose values are at a distance from what is left, or, of others, from the output."""
     if tau == 1:
         return attention / jnp.where(is_top, 1.0, 1 - attention) * distance
     # the top key's distance is without its factor `1 - A`
@@ -270,62 +268,3 @@ def _attention_centres(queries: Queries, pairs: Pairs, *, count: int) -> Array:
     by_query = jnp.moveaxis(queries.vectors, 3, 0), queries.positions.T
     centres = jax.lax.map(of_queries, by_query, batch_size=min(at_once, num_queries))
     return jnp.moveaxis(centres, 0, 3)
-
-
-def _tile_size(queries: Queries, length: int) -> int:
-    """Keys of a tile: as many as the bound allows, in tiles of nearly the same size."""
-    batch, num_kv_heads, group, num_queries, dim = queries.vectors.shape
-    at_once = ELEMENTS_AT_ONCE // (batch * num_kv_heads * group * max(num_queries, dim))
-    count = -(-length // max(LEAST_TILE, at_once))
-    return -(-length // count)
-
-
-def fold_tiles(step: Callable, state: Any, queries: Queries, pairs: Pairs) -> Any:
-    """Takes a state through the tiles: `step(state, tile, is_new, start)`, `is_new` bool [n] marks each pair once."""
-    length = pairs.keys.shape[2]
-    size = _tile_size(queries, length)
-
-    def one_tile(state: Any, start: Array, is_new: Array) -> Any:
-        return step(state, take_pairs(pairs, start, size), is_new, start)
-
-    return fold_places(one_tile, state, length, size)
-
-
-def fold_places(step: Callable, state: Any, length: int, size: int) -> Any:
-    """Takes a state through places 0 to `length`, `size` at a time: `step(state, start, is_new)`.
-
-    The last ones begin early enough to be whole and repeat some places; `is_new` bool [n] marks each place once.
-    """
-
-    def some(state, first):
-        start = jnp.minimum(first, length - size)
-        return step(state, start, start + jnp.arange(size) >= first), None
-
-    if size == length:
-        return some(state, jnp.int32(0))[0]
-    return jax.lax.scan(some, state, jnp.arange(0, length, size))[0]
-
-
-def map_tiles(function: Callable[[Pairs, Array], Array], queries: Queries, pairs: Pairs) -> Array:
-    """`function(tile, start)` [..., n] of all tiles, put together along the last axis."""
-    length = pairs.keys.shape[2]
-    size = _tile_size(queries, length)
-    if size == length:
-        return function(pairs, jnp.int32(0))
-    shape = jax.eval_shape(function, jax.eval_shape(lambda: take_pairs(pairs, 0, size)), jnp.int32(0))
-
-    def one_tile(whole, first):
-        start = jnp.minimum(first, length - size)
-        part = function(take_pairs(pairs, start, size), start)
-        return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=-1), None
-
-    empty = jnp.zeros((*shape.shape[:-1], length), shape.dtype)
-    return jax.lax.scan(one_tile, empty, jnp.arange(0, length, size))[0]
-
-
-attention_centres = Dispatched(_attention_centres)
-averaged_attention_removal_error = Dispatched(_averaged_attention_removal_error)
-averaged_removal_error = Dispatched(_averaged_removal_error)
-column_row_norms = Dispatched(_column_row_norms)
-column_sums = Dispatched(_column_sums)
-removal_errors = Dispatched(_removal_errors)

@@ -1,0 +1,37 @@
+"""Scores of every device's own rows and heads by kernels for TPU, interpreted: `python scores_on_meshes.py` asserts."""
+
+import functools
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from restkv_jax.kernels import scores
+from restkv_jax.kernels.pairs import Pairs, Queries
+
+B, K, G, W, T, D = 2, 2, 2, 3, 140, 8
+AXES = "data", "model", "group"
+
+
+def draw(key, *shape):
+    return jax.random.normal(jax.random.key(key), shape)
+
+
+positions = jnp.arange(T) - jnp.array([[0], [17]])
+queries = Queries(draw(0, B, K, G, W, D), positions[:, -W:], 100)
+pairs = Pairs(draw(1, B, K, T, D), draw(2, B, K, T, D), jnp.maximum(positions, -1)[:, None])
+gram, weights = scores.output_gram(draw(3, K, G, D, 16)), draw(4, B, W) ** 2
+mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+
+kernel = functools.partial(scores.averaged_attention_removal_error.force("pallas_tpu"), interpret=True)
+arrays = queries, pairs, gram, weights
+alone = jax.jit(kernel)(*arrays)
+with jax.set_mesh(mesh):
+    divided = jax.jit(kernel)(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
+assert divided.sharding.spec == PartitionSpec(*AXES), divided.sharding
+np.testing.assert_allclose(divided, alone, rtol=1e-6)

@@ -1,0 +1,40 @@
+"""Kernels that score keys compile for every TPU, and read keys and values as often as they must."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make test-tpu"),
+]
+SCRIPT = pathlib.Path(__file__).with_name("score_programs.py")
+KEYS = VALUES = 8 * 131072 * 128 * 2
+WRITTEN = 8 * 4 * 131072 * 4
+"""Bytes of a layer's keys, of its values, and of scores of all query heads."""
+LEAST = {
+    "column_sums": 2 * KEYS,
+    "column_row_norms": 2 * KEYS + VALUES,
+    "averaged_attention_removal_error": 2 * KEYS + 2 * VALUES,
+    "averaged_removal_error": 2 * KEYS + 2 * VALUES,
+    "attention_centres": KEYS,  # times the blocks of queries, of which the program does not tell
+}
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_kernels_read_keys_and_values_twice_at_most(topology):
+    # without the flags of the other tests, by which compilers optimise nothing
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[2]), environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, str(SCRIPT), topology], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {one["name"]: one for one in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == LEAST.keys()
+    for name, one in found.items():
+        assert LEAST[name] <= one["read"] <= 1.1 * LEAST[name], name
+        assert one["written"] <= 2.5 * WRITTEN, name
