@@ -60,7 +60,7 @@ averaged_attention_removal_error = Dispatched(
 )
 averaged_removal_error = Dispatched(
     reference._averaged_removal_error,
-    pallas_tpu=Implementation(removals_by_query.averaged_removal_error, "tpu", columns.refusal),
+    pallas_tpu=Implementation(removals_by_query.averaged_removal_error, "tpu", removals_by_query.refusal),
 )
 column_row_norms = Dispatched(
     reference._column_row_norms, **_kernels(columns.column_row_norms, triton.column_row_norms)

@@ -1,7 +1,7 @@
 """Sums and norms of the columns of attention by Pallas kernels for TPU, in two passes over the keys."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from restkv_jax.kernels.scores.mosaic import (
     Ref,
     as_column,
     at_first_tile,
+    num_rows,
     over_tiles,
     places_of,
     rows_of,
@@ -29,12 +30,12 @@ from restkv_jax.kernels.softmax import HIDDEN, cap_logits
 
 DTYPES = jnp.float32, jnp.bfloat16
 
-ROW_LIMIT = 2048
-"""Queries of a KV head, those of all its query heads, whose logits for a tile the chip holds."""
+ROW_LIMIT = 1024
+"""Queries of a KV head, of all its query heads, whose logits for a tile the least chip holds, with 16 MiB."""
 
 DIM_LIMIT = 256
 
-GRAM_LIMIT = 2**20
+GRAM_LIMIT = 2**19
 """Elements of a KV head's Gram matrices that it holds."""
 
 PAIRS = Pairs._make(("b k n d", "b k n d", "b k n"))
@@ -84,8 +85,8 @@ def refusal(queries: Queries, pairs: Pairs, *_: Any, **options: Any) -> str | No
         return f"the head dimension {dim} is not a multiple of 8 up to {DIM_LIMIT}"
     if group * dim**2 > GRAM_LIMIT:
         return f"Gram matrices of {group} query heads of {dim} dimensions fill the chip's memory"
-    if group * width > ROW_LIMIT:
-        return f"{group} query heads times {width} queries are more than {ROW_LIMIT}"
+    if num_rows(queries) > ROW_LIMIT:
+        return f"{group} query heads of {width} queries are more than {ROW_LIMIT} in all"
     return None
 
 
@@ -163,10 +164,10 @@ def sums_of_heads(static: Static, x: Array) -> Array:
     return x.reshape(static.group, -1, static.tile).sum(1)
 
 
-def projected(static: Static, gram: Ref, transposed: Array, dtype: Any) -> list[Array]:
+def projected(static: Static, gram: Ref, transposed: Array, dtype: Any) -> Iterator[Array]:
     """In a kernel: each query head's Gram matrix times values float32 [D, n] that were of a dtype, float32 [D, n]."""
     parts = split(transposed.astype(dtype))
-    return [product([gram[0, head], gram[1, head]], parts) for head in range(static.group)]
+    return (product([gram[0, head], gram[1, head]], parts) for head in range(static.group))
 
 
 def _peaks_kernel(static: Static, *blocks: Ref) -> None:

@@ -19,6 +19,9 @@ ELEMENTS = 2**17
 MAX_TILE = 2048
 """Keys of a tile at most."""
 
+KEYS = 3
+"""The axis of a grid along which keys go."""
+
 UNSEEN = HIDDEN / 2
 """The peak of a query that sees nothing: a hidden logit is so far below it that its exponential is 0."""
 
@@ -46,6 +49,12 @@ def rows_of(queries: Queries) -> Rows:
     vectors = _fill(queries.vectors, axis=3)
     positions = jnp.broadcast_to(_fill(queries.positions, axis=1, value=-1)[:, None], (batch, group, vectors.shape[3]))
     return Rows(vectors.reshape(batch, num_kv_heads, -1, dim), positions.reshape(batch, -1, 1), group)
+
+
+def num_rows(queries: Queries) -> int:
+    """How many `Rows` they make."""
+    group, width = queries.vectors.shape[2:4]
+    return group * (width + -width % SUBLANES)
 
 
 def as_column(x: Array) -> Array:
@@ -123,10 +132,6 @@ def over_tiles(
     params, shapes = pltpu.CompilerParams(dimension_semantics=order), [x for _, x in outputs]
     call = pl.pallas_call(kernel, grid_spec=specs, out_shape=shapes, compiler_params=params, interpret=interpret)
     return call(jnp.asarray(scalar, jnp.int32).reshape(1), *(x for _, x in inputs))
-
-
-KEYS = 3
-"""The axis of a grid along which keys go."""
 
 
 def places_of(tile: int) -> Array:

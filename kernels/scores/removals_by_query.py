@@ -1,13 +1,14 @@
 """Removal errors of every window query by Pallas kernels for TPU, in two passes over keys and two over values."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.scores import columns
 from restkv_jax.kernels.scores.columns import (
     GRAM,
     Static,
@@ -25,6 +26,7 @@ from restkv_jax.kernels.scores.mosaic import (
     Ref,
     as_column,
     at_first_tile,
+    num_rows,
     part,
     places_of,
 )
@@ -34,6 +36,10 @@ from restkv_jax.kernels.softmax import HIDDEN
 
 TILE = 256
 """Keys whose values, and these projected, stay in registers while the queries pass by."""
+
+
+GROUP_LIMIT, ROW_LIMIT, ELEMENT_LIMIT = 16, 512, 2**15
+"""Query heads of a KV head, their queries, and the dimensions of these in all, that the least chip holds, of 16 MiB."""
 
 
 def averaged_removal_error(
@@ -56,6 +62,14 @@ def averaged_removal_error(
         )[0]
 
     return on_devices(alone, queries, pairs, ("k g d e", gram), per_query(weights, queries))
+
+
+def refusal(queries: Queries, pairs: Pairs, *arrays: Any, **options: Any) -> str | None:
+    """Why the kernels cannot take these arguments."""
+    rows, dim = num_rows(queries), queries.vectors.shape[-1]
+    if queries.vectors.shape[2] > GROUP_LIMIT or rows > ROW_LIMIT or rows * dim > ELEMENT_LIMIT:
+        return f"the outputs of {rows} queries of {dim} dimensions fill the chip's memory"
+    return columns.refusal(queries, pairs, *arrays, **options)
 
 
 class Outputs(NamedTuple):
