@@ -115,11 +115,12 @@ def counted(use: Use, topology: Topology) -> Iterator[dict[str, Any]]:
         for name, function in implementations(use, "tpu"):
             compiled: Any = jax.jit(function).lower(*shapes).compile()
             found = count(compiled.as_text())
+            moved = None if found.unknown_loops else found.read + found.written  # loops that turn as often as data say
             yield dict(
                 kernel=use.purpose,
                 implementation=name,
-                bytes=found.read + found.written,
-                of_least=(found.read + found.written) / use.least_bytes(),
+                bytes=moved,
+                of_least=None if moved is None else moved / use.least_bytes(),
                 temporaries=compiled.memory_analysis().temp_size_in_bytes,
             )
 

@@ -41,7 +41,7 @@ class Use(NamedTuple):
 
     def shapes(self) -> tuple[Any, ...]:
         """Those of the arrays."""
-        return jax.eval_shape(self.make, jax.random.key(0))
+        return jax.eval_shape(lambda: self.make(jax.random.key(0)))
 
     def least_bytes(self) -> float:
         """Bytes that it has to move: its arrays, keys and values as often as it has to read them, and its result."""
