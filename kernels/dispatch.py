@@ -1,4 +1,4 @@
-"""Picks an implementation by the platform a program is lowered for, or by its name."""
+"""Picks an implementation by the platform that a program is made for, or by its name."""
 
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
@@ -28,7 +28,7 @@ class Implementation(NamedTuple):
 class Dispatched(Generic[P, R]):
     """A kernel: a reference in plain JAX, which defines the result, and implementations that must agree with it.
 
-    Called, it lowers to the implementation of the platform that takes the arguments, else to the reference.
+    Called, it lowers to the implementation of `target_platform` that takes the arguments, else to the reference.
     """
 
     def __init__(self, reference: Callable[P, R], **implementations: Implementation):
@@ -45,14 +45,13 @@ class Dispatched(Generic[P, R]):
         def bound(function: Callable) -> Callable:
             return lambda *xs: function(*xs, **options)
 
-        choices = {
-            i.platform: bound(i.function)
-            for i in self.implementations.values()
-            if i.trusted and i.refusal(*arrays, **options) is None
-        }
-        if not choices:
-            return self.reference(*arrays, **options)
-        return jax.lax.platform_dependent(*arrays, default=bound(self.reference), **choices)
+        # Others are not even traced. On a host of this platform a program may still be lowered for its CPU.
+        platform = target_platform()
+        for one in self.implementations.values():
+            if one.platform == platform and one.trusted and one.refusal(*arrays, **options) is None:
+                choice = {platform: bound(one.function)}
+                return jax.lax.platform_dependent(*arrays, default=bound(self.reference), **choice)
+        return self.reference(*arrays, **options)
 
     def force(self, name: str) -> Callable[..., R]:
         """One implementation and no other: for tests and benchmarks.
@@ -106,7 +105,10 @@ class Dispatched(Generic[P, R]):
 
 
 def target_platform() -> str:
-    """The platform that programs are made for, as `jax.lax.platform_dependent` names it: that of the context's mesh."""
+    """The platform that programs are made for, as `jax.lax.platform_dependent` names it.
+
+    That of the mesh of the context (`jax.set_mesh`), else the one that JAX computes on by default.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     backend = jax.default_backend() if device is None else device.platform
     return "cuda" if backend == "gpu" else backend

@@ -193,6 +193,7 @@ def memory(results: pathlib.Path, slots: int = 16384, topology: str = "v5e:2x2")
     found, decoder = Results(results), rk.build_model(HALF_OF_8B)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     place = jax.sharding.SingleDeviceSharding(devices[0])
+    one_device = rk.make_mesh(1, 1, devices[:1])
 
     def laid(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
@@ -206,7 +207,8 @@ def memory(results: pathlib.Path, slots: int = 16384, topology: str = "v5e:2x2")
 
         cache = laid(jax.eval_shape(read, params, prompt))
         step = jax.jit(functools.partial(rk.decode_step, decoder), donate_argnums=2)
-        compiled = step.lower(params, token, cache).compile()
+        with jax.set_mesh(one_device):  # says for which platform
+            compiled = step.lower(params, token, cache).compile()
         analysis: Any = compiled.memory_analysis()
         layer = 2 * decoder.config.num_key_value_heads * decoder.config.head_dim * slots * 2
         found.add(

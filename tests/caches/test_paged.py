@@ -90,7 +90,12 @@ def test_implementations_are_forced_by_name_and_refused_by_reason():
             attend_pages.force(name)(*ragged_pool(0, dim=128, page_size=16), is_windowed=True)
 
 
-def test_gpu_program_holds_the_kernel_where_it_fits():
+TARGET = "restkv_jax.kernels.dispatch.target_platform"
+
+
+def test_gpu_program_holds_the_kernel_where_it_fits(monkeypatch):
+    monkeypatch.setattr(TARGET, lambda: "cuda")
+
     def program(**kwargs):
         arrays = ragged_pool(0, group=4, dim=64, page_size=16, window=30)
         f = jax.jit(functools.partial(attend_pages, **kwargs))
@@ -118,12 +123,14 @@ def test_whole_generation_compiles_for_a_tpu_with_the_kernel_in_it():
         (params, jax.ShapeDtypeStruct((2, 1024), jnp.int32)),
     )
     generate = jax.jit(lambda params, tokens: rk.generate(model, params, tokens, policy=rk.laprox(128)).tokens)
-    compiled = generate.lower(params, tokens).compile()
+    with jax.set_mesh(rk.make_mesh(1, 1, topology.devices[:1])):
+        compiled = generate.lower(params, tokens).compile()
     assert "tpu_custom_call" in compiled.as_text()
 
 
 @pytest.mark.parametrize(("dim", "is_windowed", "fits"), [(128, False, True), (8, False, False), (128, True, False)])
-def test_tpu_program_holds_the_kernel_only_where_it_fits(dim, is_windowed, fits):
+def test_tpu_program_holds_the_kernel_only_where_it_fits(dim, is_windowed, fits, monkeypatch):
+    monkeypatch.setattr(TARGET, lambda: "tpu")
     arrays = ragged_pool(1, dim=dim, page_size=16)
     program = jax.jit(functools.partial(attend_pages, is_windowed=is_windowed)).trace(*arrays)
     assert ("tpu_custom_call" in program.lower(lowering_platforms=("tpu",)).as_text()) == fits

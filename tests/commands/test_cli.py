@@ -165,7 +165,7 @@ def generate(*args):
 
 
 BAD = {
-    "no command": ([], "no command given; known: generate, read, ask, chat, methods"),
+    "no command": ([], "no command given; known: generate, read, ask, chat, devices, methods"),
     "unknown command": (["generat"], "command 'generat' is unknown"),
     "unknown method": (generate("--method", "restvk"), "method='restvk' is unknown; did you mean restkv?"),
     "no method": (generate("--method"), "method='' is unknown"),

@@ -33,6 +33,15 @@ def test_the_platforms_implementation_is_taken_where_it_fits():
     np.testing.assert_array_equal(scaled(jnp.ones((1, 2)), factor=3), [[3, 3]])
 
 
+def test_others_are_not_traced(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("restkv_jax.kernels.dispatch.target_platform", lambda: "tpu")
+        made = jax.jit(lambda x: scaled(x, factor=3)).trace(jnp.ones(2))
+        assert "e+02" in made.lower(lowering_platforms=("tpu",)).as_text()  # marked
+        assert "e+02" not in made.lower(lowering_platforms=("cpu",)).as_text()  # the reference, on the host
+    assert "platform_index" not in str(jax.make_jaxpr(lambda x: scaled(x, factor=3))(jnp.ones((1, 2))))
+
+
 def test_forced_by_name():
     assert scaled.names == ("reference", "marked", "other") and scaled.__doc__ == "The reference."
     np.testing.assert_array_equal(scaled.force("reference")(jnp.ones(2), factor=3), [3, 3])

@@ -144,7 +144,8 @@ def test_a_range_in_one_integer(data, length):
 
 
 @pytest.mark.parametrize("case", FAST)
-def test_a_gpu_program_holds_the_kernel(case):
+def test_a_gpu_program_holds_the_kernel(case, monkeypatch):
+    monkeypatch.setattr("restkv_jax.kernels.dispatch.target_platform", lambda: "cuda")
     options, spans = CASES[case]
     program = jax.jit(functools.partial(read_parts, spans=spans)).trace(*arrays(**options, spans=spans))
     assert "attend_ranges" in program.lower(lowering_platforms=("cuda",)).as_text()

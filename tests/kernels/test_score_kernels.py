@@ -58,7 +58,11 @@ def both(name, *arrays, implementation="pallas_tpu", **options):
     return np.asarray(found), np.asarray(reference)
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = "one beyond a tile, bfloat16", "tiles, rows padded"
+"""The others too take a second or two, but they are many."""
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=[] if x in FAST else pytest.mark.slow) for x in CASES])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_agree_with_their_references(name, case, monkeypatch):
     shape, options = CASES[case]
@@ -75,7 +79,7 @@ def test_kernels_agree_with_their_references(name, case, monkeypatch):
 GPU = [name for name in KERNELS if "pallas_triton" in getattr(scores, name).names]
 
 
-@pytest.mark.parametrize("case", ["one beyond a tile, bfloat16", "tiles, rows padded"])
+@pytest.mark.parametrize("case", [FAST[0], pytest.param(FAST[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", GPU)
 def test_kernels_for_gpu_agree_with_their_references(name, case):
     shape, options = CASES[case]
@@ -85,7 +89,8 @@ def test_kernels_for_gpu_agree_with_their_references(name, case):
 
 
 @pytest.mark.parametrize("name", GPU)
-def test_kernels_lower_for_cuda(name):
+def test_kernels_lower_for_cuda(name, monkeypatch):
+    monkeypatch.setattr("restkv_jax.kernels.dispatch.target_platform", lambda: "cuda")
     arrays = jax.eval_shape(lambda: KERNELS[name](*arguments((1, 2, 4, 32, 1000, 128), dtype=jnp.bfloat16)))
     traced = jax.jit(getattr(scores, name).implementations["pallas_triton"].function).trace(*arrays)
     assert "__gpu$xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -139,6 +144,7 @@ def test_a_product_keeps_17_bits_of_float32_and_all_of_bfloat16():
     assert len(split(rough)) == 1 and (np.abs(product(split(rough), split(rough), (0, 0)) - exact) < 1e-6 * size).all()
 
 
+@pytest.mark.slow
 def test_every_device_of_a_mesh_scores_its_own():
     script = pathlib.Path(__file__).with_name("scores_on_meshes.py")
     environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
