@@ -8,7 +8,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
-from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor, proximal, take_columns, take_pairs, visible
+from restkv_jax.kernels.pairs import (
+    PAIR_AXES,
+    Pairs,
+    Queries,
+    largest_divisor,
+    lengthen,
+    proximal,
+    query_axes,
+    take_columns,
+    take_pairs,
+    visible,
+)
 from restkv_jax.kernels.partition import by_device
 from restkv_jax.kernels.ranges import Span
 from restkv_jax.kernels.softmax import Softmax, cap_gradient, empty_softmax, join, logits_of, read_keys, wide_einsum
@@ -21,9 +32,6 @@ from restkv_jax.kernels.triton import refusal as triton_refusal
 BLOCK = 512
 """Queries, and keys, whose probabilities exist at one time."""
 
-PAIRS = Pairs._make(("b k n d", "b k n d", "b k n"))
-"""The axes of pairs."""
-
 
 class How(NamedTuple):
     """Static options of attention: the span of each set of pairs, and the implementation if one is forced."""
@@ -32,6 +40,7 @@ class How(NamedTuple):
     implementation: str | None = None
 
     def of(self, kernel: Dispatched) -> Any:
+        """The kernel, or its implementation that is forced."""
         return kernel if self.implementation is None else kernel.force(self.implementation)
 
 
@@ -44,8 +53,8 @@ def attend(queries: Queries, pairs: Pairs, *, implementation: str | None = None)
     normaliser per query, and recomputes a block's probabilities from them (FlashAttention, arXiv 2205.14135).
 
     Args:
-      queries: of any places.
-      pairs: for several queries in the order of their positions, empty places first.
+      queries: [B, K, G, T, D].
+      pairs: [B, K, N, D]; for several queries in the order of positions, empty places at the ends.
       implementation: forces one by name, of `read_parts`; by the platform if None.
 
     Returns:
@@ -91,7 +100,7 @@ def _joint(how: How, queries: Queries, parts: tuple[Pairs, ...]) -> Array:
         context: Any = _context(how, padded, parts)
         return context
     # every device asks its own rows alone whether a block is seen
-    axes = padded.replace(vectors="b k g q d", positions="b q", sliding_window=""), (PAIRS,) * len(parts)
+    axes = query_axes(padded), (PAIR_AXES,) * len(parts)
     context = by_device(functools.partial(_context, how), (padded, parts), axes, "b k g q d")
     return context[:, :, :, :length]
 
@@ -270,11 +279,7 @@ def _block_size(length: int) -> int:
 def _pad_to_blocks(x: Array, axis: int, empty: int = 0) -> Array:
     """Lengthens an axis that only small blocks would divide."""
     length = x.shape[axis]
-    if _block_size(length) >= min(length, BLOCK // 4):
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -length % BLOCK)
-    return jnp.pad(x, widths, constant_values=empty)
+    return x if _block_size(length) >= min(length, BLOCK // 4) else lengthen(x, axis, BLOCK, empty)
 
 
 def _add(start: Array, whole: Array, part: Array) -> Array:

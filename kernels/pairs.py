@@ -39,6 +39,15 @@ class Pairs(NamedTuple):
     positions: Array
 
 
+PAIR_AXES = Pairs._make(("b k n d", "b k n d", "b k n"))
+"""The axes of pairs, as `partition.by_device` takes them."""
+
+
+def query_axes(queries: Queries) -> Queries:
+    """The axes of queries, likewise."""
+    return queries.replace(vectors="b k g q d", positions="b q", sliding_window="")
+
+
 def visible(queries: Queries, positions: Array) -> Array:
     """Which keys each query sees: a key at `p` is seen from `q` if `0 <= p <= q < p + sliding_window`.
 
@@ -68,6 +77,16 @@ def proximal(queries: Queries, positions: Array, sink: Array | int, recent: Arra
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`."""
     return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
+
+
+def lengthen(x: Array, axis: int, multiple: int, empty: int = 0) -> Array:
+    """Fills an axis up to a multiple of some number, at its end."""
+    missing = -x.shape[axis] % multiple
+    if missing == 0:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = 0, missing
+    return jnp.pad(x, widths, constant_values=empty)
 
 
 def take_columns(x: Array, start: Array | int, size: int, axis: int) -> Array:

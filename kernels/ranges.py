@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.kernels.pairs import Pairs, Queries
-from restkv_jax.kernels.softmax import HIDDEN
+from restkv_jax.kernels.softmax import Softmax, join
 
 
 class Span(NamedTuple):
@@ -90,7 +90,7 @@ def widest(span: Span | None, queries: Queries) -> int | None:
 
 
 def over_ranges(
-    read: Callable[[Ranges, Queries, Pairs], tuple[Array, Array]],
+    read: Callable[[Ranges, Queries, Pairs], Softmax],
     queries: Queries,
     parts: tuple[Pairs, ...],
     spans: tuple[Span | None, ...],
@@ -98,22 +98,19 @@ def over_ranges(
     """One softmax over sets of pairs, of which a kernel reads a range of places at a time.
 
     Args:
-      read: gives the context [B, K, G, T, D] and the logarithm of the sum of all exponentials, float32 [B, K, G, T];
-        zeros and `HIDDEN` where a range is empty.
+      read: gives the softmax of a range.
       queries: [B, K, G, T, D].
       parts: the sets.
       spans: which part of the past each stands for.
 
     Returns:
-      the same over all, the context in the dtype of the queries; the logarithm `-HIDDEN` where a query sees nothing.
+      the context [B, K, G, T, D] in the dtype of the queries, and the logarithm of the sum of all exponentials, float32
+      [B, K, G, T], `-HIDDEN` where a query sees nothing.
     """
     found = [
         read(ranges, queries, pairs)
         for span, pairs in zip(spans, parts, strict=True)
         for ranges in ranges_of(span, queries, pairs.positions)
     ]
-    contexts, normalisers = zip(*found, strict=True)
-    whole = jax.nn.logsumexp(jnp.stack(normalisers), axis=0)
-    shares = (jnp.exp(x - whole)[..., None] for x in normalisers)
-    context = sum((share * x for share, x in zip(shares, contexts, strict=True)), start=jnp.zeros((), jnp.float32))
-    return context.astype(queries.vectors.dtype), jnp.where(whole > HIDDEN, whole, -HIDDEN)
+    whole = functools.reduce(join, found)
+    return whole.context().astype(queries.vectors.dtype), whole.normaliser()

@@ -41,6 +41,16 @@ def empty_softmax(vectors: Array) -> Softmax:
     return Softmax(peak, jnp.zeros_like(peak), jnp.zeros(vectors.shape, jnp.float32))
 
 
+def normalised(normaliser: Array, context: Array) -> Softmax:
+    """What was read by a kernel that returns the attention output and the logarithm of the sum of all exponentials.
+
+    Args:
+      normaliser: float32 [..., T], `HIDDEN` where nothing was seen.
+      context: [..., T, D], zeros there.
+    """
+    return Softmax(normaliser, (normaliser > HIDDEN).astype(jnp.float32), context.astype(jnp.float32))
+
+
 def logits_of(queries: Queries, keys: Array) -> Array:
     """Logits of queries [..., G, T, D] and keys [..., N, D], capped as the queries say: float32 [..., G, T, N]."""
     products = wide_einsum("...gtd,...nd->...gtn", queries.vectors, keys)

@@ -16,9 +16,9 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor
+from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor, lengthen
 from restkv_jax.kernels.ranges import Ranges, Span, over_ranges, ranges_of, widest
-from restkv_jax.kernels.softmax import HIDDEN
+from restkv_jax.kernels.softmax import HIDDEN, Softmax, normalised
 
 LANES = 128
 BLOCK = 8 * LANES
@@ -117,8 +117,8 @@ def read_parts(
     return over_ranges(functools.partial(_read, interpret=interpret), queries, parts, spans)
 
 
-def _read(ranges: Ranges, queries: Queries, pairs: Pairs, interpret: bool) -> tuple[Array, Array]:
-    """The context of one range of places and its normaliser, zeros and `HIDDEN` where it is empty."""
+def _read(ranges: Ranges, queries: Queries, pairs: Pairs, interpret: bool) -> Softmax:
+    """The softmax of one range of places."""
 
     def of_row(row: Row) -> tuple[Array, Array]:
         context, (normaliser,) = splash._splash_attention_forward(
@@ -129,8 +129,8 @@ def _read(ranges: Ranges, queries: Queries, pairs: Pairs, interpret: bool) -> tu
         return context, normaliser
 
     context, normaliser = (_of_queries(x, queries) for x in _each(of_row, _rows(ranges, queries, pairs)))
-    sees = ranges.see()[:, :, None]
-    return jnp.where(sees[..., None], context, 0), jnp.where(sees, normaliser, HIDDEN)
+    sees = jnp.broadcast_to(ranges.see()[:, :, None], normaliser.shape)
+    return normalised(jnp.where(sees, normaliser, HIDDEN), jnp.where(sees[..., None], context, 0))
 
 
 def part_gradients(
@@ -196,18 +196,18 @@ def _rows(ranges: Ranges, queries: Queries, pairs: Pairs, **of_result: Array) ->
     heads = ranges.first.shape[1]
 
     def of_queries(x: Array) -> Array:
-        return _in_lanes(einops.rearrange(x, "b (p k) g t ... -> (b p) (k g) t ...", p=heads), 2)
+        return lengthen(einops.rearrange(x, "b (p k) g t ... -> (b p) (k g) t ...", p=heads), 2, LANES)
 
     def of_keys(x: Array) -> Array:
-        return _in_lanes(einops.rearrange(x, "b (p k) n d -> (b p) k n d", p=heads), 2)
+        return lengthen(einops.rearrange(x, "b (p k) n d -> (b p) k n d", p=heads), 2, LANES)
 
     vectors, keys = of_queries(queries.vectors), of_keys(pairs.keys)
-    code = Code.of(keys.shape[2]).write(ranges)
+    code = einops.rearrange(Code.of(keys.shape[2]).write(ranges), "b p t -> (b p) t")
     return Row(
         queries=vectors,
         keys=keys,
         values=of_keys(pairs.values),
-        code=_in_lanes(einops.rearrange(code, "b p t -> (b p) t"), 1, jnp.iinfo(jnp.int32).min),  # ends at place 0
+        code=lengthen(code, 1, LANES, jnp.iinfo(jnp.int32).min),  # ends at place 0
         runs=_runs(ranges, vectors.shape[2], keys.shape[2]),
         floor=ranges.floor.reshape(-1),
         **{name: of_queries(x) for name, x in of_result.items()},
@@ -220,7 +220,7 @@ def _runs(ranges: Ranges, num_queries: int, num_keys: int) -> Array:
 
     def by_block(x: Array, empty: int) -> Array:
         x = einops.rearrange(jnp.where(ranges.see(), x, empty), "b p t -> (b p) t")
-        return einops.rearrange(_in_lanes(x, 1, empty), "r (i q) -> r i q", q=block_q)
+        return einops.rearrange(lengthen(x, 1, LANES, empty), "r (i q) -> r i q", q=block_q)
 
     start = jnp.arange(0, num_keys, block_kv)
     first, end = by_block(ranges.first, num_keys).min(-1), by_block(ranges.end, 0).max(-1)
@@ -238,13 +238,6 @@ def _next(runs: Array, axis: int) -> Array:
 def block_size(length: int, most: int) -> int:
     """The largest block of at most `most` that divides a multiple of the lanes."""
     return LANES * largest_divisor(length // LANES, most // LANES)
-
-
-def _in_lanes(x: Array, axis: int, empty: int = 0) -> Array:
-    """Lengthens an axis to a multiple of the lanes."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = 0, -x.shape[axis] % LANES
-    return x if widths[axis][1] == 0 else jnp.pad(x, widths, constant_values=empty)
 
 
 def _each(function: Callable[[Row], Any], rows: Row) -> Any:

@@ -15,9 +15,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.pairs import Pairs, Queries, lengthen
 from restkv_jax.kernels.ranges import Ranges, Span, over_ranges
-from restkv_jax.kernels.softmax import HIDDEN, cap_logits
+from restkv_jax.kernels.softmax import HIDDEN, Softmax, cap_logits, normalised
 
 LEAST = 16
 """The smallest block that the matrix units of a GPU take."""
@@ -38,13 +38,13 @@ def read_parts(
     return over_ranges(functools.partial(_read, interpret=interpret), queries, parts, spans)
 
 
-def _read(ranges: Ranges, queries: Queries, pairs: Pairs, interpret: bool) -> tuple[Array, Array]:
-    """The context of one range of places and its normaliser, zeros and `HIDDEN` where it is empty."""
+def _read(ranges: Ranges, queries: Queries, pairs: Pairs, interpret: bool) -> Softmax:
+    """The softmax of one range of places."""
     batch, kv_heads, group, length, dim = queries.vectors.shape
     block_q, block_kv = _blocks(queries.vectors)
-    vectors = _in_blocks(einops.rearrange(queries.vectors, "b k g t d -> b (k g) t d"), 2, block_q)
-    keys, values = (_in_blocks(x, 2, block_kv) for x in (pairs.keys, pairs.values))
-    first, end = (_in_blocks(x, 2, block_q) for x in (ranges.first, ranges.end))
+    vectors = lengthen(einops.rearrange(queries.vectors, "b k g t d -> b (k g) t d"), 2, block_q)
+    keys, values = (lengthen(x, 2, block_kv) for x in (pairs.keys, pairs.values))
+    first, end = (lengthen(x, 2, block_q) for x in (ranges.first, ranges.end))
     places, padded = ranges.first.shape[1], pl.next_power_of_2(dim)
     of_queries = pl.BlockSpec((None, None, block_q, padded), lambda i, b, h: (b, h, i, 0))
     of_keys = pl.BlockSpec((None, None, keys.shape[2], padded), lambda i, b, h: (b, h // group, 0, 0))
@@ -64,7 +64,7 @@ def _read(ranges: Ranges, queries: Queries, pairs: Pairs, interpret: bool) -> tu
         name="attend_ranges",
     )(vectors, keys, values, first, end)
     shape = batch, kv_heads, group, -1
-    return context.reshape(*shape, dim)[:, :, :, :length], normaliser.reshape(shape)[..., :length]
+    return normalised(normaliser.reshape(shape)[..., :length], context.reshape(*shape, dim)[:, :, :, :length])
 
 
 def _kernel(
@@ -107,10 +107,3 @@ def _blocks(vectors: Array) -> tuple[int, int]:
     """Queries and keys of a block: what fits the registers and the shared memory of one multiprocessor."""
     is_wide = vectors.shape[-1] * vectors.dtype.itemsize > 256
     return (64, 32) if is_wide else (128, 64)
-
-
-def _in_blocks(x: Array, axis: int, block: int) -> Array:
-    """Lengthens an axis to a multiple of a block, with zeros: an empty range, keys that none sees."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = 0, -x.shape[axis] % block
-    return x if widths[axis][1] == 0 else jnp.pad(x, widths)

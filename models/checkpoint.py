@@ -42,6 +42,9 @@ from restkv_jax.models.tensors import (
 )
 from restkv_jax.models.tokenizer import tokenizer_beside
 
+EMBEDDED = pathlib.Path(str(importlib.resources.files("restkv_jax") / "embedded"))
+"""The directory of the model that comes with the package."""
+
 SHARD = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}(/[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}){0,3}")
 """A file below the directory: no part of its name begins with a dot."""
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
@@ -110,7 +113,7 @@ def load_model(
 
 def _find_checkpoint(path_or_id: str | os.PathLike | None) -> pathlib.Path:
     if path_or_id is None:
-        return pathlib.Path(str(importlib.resources.files("restkv_jax") / "embedded"))
+        return EMBEDDED
     path = pathlib.Path(path_or_id)
     if path.is_dir():
         return gguf_within(path) or path

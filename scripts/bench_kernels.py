@@ -23,21 +23,16 @@ from rich.progress import track
 from rich.table import Table
 
 from restkv_jax.commands.options import UsageError, as_usage_error, parse, print_notice
-from restkv_jax.commands.plan import EMBEDDED
+from restkv_jax.evaluate.report.units import BYTES, SECONDS, text_of
 from restkv_jax.kernels.dispatch import REFERENCE, target_platform
 from restkv_jax.models.build import build_model
+from restkv_jax.models.checkpoint import EMBEDDED
 from restkv_jax.models.mesh import make_mesh
-from restkv_jax.planning.chips import CHIPS, Chip, Topology, find_topology
+from restkv_jax.planning.chips import Chip, Topology, chip_of, find_topology
 from restkv_jax.planning.counting import count
 from restkv_jax.planning.uses import Use, kernel_uses
 
-KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
-GPUS = {
-    "NVIDIA H100": Chip(bandwidth=3350e9, operations=989e12),
-    "NVIDIA H200": Chip(bandwidth=4800e9, operations=989e12),
-    "NVIDIA A100": Chip(bandwidth=2039e9, operations=312e12),
-}
-"""What NVIDIA's data sheets say of the cards whose names begin so, in bfloat16 without sparsity."""
+UNITS = {"seconds": SECONDS, "bytes": BYTES, "temporaries": BYTES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,12 +127,6 @@ def implementations(use: Use, platform: str) -> Iterator[tuple[str, Callable]]:
             yield name, functools.partial(use.kernel.force(name), **use.options)
 
 
-def chip_of(kind: str) -> Chip:
-    """What a device of a kind can do, as its maker says."""
-    gpu = next((chip for name, chip in GPUS.items() if kind.startswith(name)), Chip())
-    return CHIPS[KINDS[kind]] if kind in KINDS else gpu
-
-
 def roofline(use: Use, chip: Chip) -> float | None:
     """Seconds that a device needs at least; None where its peaks are not known."""
     if chip.bandwidth is None or chip.operations is None:
@@ -160,9 +149,9 @@ def text(name: str, value: float | None) -> str:
     """A value in its unit."""
     if value is None:
         return "unknown"
-    if name == "seconds":
-        return f"{1e3 * value:.3g} ms"
-    return f"{value / 2**20:,.4g} MiB" if name in ("bytes", "temporaries") else f"{value:.3g}"
+    if name in UNITS:
+        return text_of(value, UNITS[name])
+    return f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.pairs import PAIR_AXES, Pairs, Queries, query_axes
 from restkv_jax.kernels.partition import by_device
 from restkv_jax.kernels.scores.mosaic import (
     LANES,
@@ -37,9 +37,6 @@ DIM_LIMIT = 256
 
 GRAM_LIMIT = 2**19
 """Elements of a KV head's Gram matrices that it holds."""
-
-PAIRS = Pairs._make(("b k n d", "b k n d", "b k n"))
-"""The axes of pairs."""
 
 GRAM = "k p g d e"
 """The axes of Gram matrices that are split in two parts."""
@@ -93,7 +90,7 @@ def refusal(queries: Queries, pairs: Pairs, *_: Any, **options: Any) -> str | No
 def on_devices(function: Callable[..., Array], queries: Queries, pairs: Pairs, *others: Described) -> Array:
     """Calls a function of queries, pairs and other arrays for what each device has of them: [B, K, G, ...]."""
     queries = queries.replace(sliding_window=jnp.asarray(queries.sliding_window, jnp.int32))
-    axes = queries.replace(vectors="b k g q d", positions="b q", sliding_window=""), PAIRS, *(a for a, _ in others)
+    axes = query_axes(queries), PAIR_AXES, *(a for a, _ in others)
     return by_device(function, (queries, pairs, *(x for _, x in others)), axes, "b k g n")
 
 

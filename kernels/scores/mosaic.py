@@ -1,5 +1,6 @@
 """Pallas kernels for TPU that go through a KV head's keys and values in tiles."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.pairs import Queries
+from restkv_jax.kernels.pairs import Queries, lengthen
 from restkv_jax.kernels.softmax import HIDDEN
 
 SUBLANES, LANES = 8, 128
@@ -18,6 +19,7 @@ ELEMENTS = 2**17
 
 MAX_TILE = 2048
 """Keys of a tile at most."""
+
 
 KEYS = 3
 """The axis of a grid along which keys go."""
@@ -46,8 +48,10 @@ class Rows(NamedTuple):
 def rows_of(queries: Queries) -> Rows:
     """The queries of all heads of a KV head, one head after the other."""
     batch, num_kv_heads, group, _, dim = queries.vectors.shape
-    vectors = _fill(queries.vectors, axis=3)
-    positions = jnp.broadcast_to(_fill(queries.positions, axis=1, value=-1)[:, None], (batch, group, vectors.shape[3]))
+    vectors = lengthen(queries.vectors, 3, SUBLANES)
+    positions = jnp.broadcast_to(
+        lengthen(queries.positions, 1, SUBLANES, -1)[:, None], (batch, group, vectors.shape[3])
+    )
     return Rows(vectors.reshape(batch, num_kv_heads, -1, dim), positions.reshape(batch, -1, 1), group)
 
 
@@ -59,13 +63,7 @@ def num_rows(queries: Queries) -> int:
 
 def as_column(x: Array) -> Array:
     """Numbers of queries, float32 [B, K, G, w], as a column beside their `Rows`: [B, K, R, 1], 0 in what fills up."""
-    return _fill(x, axis=3).reshape(*x.shape[:2], -1, 1)
-
-
-def _fill(x: Array, axis: int, value: int = 0) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = 0, -x.shape[axis] % SUBLANES
-    return jnp.pad(x, widths, constant_values=value)
+    return lengthen(x, 3, SUBLANES).reshape(*x.shape[:2], -1, 1)
 
 
 def tile_of(rows: int, length: int, limit: int = MAX_TILE) -> int:
@@ -130,8 +128,27 @@ def over_tiles(
     independent = all("n" in axes.split() for axes, _ in outputs)
     order = "parallel", "parallel", "parallel", "parallel" if independent else "arbitrary"
     params, shapes = pltpu.CompilerParams(dimension_semantics=order), [x for _, x in outputs]
-    call = pl.pallas_call(kernel, grid_spec=specs, out_shape=shapes, compiler_params=params, interpret=interpret)
+    blocks = *zip(inputs, specs.in_specs, strict=True), *zip(outputs, specs.out_specs, strict=True)
+    cost = _cost(grid, steps, blocks)
+    call = pl.pallas_call(
+        kernel, grid_spec=specs, out_shape=shapes, compiler_params=params, interpret=interpret, cost_estimate=cost
+    )
     return call(jnp.asarray(scalar, jnp.int32).reshape(1), *(x for _, x in inputs))
+
+
+def _cost(grid: Grid, steps: tuple[int, ...], blocks: Sequence[tuple[Described, Any]]) -> Any:
+    """For compilers and `restkv plan`: a block is moved when the next step asks for another; products are of logits."""
+    from jax.experimental import pallas as pl
+
+    moved = 0
+    for (axes, x), spec in blocks:
+        letters = axes.split()
+        differs = [a in letters and x.shape[letters.index(a)] > 1 for a in "bkrn"]
+        innermost = max((i for i, d in enumerate(differs, 1) if d), default=0)
+        moved += math.prod(steps[:innermost]) * math.prod(n for n in spec.block_shape if n) * x.dtype.itemsize
+    logits = grid.batch * grid.num_kv_heads * grid.queries * grid.keys
+    dim = next(x.shape[-1] for (axes, x), _ in blocks if axes == "b k n d")
+    return pl.CostEstimate(flops=2 * logits * dim, transcendentals=logits, bytes_accessed=moved)
 
 
 def places_of(tile: int) -> Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.pairs import Pairs, Queries, lengthen
 from restkv_jax.kernels.scores import columns
 from restkv_jax.kernels.scores.columns import on_devices, per_query
 from restkv_jax.kernels.scores.mosaic import UNSEEN, Described, Ref
@@ -105,9 +105,7 @@ def refusal(queries: Queries, pairs: Pairs, *arrays: Any, **options: Any) -> str
 
 def _fill(x: Array, axis: int, value: int = 0) -> Array:
     """Extends an axis to a power of two, as all blocks are."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = 0, _filled(x.shape[axis]) - x.shape[axis]
-    return jnp.pad(x, widths, constant_values=value)
+    return lengthen(x, axis, _filled(x.shape[axis]), value)
 
 
 def _filled(size: int) -> int:

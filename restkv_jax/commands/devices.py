@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from restkv_jax.commands.options import UsageError, as_usage_error, parse
-from restkv_jax.commands.plan import EMBEDDED
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.kernels.dispatch import target_platform
 from restkv_jax.models.build import build_model
+from restkv_jax.models.checkpoint import EMBEDDED
 from restkv_jax.planning.uses import Use, kernel_uses
 
 

@@ -1,7 +1,6 @@
 """`restkv plan`: whether generation fits a slice of TPUs, and what it moves there, before anyone rents it."""
 
 import dataclasses
-import importlib.resources
 import json
 import math
 import pathlib
@@ -22,6 +21,7 @@ from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.models.build import build_model
+from restkv_jax.models.checkpoint import EMBEDDED
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import LayerGroups, Sharing
 from restkv_jax.models.mesh import divided_mesh, make_mesh
@@ -31,8 +31,6 @@ from restkv_jax.planning.estimates import PROGRAMS, estimate
 from restkv_jax.planning.figures import Figures, figures_of
 from restkv_jax.planning.largest import largest_rows
 from restkv_jax.planning.programs import OutOfMemory, Program, Work
-
-EMBEDDED = pathlib.Path(str(importlib.resources.files("restkv_jax") / "embedded"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

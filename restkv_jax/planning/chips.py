@@ -43,6 +43,17 @@ CHIPS = {
 }
 """By the name that a topology begins with; `cpu` are devices that JAX emulates."""
 
+KINDS = {
+    "TPU v4": CHIPS["v4"],
+    "TPU v5 lite": CHIPS["v5e"],
+    "TPU v5": CHIPS["v5p"],
+    "TPU v6 lite": CHIPS["v6e"],
+    "NVIDIA A100": Chip(bandwidth=2039e9, operations=312e12),
+    "NVIDIA H100": Chip(bandwidth=3350e9, operations=989e12),
+    "NVIDIA H200": Chip(bandwidth=4800e9, operations=989e12),
+}
+"""By what the kind of a device begins with; of GPUs without sparsity, as NVIDIA's data sheets say."""
+
 SHAPES = {
     **dict.fromkeys(("v5e", "v6e"), ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
     **dict.fromkeys(("v4", "v5p"), ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")),
@@ -65,6 +76,11 @@ class Topology(NamedTuple):
     name: str
     chip: Chip
     devices: Sequence[Any]
+
+
+def chip_of(kind: str) -> Chip:
+    """What a device of some kind (`jax.Device.device_kind`) can do; nothing is known of others than `KINDS`."""
+    return next((chip for name, chip in KINDS.items() if kind.startswith(name)), Chip())
 
 
 def known_topologies() -> str:

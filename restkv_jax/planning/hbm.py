@@ -39,7 +39,7 @@ def traffic(
       module: which has the computations that it calls.
       computation: which has its operands.
       instruction: of the computation.
-      kernel_reads: the part that a hand-written kernel reads of an operand; XLA does not know.
+      kernel_reads: the part that a hand-written kernel reads of an operand, where it does not say what it moves.
     """
     opcode = instruction.opcode.removesuffix("-start")
     called = module.computations.get(instruction.called("calls") or "")
@@ -50,7 +50,10 @@ def traffic(
     if opcode == "custom-call":
         if any(f'custom_call_target="{name}"' in instruction.attributes for name in MOVES_NOTHING):
             return Traffic()
-        return Traffic(sum(_moved(shape) * kernel_reads(shape) for shape in sources), _sum(results))
+        written = _sum(results)
+        if said := instruction.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"'):
+            return Traffic(max(0.0, int(said) - written), written)
+        return Traffic(sum(_moved(shape) * kernel_reads(shape) for shape in sources), written)
     if opcode in SLICES:
         return Traffic(sum(x.bytes for x in results) if sources and sources[0].in_hbm else 0.0, _sum(results))
     if opcode in UPDATES:

@@ -15,6 +15,8 @@ def operations(module: Module, computation: Computation, instruction: Instructio
         return _dot(computation, instruction)
     if instruction.opcode == "convolution":
         return _convolution(computation, instruction)
+    if instruction.opcode == "custom-call":
+        return float(instruction.search(r'"cost_estimate":\{[^}]*"flops":"(\d+)"') or 0)
     called = instruction.called("calls") if instruction.opcode in ("fusion", "async-start") else None
     inner = module.computations.get(called or "")
     return sum(operations(module, inner, i) for i in inner.instructions) if inner else 0.0

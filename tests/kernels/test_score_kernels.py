@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -167,3 +168,17 @@ def test_what_the_kernels_refuse(shape, dtype, reason):
     queries = Queries(np.zeros((batch, num_kv_heads, group, width, dim), dtype), np.zeros((batch, width), int), 8)
     with pytest.raises(ValueError, match=f"'pallas_tpu' of _column_sums cannot be used: {reason}"):
         scores.column_sums.force("pallas_tpu")(queries, Pairs(keys, keys, np.zeros((batch, 1, length), int)), 1.0)
+
+
+@pytest.mark.parametrize(("name", "passes"), [("column_sums", 2), ("column_row_norms", 3), ("attention_centres", 8)])
+def test_kernels_say_what_they_move(name, passes):
+    """Keys and values as often as they are read, but for queries, positions, Gram matrices and the scores."""
+    shape = 1, 2, 4, 32, 131072, 128
+    arrays = jax.eval_shape(lambda: arguments(shape, dtype=jnp.bfloat16))
+    chosen = KERNELS[name](*arrays) if name in KERNELS else arrays[:2]
+    options = {} if name in KERNELS else {"count": 90}
+    kernel = functools.partial(getattr(scores, name).implementations["pallas_tpu"].function, **options)
+    program = str(jax.make_jaxpr(kernel)(*chosen))
+    moved = sum(int(found) for found in re.findall(r"bytes_accessed=(\d+)", program))
+    keys, written = 2 * 2 * 131072 * 128, 4 * 2 * 4 * 131072
+    assert passes * keys <= moved <= 1.1 * (passes * keys + written)

@@ -287,3 +287,13 @@ def test_a_computation_of_another_core_ends_with_the_name_of_its_thread():
     )
     module = parse(entry("%a = f32[8]{0} parameter(0)", "ROOT %b = f32[8]{0} negate(%a)", others=other))
     assert list(module.computations) == ["gathered", "main"] and module.computations["main"].root.name == "b"
+
+
+def test_a_kernel_that_says_what_it_costs():
+    config = 'backend_config={"custom_call_config":{"cost_estimate":{"bytes_accessed":"9000","flops":"77"}}}'
+    lines = (
+        "%keys = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)",
+        f'ROOT %scores = f32[8,128]{{1,0:T(8,128)}} custom-call(%keys), custom_call_target="tpu_custom_call", {config}',
+    )
+    found = count(entry(*lines))
+    assert (found.read, found.written, found.operations) == (9000 - 4096, 4096, 77)

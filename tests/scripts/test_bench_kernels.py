@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import restkv_jax as rk
-from restkv_jax.commands.plan import EMBEDDED
+from restkv_jax.models.checkpoint import EMBEDDED
 from restkv_jax.planning.uses import kernel_uses
 
 ROOT = pathlib.Path(__file__).parents[2]

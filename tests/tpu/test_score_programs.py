@@ -22,7 +22,7 @@ LEAST = {
     "column_row_norms": 2 * KEYS + VALUES,
     "averaged_attention_removal_error": 2 * KEYS + 2 * VALUES,
     "averaged_removal_error": 2 * KEYS + 2 * VALUES,
-    "attention_centres": KEYS,  # times the blocks of queries, of which the program does not tell
+    "attention_centres": 8 * KEYS,  # once for as many queries as the chip holds the attention of
 }
 
 

@@ -1,6 +1,5 @@
 """Models with an evicted cache for lm-evaluation-harness: importing this file registers `restkv`."""
 
-import importlib.resources
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,12 +26,13 @@ from restkv_jax.generation.checks import check_sampling
 from restkv_jax.generation.encoding import pad_left
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.loading import Loaded, load_checkpoint
+from restkv_jax.models import checkpoint
 from restkv_jax.models.digest import checksum
 from restkv_jax.models.mesh import divisible, make_mesh
 from restkv_jax.models.tokenizer import load_tokenizer
 
-EMBEDDED = str(importlib.resources.files("restkv_jax") / "embedded")
-"""The directory of the model that comes with the package, for tasks that load a tokenizer by `pretrained`."""
+EMBEDDED = str(checkpoint.EMBEDDED)
+"""The model that comes with the package, as a string for tasks that load a tokenizer by `pretrained`."""
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 GEN_KWARGS = ("until", "max_gen_toks", "do_sample", *SAMPLING)
