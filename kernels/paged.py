@@ -11,7 +11,9 @@ from jax import Array
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
 from restkv_jax.kernels.pairs import Pairs, Queries, visible
 from restkv_jax.kernels.partition import Parts, divide, each_part, undivide
-from restkv_jax.kernels.quantised import QuantisedPairs, read_codes
+from restkv_jax.kernels.quantised import QuantisedPairs
+from restkv_jax.kernels.quantised_attention import read_codes
+from restkv_jax.kernels.quantised_mosaic import read_table, refusal
 from restkv_jax.kernels.softmax import Softmax, empty_softmax, join_by_owner, read_keys
 
 SLOTS_AT_ONCE = 1024
@@ -104,10 +106,10 @@ def _attend_pages(queries: Queries, pages: Pages, *, is_windowed: bool) -> Array
       [B, K, G, 1, D] in the dtype of the queries; zeros where a query sees nothing. Softmax in float32.
     """
 
-    return read_pages(queries, pages, is_windowed=is_windowed).context().astype(queries.vectors.dtype)
+    return _read_pages(queries, pages, is_windowed=is_windowed).context().astype(queries.vectors.dtype)
 
 
-def read_pages(queries: Queries, pages: AnyPages, *, is_windowed: bool) -> Softmax:
+def _read_pages(queries: Queries, pages: AnyPages, *, is_windowed: bool) -> Softmax:
     """The softmax of one query per row over the pairs in its pages; see `attend_pages`."""
     return _over_parts(lambda queries, pages: _read_part(queries, pages, is_windowed), queries, pages)
 
@@ -129,7 +131,7 @@ def _of_all(scalar: Array | int, parts: Parts) -> Array:
 
 
 def _read_part(queries: Queries, pages: AnyPages, is_windowed: bool) -> Softmax:
-    """`read_pages` of one part, of queries [b, k, G, 1, D]; their positions are int32 [b, k]."""
+    """`_read_pages` of one part, of queries [b, k, G, 1, D]; their positions are int32 [b, k]."""
     batch, num_kv_heads, num_places = pages.table.shape
     page_size, heads = pages.positions.shape[1], batch * num_kv_heads
     vectors = einops.rearrange(queries.vectors, "b k g t d -> (b k) g t d")
@@ -221,10 +223,29 @@ def _as_heads(context: Array, lengths: Array, queries: Queries) -> Array:
     return context.reshape(queries.vectors.shape).astype(queries.vectors.dtype)
 
 
+def _read_quantised_pages_tpu(
+    queries: Queries, pages: QuantisedPages, *, is_windowed: bool, interpret: bool = False
+) -> Softmax:
+    def one_part(queries: Queries, pages: QuantisedPages) -> Softmax:
+        table, slots = pages.table, pages.positions.shape[1]
+        shape = *table.shape[:2], table.shape[2] * slots
+        positions = pages.positions[table].reshape(shape) if is_windowed else jnp.zeros(shape, jnp.int32)
+        return read_table(queries, pages.stored, table, pages.lengths, positions, interpret=interpret)
+
+    return _over_parts(one_part, queries, pages)
+
+
 attend_pages = Dispatched(
     _attend_pages,
     pallas_tpu=Implementation(_attend_pages_tpu, "tpu", _refusal_tpu),
     pallas_gpu=Implementation(_attend_pages_gpu, "cuda", _refusal_gpu),
+)
+
+read_quantised_pages = Dispatched(
+    _read_pages,
+    pallas_tpu=Implementation(
+        _read_quantised_pages_tpu, "tpu", lambda queries, pages, **_: refusal(queries, pages.stored)
+    ),
 )
 
 

@@ -10,13 +10,15 @@ place on the mesh: `A` along its axis `data`, by rows, times `M` along `model`, 
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import einops
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
+
+R = TypeVar("R")
 
 EVERY = "model", "group", "repeat"
 """The axes along which a layer is divided."""
@@ -70,19 +72,20 @@ def layer_parts() -> int:
     return math.prod(size for name, size in mesh_sizes().items() if name in EVERY)
 
 
-def by_device(function: Callable[..., Array], arrays: Any, axes: Any, out_axes: str) -> Array:
+def by_device(function: Callable[..., R], arrays: Any, axes: Any, out_axes: Any) -> R:
     """Applies a function to what each device of the context's mesh has of some arrays, without any exchange.
 
     Args:
-      function: of one device's arrays, one array of their dtype and of the shape of the first.
+      function: of one device's arrays; rows, KV heads and query heads of the result are those of the first.
       arrays: a tuple of pytrees; rows, KV heads and query heads are independent of each other.
       axes: a tree of the same structure with the axes of each array, as "b k g n d".
-      out_axes: those of the result.
+      out_axes: a tree with those of the result.
     """
     if not (sizes := mesh_sizes()):
         return function(*arrays)
     specs = jax.tree.map(lambda x, axes: spec_of(axes, x.shape, sizes), arrays, axes)
-    out = spec_of(out_axes, jax.tree.leaves(arrays)[0].shape, sizes)
+    like = jax.tree.leaves(arrays)[0].shape
+    out = jax.tree.map(lambda axes: spec_of(axes, like, sizes), out_axes)
     return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arrays)
 
 

@@ -16,15 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from restkv_jax.kernels.pairs import Pairs, Queries, take_columns, visible
-from restkv_jax.kernels.scores import fold_places
-from restkv_jax.kernels.softmax import Softmax, join, read_keys, weights_of, wide_einsum
-
 LARGEST_CODES = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 """By the names of the types that pairs are stored in."""
-
-SLOTS_AT_ONCE = 1024
-"""Slots of every row and KV head that are in full precision at one time."""
 
 N = TypeVar("N", Array, int)
 
@@ -320,45 +313,3 @@ def decode(words: Array, quantisation: Quantisation) -> Array:
     # to the top of the word and back down, so that the sign follows
     signed = (words[..., None, :, :] << (32 - bits * (steps + 1))).astype(jnp.int32) >> (32 - bits)
     return einops.rearrange(signed.astype(jnp.float32), "... p n d -> ... (p n) d")
-
-
-def read_quantised(state: Softmax, queries: Queries, stored: QuantisedPairs, layer: Array, positions: Array) -> Softmax:
-    """Adds the quantised pairs of one layer to the softmax of its queries, dequantised tile by tile.
-
-    Args:
-      state: of [B, K, G, T] queries, what has been read so far.
-      queries: [B, K, G, T, D].
-      stored: of all layers, with axes [L, B, K] before its groups, read where they stand.
-      layer: int32 scalar.
-      positions: int32 [B, K, G * S], -1 where a slot is empty.
-    """
-    num_groups, group = stored.num_groups, stored.quantisation.group_size
-    if not num_groups:
-        return state
-    size = min(num_groups, max(1, SLOTS_AT_ONCE // group))
-
-    def read(state: Softmax, start: Array, is_new: Array) -> Softmax:
-        where = take_columns(positions, start * group, size * group, axis=2)
-        seen = visible(queries, where)[:, :, None] & jnp.repeat(is_new, group)
-        return join(state, read_codes(queries, stored.tile(layer, start, size), seen))
-
-    return fold_places(read, state, num_groups, size)
-
-
-def read_codes(queries: Queries, stored: QuantisedPairs, seen: Array) -> Softmax:
-    """The softmax of one block of quantised pairs: `read_keys` of the dequantised ones, to rounding.
-
-    The weights are multiplied by the scales of the values, which lie along the same axis, instead of the values.
-    """
-    dtype = queries.vectors.dtype
-    peak, weights = weights_of(queries, stored.keys.dequantised(dtype), seen)
-    codes, scales = stored.values.by_part(dtype)
-    scaled = (weights[..., None, :, :, :] * scales[..., None, None, :]).astype(dtype)
-    weighted = wide_einsum("...cgtn,...cnd->...cgtd", scaled, codes)
-    return Softmax(peak, weights.sum(-1), einops.rearrange(weighted, "... c g t d -> ... g t (c d)"))
-
-
-def read_pairs(state: Softmax, queries: Queries, pairs: Pairs) -> Softmax:
-    """Adds pairs in full precision to the softmax of the queries, all at once."""
-    seen = visible(queries, pairs.positions)[:, :, None]
-    return join(state, read_keys(queries, pairs.keys, pairs.values, seen))

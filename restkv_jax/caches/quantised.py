@@ -16,10 +16,8 @@ from restkv_jax.kernels.quantised import (
     QuantisedPairs,
     empty_pairs,
     quantise,
-    read_pairs,
-    read_quantised,
 )
-from restkv_jax.kernels.softmax import empty_softmax
+from restkv_jax.kernels.quantised_attention import read_pairs, read_quantised
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder, LayerView
 from restkv_jax.models.memory import Memory
@@ -191,7 +189,7 @@ class QuantisedMemory(NamedTuple):
         if queries.vectors.shape[3] > 1:
             return attend(queries, cache.held(layer)), None
         positions = cache.grouped_positions(layer)
-        state = read_quantised(empty_softmax(queries.vectors), queries, cache.stored, layer, positions)
+        state = read_quantised(queries, cache.stored, layer, positions)
         state = read_pairs(state, queries, cache.recent(layer))
         return state.context().astype(queries.vectors.dtype), None
 

@@ -14,10 +14,11 @@ from restkv_jax.caches.paged import InPages
 from restkv_jax.caches.quantised import WithNewest, ring_slots, unless, whole_groups
 from restkv_jax.kernels.attention import attend
 from restkv_jax.kernels.gather import gather_pairs
-from restkv_jax.kernels.paged import QuantisedPages, pairs_of_pages, read_pages
+from restkv_jax.kernels.paged import QuantisedPages, pairs_of_pages, read_quantised_pages
 from restkv_jax.kernels.pairs import Pairs, Queries, concatenate, take_places
 from restkv_jax.kernels.partition import divide, each_part
-from restkv_jax.kernels.quantised import quantise, read_pairs
+from restkv_jax.kernels.quantised import quantise
+from restkv_jax.kernels.quantised_attention import read_pairs
 from restkv_jax.models.decoder import Decoder
 
 
@@ -131,7 +132,7 @@ class QuantisedPagedMemory(NamedTuple):
         cache, layer = self.cache, self.layer
         if queries.vectors.shape[3] > 1:
             return attend(queries, cache.held(layer)), None
-        state = read_pages(queries, cache.pages(layer), is_windowed=cache.is_windowed)
+        state = read_quantised_pages(queries, cache.pages(layer), is_windowed=cache.is_windowed)
         state = read_pairs(state, queries, cache.recent(layer))
         return state.context().astype(queries.vectors.dtype), None
 

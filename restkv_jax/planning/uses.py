@@ -12,8 +12,10 @@ from restkv_jax.generation.reading import CHUNK_SIZE
 from restkv_jax.kernels import scores
 from restkv_jax.kernels.attention import part_gradients, read_parts
 from restkv_jax.kernels.dispatch import Dispatched
-from restkv_jax.kernels.paged import Pages, attend_pages
-from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.paged import Pages, QuantisedPages, attend_pages, read_quantised_pages
+from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor
+from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, quantise
+from restkv_jax.kernels.quantised_attention import read_quantised
 from restkv_jax.models.config import UNLIMITED, ModelConfig
 
 PAGE_SIZE = 16
@@ -92,6 +94,24 @@ def kernel_uses(config: ModelConfig, length: int, dtype: Any) -> Iterator[Use]:
         )
         return queries(key, 1), pages
 
+    quantisation = Quantisation("int8", largest_divisor(dim, 64))
+    group_size, groups = quantisation.group_size, -(-length // quantisation.group_size)
+
+    def quantised(key: Array, *axes: int) -> QuantisedPairs:
+        keys, values = jax.random.normal(key, (2, *axes, groups * group_size, dim), dtype)
+        return quantise(keys, values, quantisation)
+
+    def of_quantised(key: Array) -> tuple[Any, ...]:
+        positions = jnp.broadcast_to(jnp.arange(groups * group_size, dtype=jnp.int32), (1, heads, groups * group_size))
+        return queries(key, 1), quantised(key, 1, 1, heads), jnp.int32(0), positions
+
+    def of_quantised_pages(key: Array) -> tuple[Any, ...]:
+        stored = jax.tree.map(lambda x: x.reshape(1, 1, heads * groups, *x.shape[3:]), quantised(key, 1, heads))
+        positions = jnp.broadcast_to(jnp.arange(groups * group_size, dtype=jnp.int32), (heads, groups * group_size))
+        table = jnp.arange(heads * groups, dtype=jnp.int32).reshape(1, heads, groups)
+        lengths = jnp.full((1, heads), length, jnp.int32)
+        return queries(key, 1), QuantisedPages(stored, positions.reshape(1, 1, -1, group_size), table, lengths)
+
     def of_scores(key: Array) -> tuple[Any, ...]:
         return queries(key, window), pairs(key)
 
@@ -107,6 +127,10 @@ def kernel_uses(config: ModelConfig, length: int, dtype: Any) -> Iterator[Use]:
     logits, forms = product * window, product * dim
     both = logits + forms
     by_query = logits + window * forms
+    yield Use("attention over int8", read_quantised, of_quantised, {}, 2 * product)
+    yield Use(
+        "over pages in int8", read_quantised_pages, of_quantised_pages, dict(is_windowed=is_windowed), 2 * product
+    )
     for purpose, kernel, others, operations, passes, options in (
         ("scores of snapkv", scores.column_sums, (weights,), logits, (2, 0), {}),
         ("scores of laprox", scores.column_row_norms, (gram,), both, (2, 1), {}),

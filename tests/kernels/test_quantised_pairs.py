@@ -22,8 +22,8 @@ from restkv_jax.kernels.quantised import (
     quantise,
     quantise_keys,
     quantise_values,
-    read_quantised,
 )
+from restkv_jax.kernels.quantised_attention import read_quantised
 from restkv_jax.kernels.softmax import empty_softmax
 
 DTYPES = tuple(LARGEST_CODES)
@@ -123,7 +123,7 @@ def test_magnitudes_that_float16_scales_could_not_hold(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_give_the_attention_over_dequantised_pairs(dtype, monkeypatch):
-    monkeypatch.setattr("restkv_jax.kernels.quantised.SLOTS_AT_ONCE", 48)
+    monkeypatch.setattr("restkv_jax.kernels.quantised_attention.SLOTS_AT_ONCE", 48)
     rng = np.random.default_rng(1)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     q = Quantisation(dtype, group_size=16)
@@ -132,7 +132,7 @@ def test_tiles_give_the_attention_over_dequantised_pairs(dtype, monkeypatch):
     queries = Queries(normal(2, 2, 3, 1, 16), jnp.array([[111], [90]]), 100)
     layer = jax.tree.map(lambda x: x[2], stored)
     expected = attend(queries, Pairs(*layer.dequantised(jnp.float32), positions))
-    state = read_quantised(empty_softmax(queries.vectors), queries, stored, jnp.int32(2), positions)
+    state = read_quantised(queries, stored, jnp.int32(2), positions)
     np.testing.assert_allclose(state.context(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -146,8 +146,8 @@ def test_a_product_keeps_17_bits_of_float32_and_all_of_bfloat16():
 
 
 @pytest.mark.slow
-def test_every_device_of_a_mesh_scores_its_own():
-    script = pathlib.Path(__file__).with_name("scores_on_meshes.py")
+def test_every_device_of_a_mesh_reads_its_own():
+    script = pathlib.Path(__file__).with_name("kernels_on_meshes.py")
     environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
     subprocess.run([sys.executable, str(script)], env=environment, check=True)
 

@@ -1,0 +1,45 @@
+"""What each device's own rows and heads give by kernels for TPU, interpreted: `python kernels_on_meshes.py` asserts."""
+
+import functools
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from restkv_jax.kernels import scores
+from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.quantised import Quantisation, quantise
+from restkv_jax.kernels.quantised_attention import read_quantised
+
+B, K, G, W, T, D = 2, 2, 2, 3, 140, 8
+AXES = "data", "model", "group"
+
+
+def draw(key, *shape):
+    return jax.random.normal(jax.random.key(key), shape)
+
+
+positions = jnp.arange(T) - jnp.array([[0], [17]])
+queries = Queries(draw(0, B, K, G, W, D), positions[:, -W:], 100)
+pairs = Pairs(draw(1, B, K, T, D), draw(2, B, K, T, D), jnp.maximum(positions, -1)[:, None])
+gram, weights = scores.output_gram(draw(3, K, G, D, 16)), draw(4, B, W) ** 2
+score = functools.partial(scores.averaged_attention_removal_error.force("pallas_tpu"), interpret=True)
+
+stored = quantise(*draw(5, 2, 3, B, K, 192, 128), Quantisation("int8", 64))
+held = jnp.broadcast_to(jnp.arange(192), (B, K, 192))
+one = Queries(draw(6, B, K, G, 1, 128), jnp.array([[191], [100]]), 150)
+read = functools.partial(read_quantised.force("pallas_tpu"), interpret=True)
+
+mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+for kernel, arrays in (score, (queries, pairs, gram, weights)), (read, (one, stored, jnp.int32(1), held)):
+    alone = jax.jit(kernel)(*arrays)
+    with jax.set_mesh(mesh):
+        divided = jax.jit(kernel)(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
+    for x, expected in zip(jax.tree.leaves(divided), jax.tree.leaves(alone), strict=True):
+        assert x.sharding.spec == PartitionSpec(*AXES), x.sharding
+        np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-6)
