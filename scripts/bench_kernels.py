@@ -30,6 +30,7 @@ from restkv_jax.models.checkpoint import EMBEDDED
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.planning.chips import Chip, Topology, chip_of, find_topology
 from restkv_jax.planning.counting import count
+from restkv_jax.planning.programs import compile_lowered
 from restkv_jax.planning.uses import Use, kernel_uses
 
 UNITS = {"seconds": SECONDS, "bytes": BYTES, "temporaries": BYTES}
@@ -108,15 +109,15 @@ def counted(use: Use, topology: Topology) -> Iterator[dict[str, Any]]:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), use.shapes())
     with jax.set_mesh(mesh):
         for name, function in implementations(use, "tpu"):
-            compiled: Any = jax.jit(function).lower(*shapes).compile()
-            found = count(compiled.as_text())
+            compiled = compile_lowered(jax.jit(function).lower(*shapes))
+            found = count(compiled.text)
             moved = None if found.unknown_loops else found.read + found.written  # loops that turn as often as data say
             yield dict(
                 kernel=use.purpose,
                 implementation=name,
                 bytes=moved,
                 of_least=None if moved is None else moved / use.least_bytes(),
-                temporaries=compiled.memory_analysis().temp_size_in_bytes,
+                temporaries=compiled.memory.temp_size_in_bytes,
             )
 
 

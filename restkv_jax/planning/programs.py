@@ -135,7 +135,7 @@ def compile_reading(work: Work) -> Program:
     with _prepared(work) as (params, prompt):
         arrays = _rows(work, prompt.tokens), _rows(work, prompt.mask)
         lowered = read_prompt.lower(prompt.model, params, *arrays, None, prompt.plan)
-        compiled = _compile(lowered)
+        compiled = compile_lowered(lowered)
     return _measured(compiled, CAUSAL_SHARE, seen=_seen(work))
 
 
@@ -166,7 +166,7 @@ def compile_step(work: Work) -> Program:
         token, active = (
             jax.ShapeDtypeStruct((work.rows,), dtype, sharding=_row_sharding(work)) for dtype in (jnp.int32, jnp.bool_)
         )
-        compiled = _compile(feed.lower(prompt.model, params, token, cache, active))
+        compiled = compile_lowered(feed.lower(prompt.model, params, token, cache, active))
     return _measured(compiled, 1.0, _kernel_reads(work, cache), _turns(work, cache))
 
 
@@ -218,7 +218,7 @@ def _placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def _compile(lowered: Any) -> Compiled:
+def compile_lowered(lowered: Any) -> Compiled:
     """Compiles, with the program's text as the compiler itself writes it: JAX cannot read back all of libtpu's."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:

@@ -1,10 +1,11 @@
-"""Kernels that read 131,072 keys of a layer of an 8B model, compiled for a TPU: `python kernel_programs.py v5e:2x2`.
+"""What reads 131,072 keys of a layer of an 8B model, compiled for a TPU: `python kernel_programs.py v5e:2x2`.
 
-Prints one line of JSON per kernel, bytes that the program reads from HBM and writes to it.
+Prints one line of JSON per program: bytes that it reads from HBM and writes to it, and how often it sorts.
 """
 
 import functools
 import json
+import re
 import sys
 
 import jax
@@ -13,57 +14,77 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from restkv_jax.kernels import scores
+from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.paged import QuantisedPages, read_quantised_pages
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.kernels.quantised import Quantisation, empty_pairs
 from restkv_jax.kernels.quantised_attention import read_quantised
+from restkv_jax.kernels.top import places, top_mask
 from restkv_jax.models.mesh import make_mesh
 from restkv_jax.planning.counting import count
-
-PAGED = "read_quantised_pages int8", "read_quantised_pages int4"
+from restkv_jax.planning.programs import compile_lowered
 
 B, K, G, W, T, D = 1, 8, 4, 32, 131072, 128
+KEPT = 1024
 
 
-def main(topology: str, implementation: str = "pallas_tpu") -> None:
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
-    def shaped(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
-    def shaped_like(function, *arguments):
-        shapes = jax.eval_shape(lambda: function(*arguments))
-        return jax.tree.map(lambda x: shaped(*x.shape, dtype=x.dtype), shapes)
+def queries(width):
+    return Queries(array(B, K, G, width, D, dtype=jnp.bfloat16), numbers(B, width), numbers())
 
-    vectors, keys = (shaped(*shape, dtype=jnp.bfloat16) for shape in ((B, K, G, W, D), (B, K, T, D)))
-    window, of_queries, of_keys = (shaped(*shape, dtype=jnp.int32) for shape in ((), (B, W), (B, 1, T)))
-    queries, pairs = Queries(vectors, of_queries, window), Pairs(keys, keys, of_keys)
-    gram, weights = shaped(K, G, D, D), shaped(B, W)
-    uses = {
-        "column_sums": (scores.column_sums, (queries, pairs, weights)),
-        "column_row_norms": (scores.column_row_norms, (queries, pairs, gram)),
-        "averaged_attention_removal_error": (scores.averaged_attention_removal_error, (queries, pairs, gram, weights)),
-        "averaged_removal_error": (scores.averaged_removal_error, (queries, pairs, gram, weights)),
-        "attention_centres": (scores.attention_centres, (queries, pairs)),
-    }
-    one = Queries(shaped(B, K, G, 1, D, dtype=jnp.bfloat16), shaped(B, 1, dtype=jnp.int32), window)
-    held = shaped(B, K, T, dtype=jnp.int32)
+
+def numbers(*shape):
+    return array(*shape, dtype=jnp.int32)
+
+
+def score_programs():
+    keys = array(B, K, T, D, dtype=jnp.bfloat16)
+    pairs, gram, weights = Pairs(keys, keys, numbers(B, 1, T)), array(K, G, D, D), array(B, W)
+    for name, others, options in (
+        ("column_sums", [weights], {}),
+        ("column_row_norms", [gram], {}),
+        ("averaged_attention_removal_error", [gram, weights], {}),
+        ("averaged_removal_error", [gram, weights], {}),
+        ("attention_centres", [], {"count": 992}),
+    ):
+        kernel = getattr(scores, name).force("pallas_tpu")
+        yield name, functools.partial(kernel, **options), (queries(W), pairs, *others)
+
+
+def quantised_programs():
     for dtype in "int8", "int4":
-        q, pages = Quantisation(dtype), 2 * K * T // Quantisation(dtype).group_size  # of two layers
-        layers, pool = (shaped_like(empty_pairs, shape, q) for shape in ((2, B, K, T, D), (1, 1, 2 * K * T, D)))
-        table, lengths = shaped(B, K, pages // K // 2, dtype=jnp.int32), shaped(B, K, dtype=jnp.int32)
-        positions = shaped(1, 1, pages, q.group_size, dtype=jnp.int32)
-        uses[f"read_quantised {dtype}"] = read_quantised, (one, layers, shaped(dtype=jnp.int32), held)
-        uses[f"read_quantised_pages {dtype}"] = (
-            read_quantised_pages,
-            (one, QuantisedPages(pool, positions, table, lengths)),
+        q = Quantisation(dtype)
+        layers, pool = (
+            jax.eval_shape(functools.partial(empty_pairs, shape, q))
+            for shape in ((2, B, K, T, D), (1, 1, 2 * K * T, D))  # more than a chip's vector memory holds
         )
-    options = {"attention_centres": {"count": 992}} | {name: {"is_windowed": False} for name in PAGED}
-    for name, (kernel, arrays) in uses.items():
-        function = functools.partial(kernel.force(implementation), **options.get(name, {}))
+        pages = T // q.group_size
+        paged = QuantisedPages(pool, numbers(1, 1, 2 * K * pages, q.group_size), numbers(B, K, pages), numbers(B, K))
+        read, read_pages = (kernel.force("pallas_tpu") for kernel in (read_quantised, read_quantised_pages))
+        yield f"read_quantised {dtype}", read, (queries(1), layers, numbers(), numbers(B, K, T))
+        yield f"read_quantised_pages {dtype}", functools.partial(read_pages, is_windowed=False), (queries(1), paged)
+
+
+def selection_programs():
+    def keep(scores, pairs):
+        return gather_pairs(pairs, places(top_mask(scores, KEPT), KEPT))
+
+    keys = array(B, K, T, D, dtype=jnp.bfloat16)
+    yield "selection", keep, (array(B, K, T), Pairs(keys, keys, numbers(B, 1, T)))
+
+
+def main(topology: str) -> None:
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    place = SingleDeviceSharding(device)
+    for name, function, arrays in (*score_programs(), *quantised_programs(), *selection_programs()):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays)
         with jax.set_mesh(make_mesh(1, 1, [device])):
-            counted = count(jax.jit(function).lower(*arrays).compile().as_text())
-        print(json.dumps({"name": name, "read": counted.read, "written": counted.written}), flush=True)
+            text = compile_lowered(jax.jit(function).lower(*shapes)).text
+        counted, sorts = count(text), len(re.findall(r" sort\(", text))
+        print(json.dumps(dict(name=name, read=counted.read, written=counted.written, sorts=sorts)), flush=True)
 
 
 if __name__ == "__main__":
