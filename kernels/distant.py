@@ -1,13 +1,15 @@
 """Reading of distant tokens by one query per row, where layers share the keys."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from restkv_jax.kernels.dispatch import Dispatched
+from restkv_jax.kernels.dispatch import Dispatched, Implementation
+from restkv_jax.kernels.one_query import read_blocks, refusal
 from restkv_jax.kernels.pairs import Pairs, Queries, visible
 from restkv_jax.kernels.partition import Parts, divide, each_part, undivide
 from restkv_jax.kernels.quantised import QuantisedKeys, QuantisedValues
@@ -45,6 +47,14 @@ def _read_distant(
       lengths: int32 [B], slots in use.
       is_read: bool [B, K].
     """
+    arrays = state, queries, keys, values, positions, layer, blocks, lengths, is_read
+    return _over_parts(_read_part, *arrays)
+
+
+def _over_parts(
+    read: Callable[..., Softmax], state, queries, keys, values, positions, layer, blocks, lengths, is_read
+) -> Softmax:
+    """Applies a function of one part, as `_read_part`, to all parts."""
     batch, num_kv_heads = is_read.shape
     parts = Parts(*positions.shape[:2])
 
@@ -59,8 +69,7 @@ def _read_distant(
         of_heads(jnp.where(is_read, lengths[:, None], 0)),
         of_heads(queries.positions),
     )
-    read = functools.partial(_read_part, layer=layer, like=queries)
-    return jax.tree.map(undivide, each_part(read, *divided))
+    return jax.tree.map(undivide, each_part(functools.partial(read, layer=layer, like=queries), *divided))
 
 
 def _read_part(state, vectors, stores, blocks, lengths, positions, *, layer, like: Queries) -> Softmax:
@@ -110,4 +119,18 @@ def _piece(store: Any, index: tuple[Array, ...], start: Array, size: int, dtype:
     return taken if isinstance(taken, Array) else taken.dequantised(dtype)
 
 
-read_distant = Dispatched(_read_distant)
+def _read_distant_tpu(*arrays: Any, interpret: bool = False) -> Softmax:
+    """`read_distant` by a Pallas kernel for TPU."""
+
+    def read(state, vectors, stores, blocks, lengths, positions, *, layer, like: Queries) -> Softmax:
+        keys, values, held = stores
+        own = like.replace(vectors=vectors, positions=positions)
+        return join(state, read_blocks(own, keys, values, held, layer, blocks, lengths, interpret=interpret))
+
+    return _over_parts(read, *arrays)
+
+
+read_distant = Dispatched(
+    _read_distant,
+    pallas_tpu=Implementation(_read_distant_tpu, "tpu", lambda state, queries, keys, *_: refusal(queries, keys)),
+)

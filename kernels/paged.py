@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
+from restkv_jax.kernels.one_query import read_table, refusal
 from restkv_jax.kernels.pairs import Pairs, Queries, visible
 from restkv_jax.kernels.partition import Parts, divide, each_part, undivide
 from restkv_jax.kernels.quantised import QuantisedPairs
 from restkv_jax.kernels.quantised_attention import read_codes
-from restkv_jax.kernels.quantised_mosaic import read_table, refusal
 from restkv_jax.kernels.softmax import Softmax, empty_softmax, join_by_owner, read_keys
 
 SLOTS_AT_ONCE = 1024
@@ -227,9 +227,8 @@ def _read_quantised_pages_tpu(
     queries: Queries, pages: QuantisedPages, *, is_windowed: bool, interpret: bool = False
 ) -> Softmax:
     def one_part(queries: Queries, pages: QuantisedPages) -> Softmax:
-        table, slots = pages.table, pages.positions.shape[1]
-        shape = *table.shape[:2], table.shape[2] * slots
-        positions = pages.positions[table].reshape(shape) if is_windowed else jnp.zeros(shape, jnp.int32)
+        table = pages.table
+        positions = pages.positions[table].reshape(*table.shape[:2], -1) if is_windowed else None
         return read_table(queries, pages.stored, table, pages.lengths, positions, interpret=interpret)
 
     return _over_parts(one_part, queries, pages)
@@ -244,7 +243,7 @@ attend_pages = Dispatched(
 read_quantised_pages = Dispatched(
     _read_pages,
     pallas_tpu=Implementation(
-        _read_quantised_pages_tpu, "tpu", lambda queries, pages, **_: refusal(queries, pages.stored)
+        _read_quantised_pages_tpu, "tpu", lambda queries, pages, **_: refusal(queries, pages.stored.keys)
     ),
 )
 

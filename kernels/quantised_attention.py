@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
+from restkv_jax.kernels.one_query import read_layer, refusal
 from restkv_jax.kernels.pairs import Pairs, Queries, take_columns, visible
 from restkv_jax.kernels.quantised import QuantisedPairs
-from restkv_jax.kernels.quantised_mosaic import read_layer, refusal
 from restkv_jax.kernels.scores import fold_places
 from restkv_jax.kernels.softmax import Softmax, empty_softmax, join, read_keys, weights_of, wide_einsum
 
@@ -38,7 +38,10 @@ def _read_quantised(queries: Queries, stored: QuantisedPairs, layer: Array, posi
     return fold_places(read, state, num_groups, size)
 
 
-read_quantised = Dispatched(_read_quantised, pallas_tpu=Implementation(read_layer, "tpu", refusal))
+read_quantised = Dispatched(
+    _read_quantised,
+    pallas_tpu=Implementation(read_layer, "tpu", lambda queries, stored, *_: refusal(queries, stored.keys)),
+)
 
 
 def read_codes(queries: Queries, stored: QuantisedPairs, seen: Array) -> Softmax:

@@ -1,6 +1,6 @@
 """The dense cache in 8 or 4 bits, but for the newest tokens."""
 
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from restkv_jax.kernels.partition import on_mesh
 from restkv_jax.kernels.quantised import (
     Quantisation,
     QuantisedPairs,
+    QuantisedValues,
     empty_pairs,
     quantise,
 )
@@ -21,6 +22,8 @@ from restkv_jax.kernels.quantised_attention import read_pairs, read_quantised
 from restkv_jax.models.config import ModelConfig
 from restkv_jax.models.decoder import Decoder, LayerView
 from restkv_jax.models.memory import Memory
+
+Q = TypeVar("Q", QuantisedValues, QuantisedPairs)
 
 
 class WithNewest(Cache):
@@ -290,3 +293,26 @@ def put_groups(stored: QuantisedPairs, layer: Array | int, kept: Pairs) -> Quant
 
     codes = quantise(fitted(kept.keys), fitted(kept.values), q)
     return jax.tree.map(lambda whole, part: put_layer(whole, layer, part), stored, codes)
+
+
+def take_groups(stored: Q, layer: Array, groups: Array) -> Q:
+    """Some groups, int32 [B, K, T], of one layer of quantised keys, values or both."""
+
+    def take(x: Array) -> Array:  # in place, scales would be turned round, all layers' at every layer
+        return _take_codes(x, layer, groups) if x.dtype == jnp.uint32 else take_places(x[layer], groups)
+
+    return jax.tree.map(take, stored)
+
+
+def _take_codes(codes: Array, layer: Array, groups: Array) -> Array:
+    """Entries [B, K, T, ...] at places int32 [B, K, T] of one layer of [L, B, K, G, ...], which is not copied first."""
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(3, codes.ndim - 1)),
+        collapsed_slice_dims=(0, 3),
+        start_index_map=(0, 3),
+        operand_batching_dims=(1, 2),
+        start_indices_batching_dims=(0, 1),
+    )
+    places = jnp.stack([jnp.broadcast_to(layer, groups.shape), groups], axis=-1)
+    sizes = (1, 1, 1, 1, *codes.shape[4:])
+    return jax.lax.gather(codes, places, numbers, sizes, mode=jax.lax.GatherScatterMode.CLIP)

@@ -9,7 +9,7 @@ from jax import Array
 from restkv_jax.caches.base import Cache
 from restkv_jax.caches.dense import put_layer, put_pairs
 from restkv_jax.caches.evicting import UNSEEN, ByImportance, EvictingKeeper, empty_importance
-from restkv_jax.caches.quantised import QuantisedCache, empty_fields, put_groups, unless
+from restkv_jax.caches.quantised import QuantisedCache, empty_fields, put_groups, take_groups, unless
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.pairs import Pairs, concatenate, take_pairs, take_places
 from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs
@@ -76,7 +76,7 @@ class QuantisedEvictingCache(ByImportance, QuantisedCache):
             return self
         q, recent, moves = self.quantisation, self.recent(layer), slot < self.num_old
         group = jnp.minimum(slot, self.num_old - 1) // q.group_size
-        before = jax.tree.map(lambda x: take_places(x[layer], group), self.stored)
+        before = take_groups(self.stored, layer, group)
         pair = (take_places(x, place) for x in recent[:2])
         after = before.put(slot % q.group_size, *pair)
         group = unless(moves, group, self.stored.num_groups)

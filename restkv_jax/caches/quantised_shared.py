@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.caches.dense import put_pairs
+from restkv_jax.caches.quantised import take_groups
 from restkv_jax.caches.shared import SharedCache
 from restkv_jax.caches.shared_keeper import SharedKeeper
-from restkv_jax.kernels.pairs import take_places
 from restkv_jax.kernels.partition import on_mesh
 from restkv_jax.kernels.quantised import (
     Quantisation,
@@ -63,7 +63,7 @@ class QuantisedSharedCache(SharedCache):
             return store
         groups = slots // size
         within = jnp.minimum(groups, self.num_distant // size - 1)
-        new = jax.tree.map(lambda x: take_places(x[layer], within), store).put(slots % size, values)
+        new = take_groups(store, layer, within).put(slots % size, values)
         return jax.tree.map(lambda whole, part: put_pairs(whole, layer, groups, part), store, new)
 
 

@@ -12,10 +12,12 @@ from restkv_jax.generation.reading import CHUNK_SIZE
 from restkv_jax.kernels import scores
 from restkv_jax.kernels.attention import part_gradients, read_parts
 from restkv_jax.kernels.dispatch import Dispatched
+from restkv_jax.kernels.distant import read_distant
 from restkv_jax.kernels.paged import Pages, QuantisedPages, attend_pages, read_quantised_pages
 from restkv_jax.kernels.pairs import Pairs, Queries, largest_divisor
 from restkv_jax.kernels.quantised import Quantisation, QuantisedPairs, quantise
 from restkv_jax.kernels.quantised_attention import read_quantised
+from restkv_jax.kernels.softmax import empty_softmax
 from restkv_jax.models.config import UNLIMITED, ModelConfig
 
 PAGE_SIZE = 16
@@ -112,6 +114,13 @@ def kernel_uses(config: ModelConfig, length: int, dtype: Any) -> Iterator[Use]:
         lengths = jnp.full((1, heads), length, jnp.int32)
         return queries(key, 1), QuantisedPages(stored, positions.reshape(1, 1, -1, group_size), table, lengths)
 
+    def of_distant(key: Array) -> tuple[Any, ...]:
+        asked = queries(key, 1)
+        keys, values = jax.random.normal(key, (2, 1, 1, heads, length, dim), dtype)
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (1, 1, 1, heads, length))
+        rest = jnp.int32(0), jnp.arange(heads), jnp.array([length]), jnp.ones((1, heads), bool)
+        return empty_softmax(asked.vectors), asked, keys[None], values, positions, *rest
+
     def of_scores(key: Array) -> tuple[Any, ...]:
         return queries(key, window), pairs(key)
 
@@ -127,6 +136,7 @@ def kernel_uses(config: ModelConfig, length: int, dtype: Any) -> Iterator[Use]:
     logits, forms = product * window, product * dim
     both = logits + forms
     by_query = logits + window * forms
+    yield Use("over distant tokens", read_distant, of_distant, {}, 2 * product)
     yield Use("attention over int8", read_quantised, of_quantised, {}, 2 * product)
     yield Use(
         "over pages in int8", read_quantised_pages, of_quantised_pages, dict(is_windowed=is_windowed), 2 * product

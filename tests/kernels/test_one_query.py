@@ -1,13 +1,14 @@
-"""The TPU's kernel for quantised pairs, interpreted, against plain JAX."""
+"""The TPU's kernel for one query per row, interpreted, against plain JAX."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from restkv_jax.kernels.distant import read_distant
 from restkv_jax.kernels.paged import QuantisedPages, read_quantised_pages
 from restkv_jax.kernels.pairs import Queries
-from restkv_jax.kernels.quantised import Quantisation, quantise
+from restkv_jax.kernels.quantised import Quantisation, quantise, quantise_keys, quantise_values
 from restkv_jax.kernels.quantised_attention import read_quantised
 from restkv_jax.kernels.softmax import Softmax
 
@@ -88,6 +89,34 @@ def test_pages(dtype, codes, places, is_windowed):
     expected = read_quantised_pages.force("reference")(queries, pages, is_windowed=is_windowed)
     check_agrees(found, expected, dtype)
     assert not found.context()[1, 0].any(), "that head holds nothing"
+
+
+@pytest.mark.parametrize("parts", [(1, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "codes", "slots"),
+    [
+        (jnp.float32, None, 130),
+        (jnp.bfloat16, None, 2500),
+        (jnp.float32, "int8", 2240),
+        pytest.param(jnp.bfloat16, "int4", 128, marks=pytest.mark.slow),
+    ],
+)
+def test_distant_tokens_of_blocks(dtype, codes, slots, parts):
+    """Three blocks of keys for the KV heads of four layers; one head reads nothing, one row has room left."""
+    rows, heads = parts
+    keys = normal(0, rows, heads, B // rows, 3, slots, 128, dtype=dtype)
+    values = normal(1, 4, B, K, slots, 128, dtype=dtype)
+    positions = jnp.broadcast_to(jnp.arange(slots), (rows, heads, B // rows, 3, slots))
+    if codes is not None:
+        q = Quantisation(codes, 64)
+        keys, values = quantise_keys(keys, q), quantise_values(values, q)
+    queries = Queries((normal(2, B, K, 3, 1, 128) * 0.3).astype(dtype), jnp.array([[slots], [90]]), slots - 20)
+    rest = jnp.int32(2), jnp.array([2, 0]), jnp.array([slots, 77]), jnp.array([[True, True], [False, True]])
+    before = Softmax(*(jnp.abs(normal(3, *shape)) for shape in ((B, K, 3, 1), (B, K, 3, 1), (B, K, 3, 1, 128))))
+    arrays = before, queries, keys, values, positions, *rest
+    found = read_distant.force("pallas_tpu")(*arrays, interpret=True)
+    check_agrees(found, read_distant.force("reference")(*arrays), dtype)
+    np.testing.assert_array_equal(found.context()[1, 0], before.context()[1, 0])
 
 
 @pytest.mark.parametrize(
