@@ -1,13 +1,22 @@
 """What the attention of a few queries says of every key: the hot path of eviction.
 
 `reference` defines the scores in plain JAX; `columns`, `removals`, `removals_by_query` and `centres` compute them by
-Pallas kernels for TPU, which `mosaic` runs, and `triton` some of them by kernels for GPU.
+Pallas kernels for TPU, which `mosaic` runs, and `triton`, `triton_by_query` and `triton_centres` by those for GPU.
 """
 
 from collections.abc import Callable
 
 from restkv_jax.kernels.dispatch import Dispatched, Implementation
-from restkv_jax.kernels.scores import centres, columns, reference, removals, removals_by_query, triton
+from restkv_jax.kernels.scores import (
+    centres,
+    columns,
+    reference,
+    removals,
+    removals_by_query,
+    triton,
+    triton_by_query,
+    triton_centres,
+)
 from restkv_jax.kernels.scores.reference import (
     HIGHEST,
     Outputs,
@@ -52,7 +61,9 @@ def _kernels(tpu: Callable, gpu: Callable) -> dict[str, Implementation]:
 
 
 attention_centres = Dispatched(
-    reference._attention_centres, pallas_tpu=Implementation(centres.attention_centres, "tpu", centres.refusal)
+    reference._attention_centres,
+    pallas_tpu=Implementation(centres.attention_centres, "tpu", centres.refusal),
+    pallas_triton=Implementation(triton_centres.attention_centres, "cuda", triton.refusal, trusted=False),
 )
 averaged_attention_removal_error = Dispatched(
     reference._averaged_attention_removal_error,
@@ -61,6 +72,7 @@ averaged_attention_removal_error = Dispatched(
 averaged_removal_error = Dispatched(
     reference._averaged_removal_error,
     pallas_tpu=Implementation(removals_by_query.averaged_removal_error, "tpu", removals_by_query.refusal),
+    pallas_triton=Implementation(triton_by_query.averaged_removal_error, "cuda", triton.refusal, trusted=False),
 )
 column_row_norms = Dispatched(
     reference._column_row_norms, **_kernels(columns.column_row_norms, triton.column_row_norms)

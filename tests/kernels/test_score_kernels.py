@@ -77,11 +77,8 @@ def test_kernels_agree_with_their_references(name, case, monkeypatch):
     np.testing.assert_array_equal(found == 0, reference == 0)
 
 
-GPU = [name for name in KERNELS if "pallas_triton" in getattr(scores, name).names]
-
-
 @pytest.mark.parametrize("case", [FAST[0], pytest.param(FAST[1], marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", GPU)
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernels_for_gpu_agree_with_their_references(name, case):
     shape, options = CASES[case]
     options = {key: value for key, value in options.items() if key != "tile"}
@@ -89,14 +86,20 @@ def test_kernels_for_gpu_agree_with_their_references(name, case):
     np.testing.assert_allclose(found, reference, rtol=1e-5 if "dtype" in options else 1e-4, atol=1e-30)
 
 
-@pytest.mark.parametrize("name", GPU)
+@pytest.mark.parametrize("name", [*KERNELS, "attention_centres"])
 def test_kernels_lower_for_cuda(name, monkeypatch):
     monkeypatch.setattr("restkv_jax.kernels.dispatch.target_platform", lambda: "cuda")
-    arrays = jax.eval_shape(lambda: KERNELS[name](*arguments((1, 2, 4, 32, 1000, 128), dtype=jnp.bfloat16)))
-    traced = jax.jit(getattr(scores, name).implementations["pallas_triton"].function).trace(*arrays)
-    assert "__gpu$xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
-    # never run on a GPU: taken by name alone
-    assert "triton" not in jax.jit(getattr(scores, name)).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    options = {"count": 90} if name == "attention_centres" else {}
+    take = KERNELS.get(name, lambda q, p, gram, weights: (q, p))
+    arrays = jax.eval_shape(lambda: take(*arguments((1, 2, 4, 32, 1000, 128), dtype=jnp.bfloat16)))
+
+    def lowered(function):
+        traced = jax.jit(functools.partial(function, **options)).trace(*arrays)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    kernel = getattr(scores, name)
+    assert "__gpu$xla.gpu.triton" in lowered(kernel.implementations["pallas_triton"].function)
+    assert "triton" not in lowered(kernel), "never run on a GPU: taken by name alone"
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(jnp.float32, 17), (jnp.bfloat16, 22)])
@@ -119,9 +122,16 @@ def test_errors_do_not_cancel(name, dtype, bits, monkeypatch):
     np.testing.assert_allclose(*others, rtol=26 * 2.0**-bits, atol=2.0**-bits * others[1].max())
 
 
-@pytest.mark.parametrize(("case", "count"), zip(CASES, (90, 5, 90, 2), strict=True))
-def test_centres_agree_with_the_reference(case, count, monkeypatch):
+COUNTS = dict(zip(CASES, (90, 5, 90, 2), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [*((case, "pallas_tpu") for case in CASES), *((case, "pallas_triton") for case in FAST)],
+)
+def test_centres_agree_with_the_reference(case, implementation, monkeypatch):
     """Also where most probabilities are 0 and so equal: of them the first keys count."""
+    count = COUNTS[case]
     shape, options = CASES[case]
     options = dict(options)
     monkeypatch.setattr(scores.mosaic, "ELEMENTS", options.pop("tile", 2 * LANES) * LANES)
@@ -129,7 +139,7 @@ def test_centres_agree_with_the_reference(case, count, monkeypatch):
     queries, pairs, _, _ = arguments(shape, **options)
     queries = queries.replace(vectors=queries.vectors * jnp.where(jnp.arange(shape[3]) % 2, 1, 50)[:, None])
     assert count == 5 or (scores.probabilities(queries, pairs) == 0).mean() > 0.3
-    found, reference = both("attention_centres", queries, pairs, count=count)
+    found, reference = both("attention_centres", queries, pairs, implementation=implementation, count=count)
     np.testing.assert_array_equal(found, reference)
 
 
