@@ -11,6 +11,7 @@ from restkv_jax.eviction.layer import Eviction, evict_layer
 from restkv_jax.eviction.methods.registry import (
     METHODS,
     adakv,
+    best,
     compactor,
     expected_attention,
     full,
@@ -52,6 +53,7 @@ __all__ = [
     "Uniform",
     "adakv",
     "answer",
+    "best",
     "bucket_length",
     "build_model",
     "cache_bytes",

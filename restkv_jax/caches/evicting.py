@@ -34,9 +34,11 @@ class ByImportance(Cache):
     policy: EvictionPolicy = flax.struct.field(pytree_node=False)
 
     def least_important(self, layer: Array) -> Array:
-        """The slot of least importance outside the policy's window, int32 [B, K]."""
-        is_recent = self.positions[layer] > self.next_positions[:, None, None] - self.policy.window
-        return jnp.argmin(jnp.where(is_recent, jnp.inf, self.importance[layer]), axis=-1)
+        """The slot of least importance that is neither in the policy's window nor a sink, int32 [B, K]."""
+        positions = self.positions[layer]
+        is_recent = positions > self.next_positions[:, None, None] - self.policy.window
+        is_sink = (positions >= 0) & (positions < self.policy.sinks)
+        return jnp.argmin(jnp.where(is_recent | is_sink, jnp.inf, self.importance[layer]), axis=-1)
 
     def observe(self, view: LayerView, memory: Any) -> Self:
         layer = jnp.asarray(view.index)

@@ -10,7 +10,7 @@ from restkv_jax.eviction.methods.registry import METHODS
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import LeastSquares
 
-POLICY_OPTIONS = ("refit", "candidates", "page_size")
+POLICY_OPTIONS = ("refit", "candidates", "page_size", "sinks")
 """Fields of a policy that `make_policy` takes for any method; `refit` as the ridge of its least squares."""
 
 
@@ -26,7 +26,8 @@ def make_policy(method: str, options: Mapping[str, Any]) -> EvictionPolicy:
     """
     check_options(method, options)
     values = dict(options)
-    changes = {name: values.pop(name) for name in POLICY_OPTIONS if name in values}
+    own = inspect.signature(find_preset(method)).parameters
+    changes = {name: values.pop(name) for name in POLICY_OPTIONS if name in values and name not in own}
     try:
         if "budget" in values:
             values["budget"] = parse_budget(values["budget"])

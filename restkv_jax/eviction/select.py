@@ -13,7 +13,7 @@ UNREACHABLE = float(jnp.finfo(jnp.float32).min)
 """Score of keys that no later token can see: kept only where there is room for all."""
 
 LARGEST = 1e30
-"""Scores that overflowed count as this; sums of them do not."""
+"""Score of the policy's sinks, and of keys whose scores overflowed; sums of them do not."""
 
 
 def score(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:
@@ -36,6 +36,8 @@ def score_once(scored: dict, policy: EvictionPolicy, view: LayerView, pairs: Pai
 def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores: Array | None) -> Array:
     """The smoothed scores, reduced over each KV head's query heads: float32 [B, K, T - w], -inf on padding.
 
+    The policy's sinks have the score `LARGEST`.
+
     Args:
       policy: its pooling smooths.
       view: with the window's queries, or more.
@@ -44,14 +46,16 @@ def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores:
     """
     batch, num_kv_heads, length, _ = pairs.keys.shape
     window = policy.window_of(length)
-    is_token = pairs.positions[:, :, : length - window] >= 0
+    positions = pairs.positions[:, :, : length - window]
+    is_token = positions >= 0
     if scores is None:
         return jnp.where(is_token, jnp.zeros((batch, num_kv_heads, length - window)), -jnp.inf)
     budget = length if policy.budget is None else policy.slots_given
     pooled = policy.pooling(scores, view, pairs, min(max(budget - window, 1), length))
     reduced = pooled.mean(axis=2) if policy.group_reduce == "mean" else pooled.max(axis=2)
-    is_seen = within_reach(view.queries, pairs.positions[..., : length - window])
+    is_seen = within_reach(view.queries, positions)
     reduced = jnp.nan_to_num(reduced, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
+    reduced = jnp.where(positions < policy.sinks, LARGEST, reduced)
     return jnp.where(is_token, jnp.where(is_seen, reduced, UNREACHABLE), -jnp.inf)
 
 
@@ -96,7 +100,7 @@ def weighed_scores(policy: EvictionPolicy, scores: Array, positions: Array, indi
       float32 [B, K, N]: inf in the window, -inf on padding and where empty.
     """
     quota = policy.slots_given - policy.window
-    scores = policy.allocation.weigh(scores, scores > UNREACHABLE, quota)
+    scores = policy.allocation.weigh(scores, (scores > UNREACHABLE) & (scores < LARGEST), quota)
     window = jnp.where(positions[:, :, scores.shape[-1] :] >= 0, jnp.inf, -jnp.inf)
     window = jnp.broadcast_to(window, (*scores.shape[:2], window.shape[-1]))
     padded = jnp.pad(jnp.concatenate([scores, window], axis=-1), ((0, 0), (0, 0), (0, 1)), constant_values=-jnp.inf)

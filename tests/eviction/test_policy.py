@@ -36,7 +36,7 @@ BUDGET, WINDOW = 20, 6
 EVICTING = sorted(set(rk.METHODS) - {"full"})
 CROSSES_ZERO = {"keydiff", "compactor"}
 """Methods whose scores have both signs, so that near zero only an absolute error means something."""
-EVENLY = sorted(set(EVICTING) - {"adakv", "laprox", "pyramidkv"})
+EVENLY = sorted(set(EVICTING) - {"adakv", "best", "laprox", "pyramidkv"})
 
 
 @functools.cache
@@ -466,3 +466,49 @@ def test_scores_that_are_not_finite_leave_more_than_the_window(name, fault):
     kept = rk.evict_layer(policy, queries[:, :, -WINDOW:], keys, values, projection)
     np.testing.assert_array_equal(kept.lengths, BUDGET)
     assert np.isfinite(kept.scores).all()
+
+
+def test_sinks_are_kept_whatever_their_scores_and_change_no_others_order():
+    arrays = arrays_of(11)
+    arrays[2][:, :, :4] *= 1e-6  # as the values of sinks are small
+    plain, kept = (evict(rk.laprox(BUDGET, WINDOW, scope="layer").replace(sinks=n), *arrays) for n in (0, 4))
+    assert not np.isin(np.arange(4), plain.positions).any()
+    assert np.isin(np.arange(4), kept.positions[0, 0]).all() and np.isin(np.arange(4), kept.positions[0, 1]).all()
+    assert int(kept.lengths.sum()) == int(plain.lengths.sum()) == KV_HEADS * BUDGET
+    for head in range(KV_HEADS):  # fewer of the others, the best ones
+        others = set(np.asarray(kept.positions[0, head])) - set(range(4))
+        scores = np.asarray(kept.scores[0, head])
+        chosen = sorted(n for n in others if 0 <= n < LENGTH - WINDOW)
+        assert min(scores[chosen]) >= max(np.delete(scores, [*range(4), *chosen]))
+
+
+@pytest.mark.parametrize("name", ["snapkv", "adakv", "laprox"])
+def test_sinks_do_not_count_in_the_sums_of_scores(name):
+    """One more sink than there would be anyway leaves the shares of the heads as they were but for its own slots."""
+    arrays = arrays_of(12)
+    arrays[1][:, :, 0] = 8 * arrays[0][:, :KV_HEADS, -WINDOW:].mean(2)  # all attend to the first key
+    with_sink, without = (evict(policy_of(name).replace(sinks=n), *arrays) for n in (1, 0))
+    assert np.isfinite(with_sink.keys).all()
+    assert (with_sink.lengths == without.lengths).mean() >= 0.5
+    assert int(with_sink.lengths.sum()) == int(without.lengths.sum())
+    assert (np.asarray(with_sink.positions)[:, :, 0] == 0).all()
+
+
+def test_sinks_leave_room_for_the_window_alone_where_the_budget_is_small():
+    ev = evict(rk.snapkv(8, 6).replace(sinks=4), *arrays_of(13))
+    np.testing.assert_array_equal(ev.positions[0, 0], [0, 1, *range(LENGTH - 6, LENGTH)])
+
+
+@pytest.mark.parametrize(("budget", "window"), [(20, 8), (51, 8), (102, 17), (204, 32), (1024, 32)])
+def test_a_window_that_is_a_part_of_the_budget(budget, window):
+    assert rk.best(budget).window == window
+    assert rk.best(f"{100 * budget / 2048}%").resolved(2048).window == window
+    assert rk.best(max(budget, 32), window=24).window == 24
+
+
+def test_a_part_of_a_score_stays_with_its_key():
+    scores = np.random.default_rng(14).random((1, 1, 1, 40)).astype(np.float32)
+    pairs = Pairs(np.zeros((1, 1, 42, 2)), np.zeros((1, 1, 42, 2)), np.arange(42)[None, None])
+    view = LayerView(0, Queries(np.zeros((1, 1, 1, 2, 2)), np.array([[40, 41]]), UNLIMITED), None)
+    spread, mixed = (SuccessorPooling(12, own)(jnp.asarray(scores), view, pairs, 4) for own in (0.0, 0.3))
+    np.testing.assert_allclose(mixed, 0.3 * scores + 0.7 * np.asarray(spread), rtol=1e-6)

@@ -1,1 +1,1 @@
-"""Published methods, one short file each: a preset that returns an `EvictionPolicy`, and what only it needs."""
+"""Published methods and ours, a short file each: a preset that returns an `EvictionPolicy`, and what only it needs."""

@@ -1,8 +1,9 @@
-"""The registry: published methods by name, each a preset that returns an `EvictionPolicy`."""
+"""The registry: published methods, and ours, by name, each a preset that returns an `EvictionPolicy`."""
 
 from collections.abc import Callable
 
 from restkv_jax.eviction.methods.adakv import adakv
+from restkv_jax.eviction.methods.best import best
 from restkv_jax.eviction.methods.compactor import compactor
 from restkv_jax.eviction.methods.expected_attention import expected_attention
 from restkv_jax.eviction.methods.full import full
@@ -20,6 +21,7 @@ from restkv_jax.eviction.policy import EvictionPolicy
 
 METHODS: dict[str, Callable[..., EvictionPolicy]] = {
     "full": full,
+    "best": best,
     "restkv": restkv,
     "laprox": laprox,
     "snapkv": snapkv,
