@@ -77,5 +77,5 @@ def takes_budget(method: str) -> bool:
 def suggest(name: str, known: Iterable[str]) -> str:
     """What was perhaps meant by a name, and what there is: the end of a message."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=2)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.65)
     return (f"did you mean {' or '.join(near)}? " if near else "") + f"known: {', '.join(known)}"
