@@ -60,9 +60,22 @@ PAIRS = (
     "laprox(window=8, pooling=successor, kernel_size=12) > laprox(kernel_size=21)",
     "restkv(pooling=successor, kernel_size=12, allocation=adaptive_heads) > restkv",
     "restkv(pooling=successor, kernel_size=12) > restkv",
+    # ours against the best published, and what its parts do
+    "best > laprox(kernel_size=21)",
+    "best > laprox(kernel_size=21, scope=layer)",
+    "best > laprox",
+    "best > h2o",
+    "best > snapkv",
+    "best > restkv",
+    "best > full",
+    "best > best(own=0)",
+    "laprox(sinks=4) > laprox",
+    "laprox(window=8, pooling=successor, kernel_size=12, sinks=4) > "
+    "laprox(window=8, pooling=successor, kernel_size=12)",
 )
 """Compared on the same prompts."""
 DRAWN = (
+    "best",
     "restkv",
     "snapkv(kernel_size=21)",
     "laprox",
