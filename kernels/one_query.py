@@ -5,6 +5,7 @@ or codes, which leave HBM as such and are dequantised in the chip.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -84,8 +85,7 @@ def read_layer(
     def alone(queries: Queries, stored: QuantisedPairs, layer: Array, positions: Array) -> Softmax:
         slots = positions.shape[2]
         static = Static(stored.quantisation, 1, _at_once(stored.keys, slots), slots, queries.soft_cap)
-        of_head = _of_head(lambda row, head, where: (where[0], row, head))
-        keys, values = (of_head(static, x) for x in (stored.keys, stored.values))
+        keys, values = (_of_head(static, x, _in_layer) for x in (stored.keys, stored.values))
         asked = jnp.broadcast_to(queries.positions, positions.shape[:2])
         used = jnp.full(positions.shape[:2], slots, jnp.int32)
         return _read(static, queries, asked, used, layer.reshape(1), keys, values, _held(static, positions), interpret)
@@ -121,8 +121,8 @@ def read_blocks(
     quantisation = None if isinstance(keys, Array) else keys.quantisation
     static = Static(quantisation, 1, _at_once(keys, slots), slots, queries.soft_cap)
 
-    of_keys = _of_head(lambda row, head, where: (row, where[1 + row * num_heads + head]))(static, keys)
-    of_values = _of_head(lambda row, head, where: (where[0], row, head))(static, values)
+    of_keys = _of_head(static, keys, lambda row, head, where: (row, where[1 + row * num_heads + head]))
+    of_values = _of_head(static, values, _in_layer)
     is_windowed = queries.widest_window != 0
     held = _held(static, positions[jnp.arange(len(blocks))[:, None], blocks] if is_windowed else None)
     where = jnp.concatenate([layer.reshape(1), blocks.reshape(-1)])
@@ -169,8 +169,8 @@ def read_table(
     return _read(static, queries, queries.positions, lengths, table.reshape(-1), *both, held, interpret)
 
 
-def refusal(queries: Queries, stored: Stored, *_: Any, **options: Any) -> str | None:
-    """Why the kernel cannot take these queries and keys."""
+def refusal(queries: Queries, stored: Stored) -> str | None:
+    """Why the kernel cannot take queries [B, K, G, T, D] and what is stored of keys."""
     dim = queries.vectors.shape[-1]
     if queries.vectors.dtype not in DTYPES:
         return f"the kernel knows float32 and bfloat16, not {queries.vectors.dtype}"
@@ -196,10 +196,11 @@ def _refusal_of_codes(stored: QuantisedKeys | QuantisedValues, dim: int) -> str 
 
 def _at_once(stored: Stored, slots: int) -> int:
     """Slots of a step: all, or as many as fill registers, of scales where there are."""
-    codes, multiple = (
-        (stored, LANES) if isinstance(stored, Array) else (stored.codes, PACKED * stored.quantisation.group_size)
-    )
-    fitting = SLOTS_AT_ONCE * LANES // codes.shape[-1]
+    if isinstance(stored, Array):
+        dim, multiple = stored.shape[-1], LANES
+    else:
+        dim, multiple = stored.codes.shape[-1], PACKED * stored.quantisation.group_size
+    fitting = SLOTS_AT_ONCE * LANES // dim
     return min(slots, max(fitting // multiple, 1) * multiple)
 
 
@@ -215,25 +216,23 @@ def _held(static: Static, positions: Array | None) -> Block:
     )
 
 
-def _of_head(index: Callable[..., tuple[Any, ...]]) -> Callable[[Static, Stored], list[Block]]:
-    """The blocks of what is stored of a row and KV head at `index(row, head, where)`; none is copied twice."""
+def _in_layer(row: Any, head: Any, where: Ref) -> tuple[Any, ...]:
+    """The index of a row and KV head of all layers, where the layer is the first number of `where`."""
+    return where[0], row, head
 
-    def place(at_once: int, rest: int, row: Any, head: Any, step: Any, used: Ref, where: Ref) -> tuple[Any, ...]:
-        last = jnp.maximum(pl.cdiv(used[row, head], at_once) - 1, 0)
+
+def _of_head(static: Static, stored: Stored, index: Callable[..., tuple[Any, ...]]) -> list[Block]:
+    """The blocks of what is stored of a row and KV head at `index(row, head, where)`, up to the last that is read."""
+
+    def place(rest: int, row: Any, head: Any, step: Any, used: Ref, where: Ref) -> tuple[Any, ...]:
+        last = jnp.maximum(pl.cdiv(used[row, head], static.at_once) - 1, 0)
         return *index(row, head, where), jnp.minimum(step, last), *[0] * rest
 
-    def blocks(static: Static, stored: Stored) -> list[Block]:
-        at_once = static.at_once // static.group
+    def block(x: Array, rest: int) -> Block:
+        shape = *[None] * (x.ndim - rest - 1), static.at_once // static.group, *x.shape[x.ndim - rest :]
+        return Block(x, shape, functools.partial(place, rest))
 
-        def block(x: Array, rest: int) -> Block:
-            shape = *[None] * (x.ndim - rest - 1), at_once, *x.shape[x.ndim - rest :]
-            return Block(x, shape, functools.partial(place, static.at_once, rest))
-
-        if isinstance(stored, Array):
-            return [block(stored, 1)]
-        return [block(stored.codes, 2), block(stored.scales, 1)]
-
-    return blocks
+    return [block(stored, 1)] if isinstance(stored, Array) else [block(stored.codes, 2), block(stored.scales, 1)]
 
 
 def _read(
@@ -276,7 +275,7 @@ def _read(
     column = jax.ShapeDtypeStruct((batch, num_kv_heads, num_rows, 1), jnp.float32)
     steps = pl.cdiv(static.slots, static.at_once)
     logits = batch * num_kv_heads * static.slots * num_rows
-    of_step = sum(_size(x.shape) * x.array.dtype.itemsize for x in blocks)
+    of_step = sum(math.prod(n or 1 for n in x.shape) * x.array.dtype.itemsize for x in blocks)
     peak, total, weighted = pl.pallas_call(
         functools.partial(_kernel, static, len(keys)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -299,10 +298,6 @@ def _read(
     )  # fmt: skip
     group = queries.vectors.shape[2]
     return Softmax(peak[:, :, :group], total[:, :, :group], weighted[:, :, :group, None])
-
-
-def _size(shape: Sequence[int | None]) -> int:
-    return functools.reduce(lambda x, y: x * (y or 1), shape, 1)
 
 
 def _kernel(

@@ -226,6 +226,8 @@ def _as_heads(context: Array, lengths: Array, queries: Queries) -> Array:
 def _read_quantised_pages_tpu(
     queries: Queries, pages: QuantisedPages, *, is_windowed: bool, interpret: bool = False
 ) -> Softmax:
+    """`read_quantised_pages` by a Pallas kernel for TPU."""
+
     def one_part(queries: Queries, pages: QuantisedPages) -> Softmax:
         table = pages.table
         positions = pages.positions[table].reshape(*table.shape[:2], -1) if is_windowed else None

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.scores.centres import BITS
 from restkv_jax.kernels.scores.columns import on_devices
 from restkv_jax.kernels.scores.mosaic import UNSEEN, Described, Ref
 from restkv_jax.kernels.scores.triton import CANDIDATES, Static, each_tile, load, logits_of_heads, peaks_of
 
-DIGIT, BITS = CANDIDATES.bit_length() - 1, 30
-"""Bits of a threshold found at one time, and of a float32 number from 0 to 1: these have the order of integers."""
+DIGIT = CANDIDATES.bit_length() - 1
+"""Bits of a threshold that are found at one time."""
 
 
 def attention_centres(queries: Queries, pairs: Pairs, *, count: int, interpret: bool = False) -> Array:

@@ -26,8 +26,8 @@ def make_policy(method: str, options: Mapping[str, Any]) -> EvictionPolicy:
     """
     check_options(method, options)
     values = dict(options)
-    own = inspect.signature(find_preset(method)).parameters
-    changes = {name: values.pop(name) for name in POLICY_OPTIONS if name in values and name not in own}
+    parameters = inspect.signature(find_preset(method)).parameters
+    changes = {name: values.pop(name) for name in POLICY_OPTIONS if name in values and name not in parameters}
     try:
         if "budget" in values:
             values["budget"] = parse_budget(values["budget"])
