@@ -271,6 +271,7 @@ def _read(
 
         return pl.BlockSpec(block.shape, place)
 
+    # Blocks come out of HBM: a compiler that finds room would copy a store of all layers into the chip at every layer.
     blocks = *keys, *values, held
     column = jax.ShapeDtypeStruct((batch, num_kv_heads, num_rows, 1), jnp.float32)
     steps = pl.cdiv(static.slots, static.at_once)
@@ -294,7 +295,7 @@ def _read(
         interpret=interpret,
     )(
         jnp.asarray(queries.sliding_window, jnp.int32).reshape(1), asked, used, where,
-        rows, *(x.array for x in blocks),
+        rows, *(x.array if interpret else pltpu.with_memory_space_constraint(x.array, pltpu.HBM) for x in blocks),
     )  # fmt: skip
     group = queries.vectors.shape[2]
     return Softmax(peak[:, :, :group], total[:, :, :group], weighted[:, :, :group, None])
