@@ -28,7 +28,7 @@ from restkv_jax.kernels.scores.reference import (
     probabilities,
     removal_error,
 )
-from restkv_jax.kernels.scores.tiles import fold_places, fold_tiles, map_tiles
+from restkv_jax.kernels.scores.tiles import fold_places, fold_queries, fold_tiles, map_tiles
 
 __all__ = [
     "HIGHEST",
@@ -43,6 +43,7 @@ __all__ = [
     "find_outputs",
     "find_peaks",
     "fold_places",
+    "fold_queries",
     "fold_tiles",
     "map_tiles",
     "output_gram",

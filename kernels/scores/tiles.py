@@ -15,6 +15,9 @@ ELEMENTS_AT_ONCE = 2**22
 LEAST_TILE = 128
 """Keys of a tile at least."""
 
+QUERIES_AT_ONCE = 128
+"""Queries whose attention exists at one time, where scores are of more than a window's."""
+
 
 def _tile_size(queries: Queries, length: int) -> int:
     """Keys of a tile: as many as the bound allows, in tiles of nearly the same size."""
@@ -48,6 +51,22 @@ def fold_places(step: Callable, state: Any, length: int, size: int) -> Any:
     if size == length:
         return some(state, jnp.int32(0))[0]
     return jax.lax.scan(some, state, jnp.arange(0, length, size))[0]
+
+
+def fold_queries(step: Callable, state: Any, queries: Queries) -> Any:
+    """Takes a state through many queries, `QUERIES_AT_ONCE` at a time: `step(state, some_queries)`.
+
+    Those that a step is shown again have position -1, as padding has.
+    """
+    length = queries.positions.shape[1]
+    size = min(QUERIES_AT_ONCE, length)
+
+    def some(state: Any, start: Array, is_new: Array) -> Any:
+        positions = jax.lax.dynamic_slice_in_dim(queries.positions, start, size, axis=1)
+        vectors = jax.lax.dynamic_slice_in_dim(queries.vectors, start, size, axis=3)
+        return step(state, queries.replace(vectors=vectors, positions=jnp.where(is_new, positions, -1)))
+
+    return fold_places(some, state, length, size)
 
 
 def map_tiles(function: Callable[[Pairs, Array], Array], queries: Queries, pairs: Pairs) -> Array:

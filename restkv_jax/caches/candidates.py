@@ -12,7 +12,7 @@ from restkv_jax.caches.base import Cache, Keeper
 from restkv_jax.caches.dense import put_layer
 from restkv_jax.caches.paged import PagedCache, fill_pages, pool_shape
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.refit import window_outputs
+from restkv_jax.eviction.refit import Wanted, find_wanted
 from restkv_jax.eviction.select import (
     keep_shares,
     places_to_keep,
@@ -24,6 +24,7 @@ from restkv_jax.eviction.select import (
 from restkv_jax.kernels.gather import gather_pairs
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.kernels.partition import divide, each_part, on_mesh, parts_of_mesh, undivide
+from restkv_jax.kernels.scores import Peaks
 from restkv_jax.models.config import UNLIMITED
 from restkv_jax.models.decoder import Decoder, LayerView
 from restkv_jax.models.memory import PairMemory
@@ -39,9 +40,9 @@ class Candidates(flax.struct.PyTreeNode):
       scores: float32 [L, B, K, N]; inf in the window, -inf where empty.
       prefix_lengths: int32 [L, B, K], pairs before the window that there were to choose from.
       prompt_lengths: int32 [B].
-      queries: [L, B, K, G, w, D], the window's, where the values are refitted, else None.
-      query_positions: int32 [B, w], -1 where the window reaches beyond the tokens read, else None.
-      outputs: float32 [L, B, K, G, w, D], what these queries got from all pairs, else None.
+      queries: [L, B, K, G, r, D], those that a refit looks at, else None.
+      query_positions: int32 [B, r], -1 where there is none, else None.
+      wanted: what these queries got from all pairs, by layer, else None.
     """
 
     keys: Array
@@ -52,7 +53,7 @@ class Candidates(flax.struct.PyTreeNode):
     prompt_lengths: Array
     queries: Array | None = None
     query_positions: Array | None = None
-    outputs: Array | None = None
+    wanted: Wanted | None = None
 
 
 class PagedKeeper(Keeper):
@@ -70,22 +71,27 @@ class PagedKeeper(Keeper):
         config, batch = self.model.config, lengths.shape[0]
         places = self.policy.num_candidates(self.total) + self.window
         heads = config.num_hidden_layers, batch, config.num_key_value_heads
-        shown = config.num_attention_heads // config.num_key_value_heads, self.window, config.head_dim
-        is_refitted = self.policy.refit is not None
+        refit, group = self.policy.refit, config.num_attention_heads // config.num_key_value_heads
 
         def full(value: float, *shape: int, dtype: Any, axes: str = "l b k") -> Array:
             return on_mesh(jnp.full((*heads, *shape), value, dtype), axes)
 
-        return Candidates(
+        candidates = Candidates(
             keys=full(0, places, config.head_dim, dtype=dtype),
             values=full(0, places, config.head_dim, dtype=dtype),
             positions=full(-1, places, dtype=jnp.int32),
             scores=full(-jnp.inf, places, dtype=jnp.float32),
             prefix_lengths=full(0, dtype=jnp.int32),
             prompt_lengths=lengths,
-            queries=full(0, *shown, dtype=dtype, axes="l b k g") if is_refitted else None,
-            query_positions=jnp.full((batch, self.window), -1, jnp.int32) if is_refitted else None,
-            outputs=full(0, *shown, dtype=jnp.float32, axes="l b k g") if is_refitted else None,
+        )
+        if refit is None:
+            return candidates
+        shown = group, self.window + refit.num_future
+        asked = functools.partial(full, 0, *shown, axes="l b k g")
+        return candidates.replace(
+            queries=asked(config.head_dim, dtype=dtype),
+            query_positions=jnp.full((batch, shown[1]), -1, jnp.int32),
+            wanted=Wanted(asked(config.head_dim, dtype=jnp.float32), Peaks(*[asked(dtype=jnp.float32)] * 2)),
         )
 
     def add(self, candidates: Candidates, view: LayerView, memory: PairMemory, scored: dict) -> Candidates:
@@ -97,12 +103,11 @@ class PagedKeeper(Keeper):
         entries["scores"] = weighed_scores(policy, scores, pairs.positions, indices)
         entries["prefix_lengths"] = jnp.broadcast_to(prefix_lengths(scores), scores.shape[:2])
         if policy.refit is not None:
-            queries = view.queries.last(self.window)
-            entries |= {"queries": queries.vectors, "outputs": window_outputs(queries, pairs)}
+            queries = policy.refit.queries(view, self.window)
+            entries |= {"queries": queries.vectors, "wanted": find_wanted(queries, pairs)}
             candidates = candidates.replace(query_positions=queries.positions)
-        return candidates.replace(
-            **{name: put_layer(getattr(candidates, name), view.index, part) for name, part in entries.items()}
-        )
+        put = functools.partial(jax.tree.map, lambda array, part: put_layer(array, view.index, part))
+        return candidates.replace(**{name: put(getattr(candidates, name), part) for name, part in entries.items()})
 
     def finish(self, candidates: Candidates) -> PagedCache:
         """Shares the budget among layers and KV heads and packs what they keep into pages."""
@@ -115,7 +120,8 @@ class PagedKeeper(Keeper):
         keep = keep_shares(self.policy, candidates.scores, candidates.prefix_lengths, jnp.arange(layers), layers)
         if self.policy.refit is None:
             return candidates, keep
-        return candidates.replace(values=self._refitted(candidates, keep)), keep
+        refitted = self._refitted(candidates, keep)
+        return candidates.replace(keys=refitted.keys, values=refitted.values), keep
 
     def of_sequences(self, candidates: Candidates) -> dict[str, Any]:
         """The fields of a cache in pages besides those of its pairs."""
@@ -140,17 +146,17 @@ class PagedKeeper(Keeper):
         by_head = {name: undivide(filled.pop(name), "l") for name in ("page_table", "lengths")}
         return filled | by_head
 
-    def _refitted(self, candidates: Candidates, keep: Array) -> Array:
-        """The values of all layers, corrected for the loss of those that are not kept."""
+    def _refitted(self, candidates: Candidates, keep: Array) -> Pairs:
+        """The pairs of all layers, corrected for the loss of those that are not kept."""
         refit, shown_at = self.policy.refit, candidates.query_positions
         assert refit is not None and shown_at is not None
         query_positions: Array = shown_at
 
-        def one_layer(layer: tuple) -> Array:
-            vectors, outputs, keys, values, positions, sliding_window = layer
+        def one_layer(layer: tuple) -> Pairs:
+            vectors, wanted, keys, values, positions, sliding_window = layer
             queries = Queries(vectors, query_positions, sliding_window, self.model.config.attn_logit_softcapping)
-            return refit(queries, outputs, Pairs(keys, values, positions))
+            return refit(queries, wanted, Pairs(keys, values, positions))
 
         c, windows = candidates, jnp.asarray(self.model.config.sliding_windows, jnp.int32)
         positions = jnp.where(keep, c.positions, -1)
-        return jax.lax.map(one_layer, (c.queries, c.outputs, c.keys, c.values, positions, windows))
+        return jax.lax.map(one_layer, (c.queries, c.wanted, c.keys, c.values, positions, windows))

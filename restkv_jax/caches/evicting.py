@@ -153,7 +153,7 @@ class EvictingKeeper(DenseKeeper):
         gram = self.policy.query_scorer.gram(view.output_projection)
         is_known = isinstance(memory, SeenMemory)
         before = memory.importance_at(kept.positions) if is_known else jnp.full(kept.positions.shape, UNSEEN)
-        queries = view.queries.last(self.num_queries)
+        queries = view.queries.last(self.evicting.num_scoring_queries(self.length))
         importance = update_importance(before, queries, kept, gram, self.policy)
         cache = self.write(cache, view, kept)
         assert isinstance(cache, ByImportance)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from restkv_jax.eviction.allocation import ALLOCATIONS
+from restkv_jax.eviction.future import FutureQueries
 from restkv_jax.eviction.methods.restkv import Reconstruction
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.pooling import AdaptivePooling, AveragePooling, MaxPooling, NoPooling, SuccessorPooling
@@ -18,6 +19,7 @@ KNOWN = (
     MaxPooling,
     AdaptivePooling,
     LeastSquares,
+    FutureQueries,
     *ALLOCATIONS.values(),
 )
 """What a policy that evicts while generating is made of."""

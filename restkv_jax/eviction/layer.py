@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.refit import window_outputs
+from restkv_jax.eviction.refit import find_wanted
 from restkv_jax.eviction.select import (
     keep_shares,
     places_to_keep,
@@ -121,7 +121,11 @@ def _check_shapes(queries: Array, keys: Array, values: Array, output_projection:
 def _scoring_queries(policy: EvictionPolicy, queries: Array, length: int) -> Array:
     needed = policy.num_queries(length)
     if queries.shape[2] < needed:
-        reason = "scorer, which looks at all queries," if needed > policy.window else f"window={policy.window}"
+        reason = f"window={policy.window}"
+        if needed > policy.num_scoring_queries(length):
+            reason = "refit, which asks earlier queries again,"
+        elif needed > policy.window:
+            reason = f"scorer, which looks at {'all' if needed == length else 'earlier'} queries,"
         raise ValueError(
             f"queries has shape {queries.shape}: {queries.shape[2]} queries, but policy.{reason} needs {needed} of a "
             f"prompt of {length} tokens"
@@ -144,7 +148,7 @@ def evict(
         indices = jnp.sort(jnp.where(keep, indices, length), axis=-1)
     kept = gather_pairs(pairs, indices)
     if policy.refit is not None:
-        queries = view.queries.last(window)
-        kept = kept._replace(values=policy.refit(queries, window_outputs(queries, pairs), kept))
+        queries = policy.refit.queries(view, window)
+        kept = policy.refit(queries, find_wanted(queries, pairs), kept)
     lengths = (kept.positions >= 0).sum(-1, dtype=jnp.int32)
     return Eviction(scores, kept.positions, lengths, kept.keys, kept.values)

@@ -39,7 +39,8 @@ class EvictionPolicy:
         are scored; `min(P, 4 * budget)` of `P` by default. With `P` or more the selection is exact; with fewer, a head
         whose share would be larger keeps its best `candidates`, and others get what it leaves.
       page_size: slots of a page; shrinks with a budget that is smaller, down to 8, which changes no result.
-      refit: corrects the kept values so that the window's output is reconstructed; None leaves them.
+      refit: corrects the kept values, and keys, so that queries get what they got from the whole prompt; None leaves
+        them as they are.
     """
 
     budget: int | str | None = None
@@ -159,9 +160,17 @@ class EvictionPolicy:
         return min(self.window, length)
 
     def num_queries(self, length: int) -> int:
+        """How many of the last queries of a prompt of `length` tokens are looked at."""
+        of_refit = 0 if self.refit is None else self.refit.num_future
+        return max(self.num_scoring_queries(length), min(of_refit, length))
+
+    def num_scoring_queries(self, length: int) -> int:
         """How many of the last queries of a prompt of `length` tokens score its keys."""
-        uses_all = self.scorer is not None and self.scorer.all_queries
-        return length if uses_all else self.window_of(length)
+        if self.scorer is None:
+            return self.window_of(length)
+        if self.scorer.all_queries:
+            return length
+        return min(length, max(self.window_of(length), getattr(self.scorer, "num_queries", 0)))
 
     def replace(self, **changes) -> "EvictionPolicy":
         """Returns the policy with some fields changed."""

@@ -9,7 +9,7 @@ from jax import Array
 
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.kernels.scores import attention_centres
-from restkv_jax.models.arguments import check_choice, check_integer, check_number
+from restkv_jax.models.arguments import check_choice, check_integer
 from restkv_jax.models.decoder import LayerView
 
 
@@ -59,25 +59,19 @@ class SuccessorPooling:
 
     `s'[n]` is the mean of `s[n - a]` to `s[n + b]` with `a + b + 1 = kernel_size` and `b = (kernel_size - 1) // 5`;
     beyond the ends zeros count. A prompt's last queries attend to where an answer begins, and a model that copies goes
-    on from there, to tokens which no query has asked for yet. With `own` above 0 the score is
-    `own s[n] + (1 - own) s'[n]`, so that attended keys come before what follows less attended ones.
+    on from there, to tokens which no query has asked for yet.
     """
 
     kernel_size: int = 12
-    own: float = 0.0
 
     def __post_init__(self):
         check_integer("kernel_size", self.kernel_size, 1, "tokens")
-        check_number("own", self.own, "the part of a key's score that stays with it")
-        if not 0 <= self.own <= 1:
-            raise ValueError(f"own={self.own} must be in [0, 1], the part of a key's score that stays with it")
 
     def __call__(self, scores: Array, view: LayerView, pairs: Pairs, count: int) -> Array:
         inside, later = _inside(scores, pairs), (self.kernel_size - 1) // 5
         widths = [(0, 0)] * (scores.ndim - 1) + [(self.kernel_size - 1 - later, later)]
         total = _sliding(jnp.pad(jnp.where(inside, scores, 0.0), widths), self.kernel_size, jax.lax.add, 0.0, "VALID")
-        spread = total / self.kernel_size
-        return spread if self.own == 0 else self.own * scores + (1 - self.own) * spread
+        return total / self.kernel_size
 
 
 @dataclasses.dataclass(frozen=True)

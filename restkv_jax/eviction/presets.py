@@ -32,7 +32,7 @@ def make_policy(method: str, options: Mapping[str, Any]) -> EvictionPolicy:
         if "budget" in values:
             values["budget"] = parse_budget(values["budget"])
         if "refit" in changes:
-            changes["refit"] = LeastSquares(changes["refit"])
+            changes["refit"] = None if changes["refit"] is None else LeastSquares(changes["refit"])
         return METHODS[method](**values).replace(**changes)
     except TypeError as error:
         raise ValueError(str(error)) from error

@@ -1,73 +1,206 @@
-"""Least-squares correction of the kept values, so that the window's output is reconstructed."""
+"""Least-squares correction of what is kept, so that queries get from it what they got from the whole prompt."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import einops
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from restkv_jax.eviction.future import FutureQueries
 from restkv_jax.kernels.attention import attend
 from restkv_jax.kernels.pairs import Pairs, Queries
-from restkv_jax.kernels.scores import HIGHEST, probabilities
+from restkv_jax.kernels.scores import HIGHEST, Peaks, einsum, find_peaks, fold_tiles, map_tiles, probabilities
 from restkv_jax.kernels.solve import solve_positive_definite
 from restkv_jax.models.arguments import check_number
+from restkv_jax.models.decoder import LayerView
+
+LEAST_MASS, MOST_MASS = 0.2, 20.0
+"""How far the exponential of a kept key's logits may be scaled."""
+
+DIRECTION_RIDGE = 1e-3
+"""Ridge of the direction along which keys are moved, relative to the mean diagonal of its system."""
+
+
+class Wanted(NamedTuple):
+    """What queries got from the whole prompt.
+
+    `outputs` float32 [B, K, G, r, D]; `peaks`, how much they saw, float32 [B, K, G, r].
+    """
+
+    outputs: Array
+    peaks: Peaks
 
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares:
-    """Adds `X` to the kept values so that the window's queries get what the whole prompt gave them.
+    """Adds `X` to the kept values so that queries get what the whole prompt gave them: the window's, and `future` ones.
 
-    Minimises `||A (V + X) - O||^2 + lambda ||X||^2` per KV head, with `A` [w G, N] the attention of the group's window
+    Minimises `||A (V + X) - O||^2 + lambda ||X||^2` per KV head, with `A` [r, N] the attention of the group's `r`
     queries renormalised over the kept keys, `O` their outputs over all keys, and `lambda` equal to `ridge`, at least
-    `w G` float32 roundings, times the mean diagonal of `A A^T`. In the dual form one `w G x w G` system is solved:
-    `X = A^T (A A^T + lambda I)^-1 (O - A V)`. The error of the window's output never grows.
+    `r` float32 roundings, times the mean diagonal of `A A^T`. The error of these queries' output never grows.
+
+    What is evicted leaves the softmax too, so that sinks, the window and tokens to come get more than their share. With
+    a `mass_ridge` the kept keys carry the mass of all first (Attention Matching, arXiv 2602.16284): of all weights,
+    those near 1 that minimise `||E w - 1||^2 + lambda ||w - 1||^2`, `E` [r, N] being the queries' attention over the
+    whole prompt to the kept keys. There a bias `log w` is stored beside the keys; here each key moves by `u log w`,
+    where `u` is the direction that has a product of 1 with all queries, as nearly as can be: queries of a head have
+    much in common.
     """
 
     ridge: float = 0.01
+    future: FutureQueries | None = None
+    mass_ridge: float | None = None
 
     def __post_init__(self):
-        check_number("ridge", self.ridge, "relative to the mean diagonal of the system; 0.01 is usual")
-        if not self.ridge > 0:
-            raise ValueError(f"ridge={self.ridge} must be above 0, or the system may be singular; 0.01 is usual")
+        self._check_ridge("ridge", self.ridge, "0.01 is usual")
+        if not isinstance(self.future, FutureQueries | None):
+            raise TypeError(f"future={self.future!r} must be a restkv_jax.FutureQueries(count=512), or None")
+        if self.mass_ridge is not None:
+            self._check_ridge("mass_ridge", self.mass_ridge, "0.3 is usual, None moves no keys")
 
-    def __call__(self, queries: Queries, outputs: Array, kept: Pairs) -> Array:
-        """Corrected values.
+    @staticmethod
+    def _check_ridge(name: str, value: float, advice: str):
+        check_number(name, value, f"relative to the mean diagonal of the system; {advice}")
+        if not value > 0:
+            raise ValueError(f"{name}={value} must be above 0, or the system may be singular; {advice}")
+
+    @property
+    def num_future(self) -> int:
+        """Last queries of the prompt that are asked again."""
+        return 0 if self.future is None else self.future.count
+
+    def queries(self, view: LayerView, window: int) -> Queries:
+        """Those whose outputs are wanted: `window + num_future`; places without a query have position -1.
 
         Args:
-          queries: [B, K, G, w, D], the window's.
-          outputs: float32 [B, K, G, w, D], what they got from the whole prompt.
+          view: with `window` and `num_future` queries, or more; where there are fewer, places are empty.
+          window: `w`.
+        """
+        shown = [_filled(view.queries.last(window), window)]
+        if self.future is not None:
+            shown.append(_filled(self.future(view), self.num_future))
+        return shown[0].replace(
+            vectors=jnp.concatenate([part.vectors for part in shown], axis=3),
+            positions=jnp.concatenate([part.positions for part in shown], axis=1),
+        )
+
+    def __call__(self, queries: Queries, wanted: Wanted, kept: Pairs) -> Pairs:
+        """The corrected pairs.
+
+        Args:
+          queries: [B, K, G, r, D].
+          wanted: what they got from the whole prompt.
           kept: pairs [B, K, N, D].
 
         Returns:
-          [B, K, N, D] in the dtype of the values; empty places stay as they are.
+          [B, K, N, D] in the dtypes of the pairs; empty places stay as they are.
         """
-        by_group = "b k g w n -> b k (g w) n"
-        attention = einops.rearrange(probabilities(queries, kept), by_group)
-        expected = einops.rearrange(outputs, by_group)
-        correction = jax.vmap(jax.vmap(self._solve))(attention, expected, kept.values)
+        if self.mass_ridge is not None:
+            kept = kept._replace(keys=_carry_mass(queries, wanted.peaks, kept, self.mass_ridge))
+        missing = wanted.outputs - window_outputs(queries, kept)
+        correction = _ridge_regression(queries, kept, find_peaks(queries, kept), missing, self.ridge)
         # Summed in float32 and rounded once: a rounded correction would be rounded again in the sum.
-        return (kept.values.astype(jnp.float32) + correction).astype(kept.values.dtype)
+        return kept._replace(values=(kept.values.astype(jnp.float32) + correction).astype(kept.values.dtype))
 
-    def _solve(self, attention: Array, outputs: Array, values: Array) -> Array:
-        """`X` [N, D] from `A` [r, N], `O` [r, D] and `V` [N, D]; rows of zeros, padding, count for nothing."""
-        real = attention.sum(-1) > 0
-        missing = outputs - jnp.matmul(attention, values.astype(jnp.float32), precision=HIGHEST)
-        squared = jnp.matmul(attention, attention.T, precision=HIGHEST)
-        # `A A^T` is singular with more queries than keys. Below the rounding of its entries a ridge no longer keeps
-        # the Cholesky factor finite.
-        least = real.sum() * jnp.finfo(jnp.float32).eps
-        ridge = jnp.maximum(self.ridge, least) * jnp.trace(squared) / jnp.maximum(real.sum(), 1)
-        system = squared + jnp.diag(jnp.where(real, ridge, 1.0))
-        weights = solve_positive_definite(system, jnp.where(real[:, None], missing, 0.0))
-        return jnp.matmul(attention.T, weights, precision=HIGHEST)
+
+def _carry_mass(queries: Queries, peaks: Peaks, kept: Pairs, ridge: float) -> Array:
+    """The kept keys, moved so that their exponentials sum to those of the whole prompt; as `LeastSquares` says."""
+    share = jnp.exp(_normalisers(find_peaks(queries, kept)) - _normalisers(peaks))
+    added = _ridge_regression(queries, kept, peaks, 1 - share[..., None], ridge)
+    bias = jnp.log(jnp.clip(1 + added, LEAST_MASS, MOST_MASS))
+    asked = jnp.where((queries.positions >= 0)[:, None, None, :, None], queries.vectors, 0.0)
+    direction = _by_head(_common_direction, _rows(asked.astype(jnp.float32)))
+    return (kept.keys.astype(jnp.float32) + bias * direction[..., None, :]).astype(kept.keys.dtype)
+
+
+def find_wanted(queries: Queries, pairs: Pairs) -> Wanted:
+    """What queries get from the whole prompt's pairs."""
+    return Wanted(window_outputs(queries, pairs), find_peaks(queries, pairs))
 
 
 def window_outputs(queries: Queries, pairs: Pairs) -> Array:
-    """What queries get from pairs, float32 [B, K, G, w, D], as exactly as the refit's own attention.
+    """What queries get from pairs, float32 [B, K, G, r, D], as exactly as the refit's own attention.
 
     It would take the rounding of fast float32 products for a missing output.
     """
     queries = queries.replace(vectors=queries.vectors.astype(jnp.float32))
     with jax.default_matmul_precision("highest"):
         return attend(queries, pairs._replace(values=pairs.values.astype(jnp.float32)))
+
+
+def _normalisers(peaks: Peaks) -> Array:
+    """The logarithm of the sum of the queries' exponentials, float32 [B, K, G, r]."""
+    return peaks.peak + jnp.log(peaks.total)
+
+
+def _filled(queries: Queries, count: int) -> Queries:
+    """Empty places before queries that are fewer than `count`."""
+    missing = count - queries.positions.shape[1]
+    return queries.replace(
+        vectors=jnp.pad(queries.vectors, ((0, 0), (0, 0), (0, 0), (missing, 0), (0, 0))),
+        positions=jnp.pad(queries.positions, ((0, 0), (missing, 0)), constant_values=-1),
+    )
+
+
+def _rows(x: Array) -> Array:
+    """The queries of all heads of a KV head as rows of one matrix."""
+    return einops.rearrange(x, "b k g r n -> b k (g r) n")
+
+
+def _by_head(function: Callable, x: Array, *others: Any) -> Array:
+    """A function of matrices, of every row and KV head; of the same numbers for all."""
+    mapped = [0, *(0 if isinstance(other, Array) else None for other in others)]
+    return jax.vmap(jax.vmap(function, mapped), mapped)(x, *others)
+
+
+def _ridge_regression(queries: Queries, kept: Pairs, peaks: Peaks, missing: Array, ridge: float) -> Array:
+    """The `X` [B, K, N, M] that minimises `||A X - E||^2 + lambda ||X||^2` per KV head, as `LeastSquares` says.
+
+    With fewer keys than queries `X = (A^T A + lambda I)^-1 A^T E`, else the dual form, in which the system has as many
+    rows as there are queries, and `A` is never whole.
+
+    Args:
+      queries: [B, K, G, r, D].
+      kept: pairs [B, K, N, D].
+      peaks: `A` is the queries' attention to the kept keys over the pairs of these.
+      missing: `E`, float32 [B, K, G, r, M].
+      ridge: `lambda`, relative to the mean diagonal of `A A^T`.
+    """
+    missing = _rows(missing)
+    if kept.keys.shape[2] < missing.shape[2]:
+        attention = _rows(probabilities(queries, kept, peaks))
+        count = (attention.sum(-1) > 0).sum(-1)
+        squared = einsum("bkrn,bkrm->bknm", attention, attention)
+        return _by_head(_solve, squared, count, einsum("bkrn,bkrm->bknm", attention, missing), ridge)
+
+    def add(squared: Array, tile: Pairs, is_new: Array, _) -> Array:
+        attention = jnp.where(is_new, _rows(probabilities(queries, tile, peaks)), 0.0)
+        return squared + einsum("bkrn,bksn->bkrs", attention, attention)
+
+    squared = fold_tiles(add, jnp.zeros((*missing.shape[:3], missing.shape[2]), jnp.float32), queries, kept)
+    is_real = jnp.diagonal(squared, axis1=2, axis2=3) > 0
+    weights = _by_head(_solve, squared, is_real.sum(-1), jnp.where(is_real[..., None], missing, 0.0), ridge)
+
+    def of_tile(tile: Pairs, _) -> Array:
+        return einsum("bkrn,bkrm->bkmn", _rows(probabilities(queries, tile, peaks)), weights)
+
+    return jnp.moveaxis(map_tiles(of_tile, queries, kept), 2, 3)
+
+
+def _solve(squared: Array, count: Array, targets: Array, ridge: float) -> Array:
+    """Solves `(squared + lambda I) x = targets` for squares [n, n] of an attention of `count` rows without padding."""
+    # The system is singular with more queries than keys, or the reverse. Below the rounding of its entries a ridge no
+    # longer keeps the Cholesky factor finite.
+    count = jnp.maximum(count, 1)
+    scale = jnp.maximum(ridge, count * jnp.finfo(jnp.float32).eps) * jnp.trace(squared) / count
+    return solve_positive_definite(squared + jnp.where(scale > 0, scale, 1.0) * jnp.eye(len(squared)), targets)
+
+
+def _common_direction(vectors: Array) -> Array:
+    """The `u` [D] that has a product of 1 with all rows of `Q` [r, D], in least squares; rows of zeros do not count."""
+    squared = jnp.matmul(vectors.T, vectors, precision=HIGHEST)
+    scale = jnp.maximum(DIRECTION_RIDGE * jnp.trace(squared) / len(squared), jnp.finfo(jnp.float32).tiny)
+    return solve_positive_definite(squared + scale * jnp.eye(len(squared)), vectors.sum(0)[:, None])[:, 0]

@@ -22,7 +22,7 @@ def score(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None
     window = policy.window_of(length)
     if policy.scorer is None or length == window:
         return None
-    return policy.scorer(view.last(policy.num_queries(length)), pairs, window)
+    return policy.scorer(view.last(policy.num_scoring_queries(length)), pairs, window)
 
 
 def score_once(scored: dict, policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:

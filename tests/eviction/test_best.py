@@ -1,15 +1,13 @@
-"""What `rk.best` adds to the published methods: sinks, scores that partly stay, windows that follow the budget."""
+"""What `rk.best` adds to the published methods: sinks, queries to come, windows that follow the budget."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import CONFIG
 
 import restkv_jax as rk
-from restkv_jax.eviction.pooling import SuccessorPooling
 from restkv_jax.eviction.select import LARGEST, weighed_scores
-from restkv_jax.kernels.pairs import Pairs, Queries
-from restkv_jax.models.config import UNLIMITED
-from restkv_jax.models.decoder import LayerView
 
 HEADS, KV_HEADS, LENGTH, DIM, BUDGET, WINDOW = 4, 2, 48, 8, 20, 6
 
@@ -62,9 +60,60 @@ def test_a_window_that_is_a_part_of_the_budget(budget, window):
     assert rk.best(max(budget, 32), window=24).window == 24
 
 
-def test_a_part_of_a_score_stays_with_its_key():
-    scores = np.random.default_rng(14).random((1, 1, 1, 40)).astype(np.float32)
-    pairs = Pairs(np.zeros((1, 1, 42, 2)), np.zeros((1, 1, 42, 2)), np.arange(42)[None, None])
-    view = LayerView(0, Queries(np.zeros((1, 1, 1, 2, 2)), np.array([[40, 41]]), UNLIMITED), None)
-    spread, mixed = (SuccessorPooling(12, own)(jnp.asarray(scores), view, pairs, 4) for own in (0.0, 0.3))
-    np.testing.assert_allclose(mixed, 0.3 * scores + 0.7 * np.asarray(spread), rtol=1e-6)
+def random_model():
+    model = rk.build_model(CONFIG)
+    return model, rk.init_params(model, jax.random.key(0), dtype=jnp.float32)
+
+
+def columns(queries, keys, values, projection, positions):
+    """`rms(A[:, n]) ||v[n] W_h||` in float64, [H, T], for queries [H, w, D] at positions."""
+    group, found = HEADS // KV_HEADS, []
+    for head in range(HEADS):
+        logits = queries[head].astype(np.float64) @ keys[0, head // group].T / np.sqrt(DIM)
+        weights = np.where(np.arange(LENGTH) <= np.asarray(positions)[:, None], np.exp(logits), 0)
+        attention = weights / weights.sum(-1, keepdims=True)
+        norms = np.linalg.norm(values[0, head // group] @ projection[head], axis=-1)
+        found.append(np.sqrt((attention**2).mean(0)) * norms)
+    return np.stack(found)
+
+
+def test_scores_are_those_of_the_window_and_of_queries_to_come():
+    _, keys, values, projection = arrays_of(14)
+    queries = np.random.default_rng(15).standard_normal((1, HEADS, LENGTH, DIM)).astype(np.float32)
+    policy = rk.best(BUDGET, WINDOW, kernel_size=1, weight=0.7, future=30)
+    ev = rk.evict_layer(policy, queries, keys, values, projection)
+    now = columns(queries[0, :, -WINDOW:], keys, values, projection, np.arange(LENGTH - WINDOW, LENGTH))
+    later = columns(queries[0, :, -30:], keys, values, projection, np.full(30, LENGTH))
+    expected = (now + 0.7 * later)[:, 4 : LENGTH - WINDOW].reshape(KV_HEADS, -1, LENGTH - WINDOW - 4).mean(1)
+    np.testing.assert_allclose(ev.scores[0, :, 4:], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("allocation", [rk.Uniform(), rk.AdaptiveHeads(), rk.ModelWide()])
+def test_a_model_reads_and_reads_on_with_fewer_tokens_than_are_asked_again(allocation):
+    model, params = random_model()
+    tokens = jnp.asarray(np.random.default_rng(16).integers(0, 64, (2, 100)), jnp.int32)
+    mask = jnp.arange(100)[None] >= jnp.array([[0], [30]])
+    policy = rk.best(24, future=64).replace(allocation=allocation)
+    _, cache = rk.prefill(model, params, tokens, mask, policy)
+    logits, cache = rk.extend(model, params, tokens[:, :20], None, cache, policy)
+    assert np.isfinite(logits).all()
+    held = (np.asarray(rk.kept_positions(cache)) >= 0).sum(-1)
+    np.testing.assert_array_equal(held.mean((0, 2)), [24, 24])
+    _, alone = rk.prefill(model, params, tokens[1:, 30:], None, policy)
+    logits_alone, _ = rk.extend(model, params, tokens[1:, :20], None, alone, policy)
+    np.testing.assert_allclose(logits[1:], logits_alone, rtol=1e-3, atol=1e-3)
+
+
+def test_outputs_after_the_prompt_are_nearer_than_without_correction():
+    """What the refit is for, on queries that it has not seen: those of tokens that follow."""
+    model, params = random_model()
+    tokens = jnp.asarray(np.random.default_rng(17).integers(0, 64, (4, 160)), jnp.int32)
+
+    def divergence(policy):
+        _, cache = rk.prefill(model, params, tokens[:, :128], None, policy)
+        logits, _ = rk.extend(model, params, tokens[:, 128:], None, cache, rk.full())
+        return jax.nn.log_softmax(logits)
+
+    exact, plain, corrected = map(divergence, (rk.full(), rk.best(24).replace(refit=None), rk.best(24)))
+    kl = [(jnp.exp(exact) * (exact - x)).sum(-1).mean() for x in (plain, corrected)]
+    assert kl[1] < 0.7 * kl[0]

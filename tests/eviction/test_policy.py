@@ -46,10 +46,6 @@ def policy_of(name):
     return preset(**sized, **({"scale": 8} if name == "restkv" else {}))
 
 
-def num_queries(policy):
-    return LENGTH if policy.scorer.all_queries else policy.window
-
-
 def arrays_of(seed, heads=HEADS, kv_heads=KV_HEADS, length=LENGTH):
     normal = np.random.default_rng(seed).standard_normal
     shapes = (1, heads, length, DIM), (1, kv_heads, length, DIM), (1, kv_heads, length, DIM), (heads, DIM, MODEL_DIM)
@@ -57,7 +53,7 @@ def arrays_of(seed, heads=HEADS, kv_heads=KV_HEADS, length=LENGTH):
 
 
 def evict(policy, queries, keys, values, projection, mask=None):
-    return rk.evict_layer(policy, queries[:, :, -num_queries(policy) :], keys, values, projection, mask)
+    return rk.evict_layer(policy, queries[:, :, -policy.num_queries(LENGTH) :], keys, values, projection, mask)
 
 
 def exact_deletion(logits, values, projection):
@@ -354,10 +350,11 @@ def shapes_within(jaxpr):
 @pytest.mark.parametrize("name", [*EVICTING, "restkv-before"])
 def test_no_array_of_projected_values_or_of_all_pairs_of_tokens(name):
     length, heads, kv_heads, dim, model_dim = 4096, 16, 4, 4, 1024
-    policy = rk.restkv(128, 16, order="before") if name == "restkv-before" else rk.METHODS[name](budget=128)
+    of_options = {"restkv-before": rk.restkv(128, 16, order="before"), "best": rk.best(128, future=128)}
+    policy = of_options[name] if name in of_options else rk.METHODS[name](budget=128)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
     pairs = shape(1, kv_heads, length, dim)
-    queries = shape(1, heads, length if policy.scorer.all_queries else policy.window, dim)
+    queries = shape(1, heads, policy.num_queries(length), dim)
     jaxpr = jax.make_jaxpr(lambda *a: rk.evict_layer(policy, *a))(queries, pairs, pairs, shape(heads, dim, model_dim))
     largest = max(int(np.prod(s)) for s in shapes_within(jaxpr.jaxpr))
     assert largest < min(length * length, heads * length * model_dim) // 2

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import restkv_jax as rk
-from restkv_jax.eviction.refit import window_outputs
+from restkv_jax.eviction.refit import find_wanted, window_outputs
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.models.config import UNLIMITED
 
@@ -85,9 +85,10 @@ def test_the_windows_error_never_grows(name, seed, sharpness, ridge):
 
 
 def test_nothing_is_missing_where_everything_is_kept():
-    queries, outputs, everything = refit_arguments(1, kept=LENGTH)
-    refitted = rk.LeastSquares(1e-3)(queries, outputs, everything)
-    np.testing.assert_allclose(refitted, everything.values, atol=1e-3)
+    queries, wanted, everything = refit_arguments(1, kept=LENGTH)
+    refitted = rk.LeastSquares(1e-3, mass_ridge=1e-3)(queries, wanted, everything)
+    np.testing.assert_allclose(refitted.values, everything.values, atol=1e-3)
+    np.testing.assert_allclose(refitted.keys, everything.keys, atol=1e-3)
 
 
 def test_padding_changes_nothing_and_rows_are_apart():
@@ -124,49 +125,48 @@ def refit_arguments(seed, dtype=jnp.float32, kept=16):
     vectors = jnp.asarray(queries[:, :, -WINDOW:] / np.sqrt(DIM), dtype).reshape(2, KV_HEADS, -1, WINDOW, DIM)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (2, KV_HEADS, LENGTH))
     shown = Queries(vectors, positions[:, 0, -WINDOW:], jnp.int32(UNLIMITED))
-    outputs = window_outputs(shown, Pairs(keys, values, positions))
-    return shown, outputs, Pairs(keys[:, :, -kept:], values[:, :, -kept:], positions[:, :, -kept:])
+    wanted = find_wanted(shown, Pairs(keys, values, positions))
+    return shown, wanted, Pairs(keys[:, :, -kept:], values[:, :, -kept:], positions[:, :, -kept:])
 
 
 @pytest.mark.parametrize("kept", [WINDOW, 40])
 @pytest.mark.parametrize("ridge", [1e-30, 1e-7])
 def test_a_ridge_below_rounding_stays_finite(ridge, kept):
     """Also where fewer keys than query rows leave `A A^T` singular."""
-    queries, outputs, pairs = refit_arguments(5, kept=kept)
-    refitted = rk.LeastSquares(ridge)(queries, outputs, pairs)
-    before, after = (
-        np.linalg.norm(window_outputs(queries, pairs._replace(values=values)) - outputs)
-        for values in (pairs.values, refitted)
-    )
+    queries, wanted, pairs = refit_arguments(5, kept=kept)
+    refitted = rk.LeastSquares(ridge)(queries, wanted, pairs)
+    before, after = (np.linalg.norm(window_outputs(queries, x) - wanted.outputs) for x in (pairs, refitted))
     assert after <= before
 
 
 def test_a_huge_ridge_changes_nothing():
-    queries, outputs, pairs = refit_arguments(6)
-    np.testing.assert_allclose(rk.LeastSquares(1e12)(queries, outputs, pairs), pairs.values, atol=1e-6)
+    queries, wanted, pairs = refit_arguments(6)
+    refitted = rk.LeastSquares(1e12, mass_ridge=1e12)(queries, wanted, pairs)
+    np.testing.assert_allclose(refitted.values, pairs.values, atol=1e-6)
+    np.testing.assert_allclose(refitted.keys, pairs.keys, atol=1e-6)
 
 
 def test_bfloat16_values_are_rounded_once():
     arguments = refit_arguments(7, jnp.bfloat16)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arguments)
-    expected = rk.LeastSquares()(*wide).astype(jnp.bfloat16)
-    refitted = rk.LeastSquares()(*arguments)
+    expected = rk.LeastSquares()(*wide).values.astype(jnp.bfloat16)
+    refitted = rk.LeastSquares()(*arguments).values
     # float32 sums in another order may move what lies within 1e-7 of the middle between two bfloat16 numbers.
     assert np.mean(np.asarray(refitted == expected)) > 0.99
 
 
 def test_vmap_and_jit_give_what_a_plain_call_gives():
-    queries, outputs, pairs = arguments = refit_arguments(8)
+    queries, wanted, pairs = arguments = refit_arguments(8)
     refit = jax.jit(lambda refit, *arrays: refit(*arrays), static_argnums=0)
 
-    def one_row(vectors, places, outputs, pairs):
-        outputs, pairs = jax.tree.map(lambda x: x[None], (outputs, pairs))
-        return rk.LeastSquares()(Queries(vectors[None], places[None], queries.sliding_window), outputs, pairs)[0]
+    def one_row(vectors, places, wanted, pairs):
+        wanted, pairs = jax.tree.map(lambda x: x[None], (wanted, pairs))
+        return rk.LeastSquares()(Queries(vectors[None], places[None], queries.sliding_window), wanted, pairs).values[0]
 
-    mapped = jax.vmap(one_row)(queries.vectors, queries.positions, outputs, pairs)
-    plain = rk.LeastSquares()(*arguments)
+    mapped = jax.vmap(one_row)(queries.vectors, queries.positions, wanted, pairs)
+    plain = rk.LeastSquares()(*arguments).values
     np.testing.assert_allclose(mapped, plain, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(refit(rk.LeastSquares(), *arguments), plain, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(refit(rk.LeastSquares(), *arguments).values, plain, rtol=1e-3, atol=1e-4)
 
 
 def test_a_cpu_solves_one_system_at_a_time():
@@ -181,5 +181,94 @@ def test_a_cpu_solves_one_system_at_a_time():
 
 @pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_ridge_that_leaves_the_system_singular_is_refused(ridge):
-    with pytest.raises(ValueError, match="ridge="):
+    with pytest.raises(ValueError, match=r"^ridge="):
         rk.LeastSquares(ridge)
+    with pytest.raises(ValueError, match=r"^mass_ridge="):
+        rk.LeastSquares(mass_ridge=ridge)
+
+
+def test_other_things_in_place_of_future_queries_are_refused():
+    with pytest.raises(TypeError, match=r"future=64 must be a restkv_jax.FutureQueries"):
+        rk.LeastSquares(future=64)
+
+
+def exponentials(queries, keys):
+    """Of one KV head, float64 [G r, N], without causality: for queries after all keys."""
+    rows = np.asarray(queries.vectors, np.float64).reshape(*queries.vectors.shape[:2], -1, DIM)
+    return np.exp(rows @ np.asarray(keys, np.float64).swapaxes(-1, -2))
+
+
+def alike(seed, common, num=16, kept=20):
+    """As `refit_arguments`, of queries after all keys that have much in common; the first of the keys are kept."""
+    shown, _, _ = refit_arguments(seed)
+    _, keys, values, _ = arrays_of(seed)
+    normal = np.random.default_rng(seed).standard_normal
+    vectors = (normal((2, KV_HEADS, HEADS // KV_HEADS, num, DIM)) * 0.1 + common).astype(np.float32)
+    shown = shown.replace(vectors=jnp.asarray(vectors), positions=jnp.full((2, num), LENGTH))
+    pairs = Pairs(jnp.asarray(keys), jnp.asarray(values), jnp.broadcast_to(jnp.arange(LENGTH), keys.shape[:3]))
+    return shown, find_wanted(shown, pairs), jax.tree.map(lambda x: x[:, :, :kept], pairs), keys
+
+
+def test_keys_carry_the_mass_of_those_that_are_evicted():
+    """To the extent that queries are alike; with a direction that all share, nearly all of it."""
+    common = 2 * np.eye(DIM)[0]
+    shown, wanted, kept, keys = alike(10, common)
+    moved = rk.LeastSquares(1.0, mass_ridge=0.1)(shown, wanted, kept).keys
+    whole, before, after = (exponentials(shown, x).sum(-1) for x in (keys, kept.keys, moved))
+    np.testing.assert_allclose((np.exp(wanted.peaks.peak) * wanted.peaks.total).reshape(whole.shape), whole, rtol=1e-4)
+    missing, missing_then = np.abs(1 - before / whole), np.abs(1 - after / whole)
+    assert missing.mean() > 0.4
+    assert missing_then.mean() < 0.15
+
+
+def test_moved_keys_are_biases_along_the_common_direction():
+    """Against the biases by brute force: weights from a ridge regression in float64, for queries that are the same in
+    one direction, along which a moved key is exactly a bias.
+    """
+    shown, wanted, kept, keys = alike(11, 0.0)
+    shown = shown.replace(vectors=shown.vectors.at[..., 0].set(3.0))
+    everything = Pairs(jnp.asarray(keys), kept.values, jnp.broadcast_to(jnp.arange(LENGTH), keys.shape[:3]))
+    wanted = find_wanted(shown, everything._replace(values=jnp.asarray(keys)))
+    moved = rk.LeastSquares(1.0, mass_ridge=0.1)(shown, wanted, kept).keys
+    share = exponentials(shown, kept.keys) / exponentials(shown, keys).sum(-1, keepdims=True)
+    for b, k in np.ndindex(*share.shape[:2]):
+        e = share[b, k]
+        penalty = np.sqrt(0.1 * (e**2).sum() / len(e)) * np.eye(e.shape[1])
+        target = np.concatenate([1 - e.sum(-1), np.zeros(len(penalty))])
+        weights = np.clip(1 + np.linalg.lstsq(np.concatenate([e, penalty]), target, rcond=None)[0], 0.2, 20)
+        expected = exponentials(shown, kept.keys)[b, k] * weights
+        np.testing.assert_allclose(exponentials(shown, moved)[b, k], expected, rtol=0.02)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_future_queries_count_as_the_windows_do(count):
+    """In float64: rows of the window and of the last queries, all of which see what is kept."""
+    queries, keys, values, projection = arrays_of(12)
+    future, ridge = rk.FutureQueries(count, horizon=5), 0.05
+    policy = METHODS["snapkv"]
+    plain = evict(policy, queries, keys, values, projection)
+    refitted = evict(policy.replace(refit=rk.LeastSquares(ridge, future)), queries, keys, values, projection)
+    np.testing.assert_array_equal(refitted.positions, plain.positions)
+    group = HEADS // KV_HEADS
+    for head in range(KV_HEADS):
+        everything = np.broadcast_to(np.arange(LENGTH), (1, KV_HEADS, LENGTH))
+        later = queries[0, head * group : (head + 1) * group, -count:].reshape(-1, DIM).astype(np.float64)
+
+        def attention(keys, positions, head=head, later=later):
+            weights = np.exp(later @ np.asarray(keys, np.float64)[0, head].T / np.sqrt(DIM))
+            of_later = weights / weights.sum(-1, keepdims=True)
+            return np.concatenate([attention_rows(queries, keys, positions, head), of_later])
+
+        kept, missing = attention(plain.keys, plain.positions), attention(keys, everything) @ values[0, head]
+        missing = missing - kept @ np.asarray(plain.values)[0, head]
+        penalty = np.sqrt(ridge * (kept**2).sum() / len(kept)) * np.eye(kept.shape[1])
+        stacked = np.concatenate([missing, np.zeros((len(penalty), DIM))])
+        expected = np.linalg.lstsq(np.concatenate([kept, penalty]), stacked, rcond=None)[0]
+        np.testing.assert_allclose(refitted.values[0, head] - plain.values[0, head], expected, rtol=1e-2, atol=1e-3)
+
+
+def test_fewer_queries_than_a_refit_asks_again_are_refused():
+    queries, keys, values, projection = arrays_of(13)
+    policy = METHODS["snapkv"].replace(refit=rk.LeastSquares(future=rk.FutureQueries(20)))
+    with pytest.raises(ValueError, match=r"policy\.refit, which asks earlier queries again, needs 20 of a prompt"):
+        rk.evict_layer(policy, queries[:, :, -WINDOW:], keys, values, projection)

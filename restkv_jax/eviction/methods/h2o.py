@@ -3,17 +3,13 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.kernels.pairs import Pairs
-from restkv_jax.kernels.scores import column_sums
+from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.scores import column_sums, fold_queries
 from restkv_jax.models.decoder import LayerView
-
-CHUNK = 128
-"""Queries whose attention exists at one time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +20,11 @@ class AccumulatedAttention:
     additive: ClassVar[bool] = True
 
     def __call__(self, view: LayerView, pairs: Pairs, window: int) -> Array:
-        vectors, positions = view.queries.vectors, view.queries.positions
-        *heads, length, _ = vectors.shape
-        missing = -length % CHUNK
-        vectors = jnp.pad(vectors, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
-        positions = jnp.pad(positions, ((0, 0), (0, missing)), constant_values=-1)
+        def add(total: Array, queries: Queries) -> Array:
+            return total + column_sums(queries, pairs, jnp.ones(queries.positions.shape[1], jnp.float32))
 
-        def add_chunk(total, start):
-            chunk = view.queries.replace(
-                vectors=jax.lax.dynamic_slice_in_dim(vectors, start, CHUNK, axis=3),
-                positions=jax.lax.dynamic_slice_in_dim(positions, start, CHUNK, axis=1),
-            )
-            return total + column_sums(chunk, pairs, jnp.ones(CHUNK, jnp.float32)), None
-
-        zeros = jnp.zeros((*heads, pairs.keys.shape[2]), jnp.float32)
-        total, _ = jax.lax.scan(add_chunk, zeros, jnp.arange(0, length, CHUNK))
+        *heads, _, _ = view.queries.vectors.shape
+        total = fold_queries(add, jnp.zeros((*heads, pairs.keys.shape[2]), jnp.float32), view.queries)
         return total[..., : pairs.keys.shape[2] - window]
 
 
