@@ -67,8 +67,8 @@ PAIRS = (
     "best > h2o",
     "best > snapkv",
     "best > restkv",
+    "best > restkv(kernel_size=5)",
     "best > full",
-    "best > best(own=0)",
     "laprox(sinks=4) > laprox",
     "laprox(window=8, pooling=successor, kernel_size=12, sinks=4) > "
     "laprox(window=8, pooling=successor, kernel_size=12)",

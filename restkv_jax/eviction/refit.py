@@ -100,8 +100,9 @@ class LeastSquares:
         """
         if self.mass_ridge is not None:
             kept = kept._replace(keys=_carry_mass(queries, wanted.peaks, kept, self.mass_ridge))
-        missing = wanted.outputs - window_outputs(queries, kept)
-        correction = _ridge_regression(queries, kept, find_peaks(queries, kept), missing, self.ridge)
+        peaks = find_peaks(queries, kept)
+        missing = wanted.outputs - _outputs(queries, kept, peaks)
+        correction = _ridge_regression(queries, kept, peaks, missing, self.ridge)
         # Summed in float32 and rounded once: a rounded correction would be rounded again in the sum.
         return kept._replace(values=(kept.values.astype(jnp.float32) + correction).astype(kept.values.dtype))
 
@@ -129,6 +130,16 @@ def window_outputs(queries: Queries, pairs: Pairs) -> Array:
     queries = queries.replace(vectors=queries.vectors.astype(jnp.float32))
     with jax.default_matmul_precision("highest"):
         return attend(queries, pairs._replace(values=pairs.values.astype(jnp.float32)))
+
+
+def _outputs(queries: Queries, kept: Pairs, peaks: Peaks) -> Array:
+    """What queries get from the kept pairs, whose empty places may be anywhere: float32 [B, K, G, r, D]."""
+
+    def add(total: Array, tile: Pairs, is_new: Array, _) -> Array:
+        attention = jnp.where(is_new, probabilities(queries, tile, peaks), 0.0)
+        return total + einsum("bkgrn,bknd->bkgrd", attention, tile.values.astype(jnp.float32))
+
+    return fold_tiles(add, jnp.zeros(queries.vectors.shape, jnp.float32), queries, kept)
 
 
 def _normalisers(peaks: Peaks) -> Array:
