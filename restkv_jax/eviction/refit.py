@@ -11,7 +11,8 @@ from jax import Array
 
 from restkv_jax.eviction.future import FutureQueries
 from restkv_jax.kernels.attention import attend
-from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.pairs import PAIR_AXES, Pairs, Queries, query_axes
+from restkv_jax.kernels.partition import by_device
 from restkv_jax.kernels.scores import HIGHEST, Peaks, einsum, find_peaks, fold_tiles, map_tiles, probabilities
 from restkv_jax.kernels.solve import solve_positive_definite
 from restkv_jax.models.arguments import check_number
@@ -98,6 +99,12 @@ class LeastSquares:
         Returns:
           [B, K, N, D] in the dtypes of the pairs; empty places stay as they are.
         """
+        asked = "b k heads r"  # a KV head's query heads are rows of one system, which no device has a part of
+        of_queries = query_axes(queries).replace(vectors=f"{asked} d")
+        axes = of_queries, Wanted._make((f"{asked} d", Peaks._make((asked, asked)))), PAIR_AXES
+        return by_device(self._corrected, (queries, wanted, kept), axes, PAIR_AXES)
+
+    def _corrected(self, queries: Queries, wanted: Wanted, kept: Pairs) -> Pairs:
         if self.mass_ridge is not None:
             kept = kept._replace(keys=_carry_mass(queries, wanted.peaks, kept, self.mass_ridge))
         peaks = find_peaks(queries, kept)
