@@ -23,7 +23,8 @@ class Grid:
       tasks: names in `TASKS`, "divergence", or files with prompts of your own: JSON lines with "prompt" or "messages",
         and "answers".
       methods: names in `METHODS`, with options in parentheses: `restkv(temporal=mean)`; besides the method's own,
-        `refit=0.01` (the ridge of the least squares), `candidates`, `page_size` and `sinks`. "full" has no budgets.
+        `refit=0.01` (the ridge of the least squares; `None` leaves pairs as they are), `candidates`, `page_size` and
+        `sinks`. "full" has no budgets.
       budgets: slots per layer and KV head, such as "128", or "5%" of the length's bucket.
       lengths: tokens of the prompts that tasks make.
       depths: where the needle stands, from 0 to 1; tasks with one needle are measured at each of them.

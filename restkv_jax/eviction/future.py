@@ -32,7 +32,8 @@ class FutureQueries:
           view: with `count` queries or more; of fewer, all are taken. Without a rotation they keep their directions.
 
         Returns:
-          `count` queries, which see the whole prompt; those of padding have position -1 and see nothing.
+          `count` queries, [B, K, G, count, D], which see the whole prompt; those of padding have position -1 and see
+          nothing.
         """
         asked = view.queries.last(self.count)
         number = asked.positions.shape[1]

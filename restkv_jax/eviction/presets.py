@@ -11,7 +11,7 @@ from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import LeastSquares
 
 POLICY_OPTIONS = ("refit", "candidates", "page_size", "sinks")
-"""Fields of a policy that `make_policy` takes for any method; `refit` as the ridge of its least squares."""
+"""Fields of a policy that `make_policy` takes for any method; `refit` as the ridge of its least squares, or None."""
 
 
 def make_policy(method: str, options: Mapping[str, Any]) -> EvictionPolicy:

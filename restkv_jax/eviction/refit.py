@@ -1,8 +1,8 @@
 """Least-squares correction of what is kept, so that queries get from it what they got from the whole prompt."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import einops
 import jax
@@ -13,7 +13,7 @@ from restkv_jax.eviction.future import FutureQueries
 from restkv_jax.kernels.attention import attend
 from restkv_jax.kernels.pairs import PAIR_AXES, Pairs, Queries, query_axes
 from restkv_jax.kernels.partition import by_device
-from restkv_jax.kernels.scores import HIGHEST, Peaks, einsum, find_peaks, fold_tiles, map_tiles, probabilities
+from restkv_jax.kernels.scores import Peaks, einsum, find_peaks, fold_tiles, map_tiles, probabilities
 from restkv_jax.kernels.solve import solve_positive_definite
 from restkv_jax.models.arguments import check_number
 from restkv_jax.models.decoder import LayerView
@@ -56,17 +56,11 @@ class LeastSquares:
     mass_ridge: float | None = None
 
     def __post_init__(self):
-        self._check_ridge("ridge", self.ridge, "0.01 is usual")
+        _check_ridge("ridge", self.ridge, "0.01 is usual")
         if not isinstance(self.future, FutureQueries | None):
             raise TypeError(f"future={self.future!r} must be a restkv_jax.FutureQueries(count=512), or None")
         if self.mass_ridge is not None:
-            self._check_ridge("mass_ridge", self.mass_ridge, "0.3 is usual, None moves no keys")
-
-    @staticmethod
-    def _check_ridge(name: str, value: float, advice: str):
-        check_number(name, value, f"relative to the mean diagonal of the system; {advice}")
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be above 0, or the system may be singular; {advice}")
+            _check_ridge("mass_ridge", self.mass_ridge, "0.3 is usual, None moves no keys")
 
     @property
     def num_future(self) -> int:
@@ -74,7 +68,7 @@ class LeastSquares:
         return 0 if self.future is None else self.future.count
 
     def queries(self, view: LayerView, window: int) -> Queries:
-        """Those whose outputs are wanted: `window + num_future`; places without a query have position -1.
+        """Those whose outputs are wanted, `r = window + num_future`; places without a query have position -1.
 
         Args:
           view: with `window` and `num_future` queries, or more; where there are fewer, places are empty.
@@ -107,21 +101,29 @@ class LeastSquares:
     def _corrected(self, queries: Queries, wanted: Wanted, kept: Pairs) -> Pairs:
         if self.mass_ridge is not None:
             kept = kept._replace(keys=_carry_mass(queries, wanted.peaks, kept, self.mass_ridge))
-        peaks = find_peaks(queries, kept)
-        missing = wanted.outputs - _outputs(queries, kept, peaks)
-        correction = _ridge_regression(queries, kept, peaks, missing, self.ridge)
+        values = kept.values.astype(jnp.float32)
+        correction = _ridge_regression(
+            queries, kept, find_peaks(queries, kept), values, _rows(wanted.outputs), self.ridge
+        )
         # Summed in float32 and rounded once: a rounded correction would be rounded again in the sum.
-        return kept._replace(values=(kept.values.astype(jnp.float32) + correction).astype(kept.values.dtype))
+        return kept._replace(values=(values + correction).astype(kept.values.dtype))
+
+
+def _check_ridge(name: str, value: float, advice: str):
+    check_number(name, value, f"relative to the mean diagonal of the system; {advice}")
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be above 0, or the system may be singular; {advice}")
 
 
 def _carry_mass(queries: Queries, peaks: Peaks, kept: Pairs, ridge: float) -> Array:
     """The kept keys, moved so that their exponentials sum to those of the whole prompt; as `LeastSquares` says."""
-    share = jnp.exp(_normalisers(find_peaks(queries, kept)) - _normalisers(peaks))
-    added = _ridge_regression(queries, kept, peaks, 1 - share[..., None], ridge)
-    bias = jnp.log(jnp.clip(1 + added, LEAST_MASS, MOST_MASS))
+    ones = jnp.ones((*kept.keys.shape[:3], 1), jnp.float32)
+    expected = jnp.ones((*kept.keys.shape[:2], math.prod(queries.vectors.shape[2:4]), 1), jnp.float32)
+    weights = ones + _ridge_regression(queries, kept, peaks, ones, expected, ridge)
+    bias = jnp.log(jnp.clip(weights, LEAST_MASS, MOST_MASS))
     asked = jnp.where((queries.positions >= 0)[:, None, None, :, None], queries.vectors, 0.0)
-    direction = _by_head(_common_direction, _rows(asked.astype(jnp.float32)))
-    return (kept.keys.astype(jnp.float32) + bias * direction[..., None, :]).astype(kept.keys.dtype)
+    direction = _common_direction(_rows(asked.astype(jnp.float32)))
+    return (kept.keys.astype(jnp.float32) + bias * direction[:, :, None]).astype(kept.keys.dtype)
 
 
 def find_wanted(queries: Queries, pairs: Pairs) -> Wanted:
@@ -139,21 +141,6 @@ def window_outputs(queries: Queries, pairs: Pairs) -> Array:
         return attend(queries, pairs._replace(values=pairs.values.astype(jnp.float32)))
 
 
-def _outputs(queries: Queries, kept: Pairs, peaks: Peaks) -> Array:
-    """What queries get from the kept pairs, whose empty places may be anywhere: float32 [B, K, G, r, D]."""
-
-    def add(total: Array, tile: Pairs, is_new: Array, _) -> Array:
-        attention = jnp.where(is_new, probabilities(queries, tile, peaks), 0.0)
-        return total + einsum("bkgrn,bknd->bkgrd", attention, tile.values.astype(jnp.float32))
-
-    return fold_tiles(add, jnp.zeros(queries.vectors.shape, jnp.float32), queries, kept)
-
-
-def _normalisers(peaks: Peaks) -> Array:
-    """The logarithm of the sum of the queries' exponentials, float32 [B, K, G, r]."""
-    return peaks.peak + jnp.log(peaks.total)
-
-
 def _filled(queries: Queries, count: int) -> Queries:
     """Empty places before queries that are fewer than `count`."""
     missing = count - queries.positions.shape[1]
@@ -164,43 +151,42 @@ def _filled(queries: Queries, count: int) -> Queries:
 
 
 def _rows(x: Array) -> Array:
-    """The queries of all heads of a KV head as rows of one matrix."""
+    """[B, K, G, r, N] to [B, K, G r, N]: the queries of all heads of a KV head as rows of one matrix."""
     return einops.rearrange(x, "b k g r n -> b k (g r) n")
 
 
-def _by_head(function: Callable, x: Array, *others: Any) -> Array:
-    """A function of matrices, of every row and KV head; of the same numbers for all."""
-    mapped = [0, *(0 if isinstance(other, Array) else None for other in others)]
-    return jax.vmap(jax.vmap(function, mapped), mapped)(x, *others)
+def _ridge_regression(queries: Queries, kept: Pairs, peaks: Peaks, now: Array, expected: Array, ridge: float) -> Array:
+    """The `X` [B, K, N, M] that minimises `||A (Y + X) - E||^2 + lambda ||X||^2` per KV head.
 
-
-def _ridge_regression(queries: Queries, kept: Pairs, peaks: Peaks, missing: Array, ridge: float) -> Array:
-    """The `X` [B, K, N, M] that minimises `||A X - E||^2 + lambda ||X||^2` per KV head, as `LeastSquares` says.
-
-    With fewer keys than queries `X = (A^T A + lambda I)^-1 A^T E`, else the dual form, in which the system has as many
-    rows as there are queries, and `A` is never whole.
+    With fewer keys than queries `X = (A^T A + lambda I)^-1 A^T (E - A Y)`; else the dual form
+    `A^T (A A^T + lambda I)^-1 (E - A Y)`, whose system has as many rows as there are queries: `A` is never whole then.
 
     Args:
-      queries: [B, K, G, r, D].
+      queries: [B, K, G, r, D]; those that see nothing do not count.
       kept: pairs [B, K, N, D].
-      peaks: `A` is the queries' attention to the kept keys over the pairs of these.
-      missing: `E`, float32 [B, K, G, r, M].
+      peaks: `A` is the queries' attention to the kept keys, over the pairs that these are of.
+      now: `Y`, float32 [B, K, N, M].
+      expected: `E`, float32 [B, K, G r, M].
       ridge: `lambda`, relative to the mean diagonal of `A A^T`.
     """
-    missing = _rows(missing)
-    if kept.keys.shape[2] < missing.shape[2]:
+    if kept.keys.shape[2] < expected.shape[2]:
         attention = _rows(probabilities(queries, kept, peaks))
-        count = (attention.sum(-1) > 0).sum(-1)
-        squared = einsum("bkrn,bkrm->bknm", attention, attention)
-        return _by_head(_solve, squared, count, einsum("bkrn,bkrm->bknm", attention, missing), ridge)
+        is_real = attention.sum(-1, keepdims=True) > 0
+        missing = jnp.where(is_real, expected - einsum("bkrn,bknm->bkrm", attention, now), 0.0)
+        squared, targets = (einsum("bkrn,bkrm->bknm", attention, x) for x in (attention, missing))
+        return _solve(squared, is_real.sum((2, 3)), targets, ridge)
 
-    def add(squared: Array, tile: Pairs, is_new: Array, _) -> Array:
+    def add(sums: tuple[Array, Array], tile: Pairs, is_new: Array, start: Array) -> tuple[Array, Array]:
         attention = jnp.where(is_new, _rows(probabilities(queries, tile, peaks)), 0.0)
-        return squared + einsum("bkrn,bksn->bkrs", attention, attention)
+        of_tile = jax.lax.dynamic_slice_in_dim(now, start, is_new.size, axis=2)
+        squared = einsum("bkrn,bksn->bkrs", attention, attention)
+        return sums[0] + squared, sums[1] + einsum("bkrn,bknm->bkrm", attention, of_tile)
 
-    squared = fold_tiles(add, jnp.zeros((*missing.shape[:3], missing.shape[2]), jnp.float32), queries, kept)
-    is_real = jnp.diagonal(squared, axis1=2, axis2=3) > 0
-    weights = _by_head(_solve, squared, is_real.sum(-1), jnp.where(is_real[..., None], missing, 0.0), ridge)
+    rows = expected.shape[2]
+    empty = jnp.zeros((*expected.shape[:2], rows, rows), jnp.float32), jnp.zeros_like(expected)
+    squared, got = fold_tiles(add, empty, queries, kept)
+    is_real = jnp.diagonal(squared, axis1=2, axis2=3)[..., None] > 0
+    weights = _solve(squared, is_real.sum((2, 3)), jnp.where(is_real, expected - got, 0.0), ridge)
 
     def of_tile(tile: Pairs, _) -> Array:
         return einsum("bkrn,bkrm->bkmn", _rows(probabilities(queries, tile, peaks)), weights)
@@ -209,16 +195,19 @@ def _ridge_regression(queries: Queries, kept: Pairs, peaks: Peaks, missing: Arra
 
 
 def _solve(squared: Array, count: Array, targets: Array, ridge: float) -> Array:
-    """Solves `(squared + lambda I) x = targets` for squares [n, n] of an attention of `count` rows without padding."""
+    """Solves `(S + lambda I) x = targets` for `S` [B, K, n, n] and targets [B, K, n, M], float32.
+
+    `lambda` is `ridge` times the trace of `S` over `count`, int32 [B, K]; 1 where `S` is zero.
+    """
     # The system is singular with more queries than keys, or the reverse. Below the rounding of its entries a ridge no
     # longer keeps the Cholesky factor finite.
     count = jnp.maximum(count, 1)
-    scale = jnp.maximum(ridge, count * jnp.finfo(jnp.float32).eps) * jnp.trace(squared) / count
-    return solve_positive_definite(squared + jnp.where(scale > 0, scale, 1.0) * jnp.eye(len(squared)), targets)
+    scale = jnp.maximum(ridge, count * jnp.finfo(jnp.float32).eps) * jnp.trace(squared, axis1=2, axis2=3) / count
+    scale = jnp.where(scale > 0, scale, 1.0)[..., None, None]
+    return jax.vmap(jax.vmap(solve_positive_definite))(squared + scale * jnp.eye(squared.shape[-1]), targets)
 
 
 def _common_direction(vectors: Array) -> Array:
-    """The `u` [D] that has a product of 1 with all rows of `Q` [r, D], in least squares; rows of zeros do not count."""
-    squared = jnp.matmul(vectors.T, vectors, precision=HIGHEST)
-    scale = jnp.maximum(DIRECTION_RIDGE * jnp.trace(squared) / len(squared), jnp.finfo(jnp.float32).tiny)
-    return solve_positive_definite(squared + scale * jnp.eye(len(squared)), vectors.sum(0)[:, None])[:, 0]
+    """The `u` [B, K, D] that has a product of 1 with all rows of `Q` [B, K, r, D], in least squares."""
+    squared, total = einsum("bkrd,bkre->bkde", vectors, vectors), vectors.sum(2)[..., None]
+    return _solve(squared, jnp.full(squared.shape[:2], squared.shape[-1]), total, DIRECTION_RIDGE)[..., 0]

@@ -21,6 +21,7 @@ def test_options_are_those_of_the_preset_and_of_any_policy():
     options = {"budget": "10%", "window": 8, "refit": 0.1, "candidates": 300, "page_size": 8}
     expected = rk.snapkv(100, 8).replace(refit=rk.LeastSquares(0.1), candidates=300, page_size=8)
     assert make_policy("snapkv", options).resolved(1000) == expected
+    assert make_policy("best", {"refit": None}) == rk.best().replace(refit=None)
 
 
 @pytest.mark.parametrize(

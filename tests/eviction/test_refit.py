@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import restkv_jax as rk
 from restkv_jax.eviction.refit import find_wanted, window_outputs
 from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.scores import tiles
 from restkv_jax.models.config import UNLIMITED
 
 HEADS, KV_HEADS, LENGTH, DIM, MODEL_DIM, WINDOW, BUDGET = 4, 2, 60, 8, 20, 8, 20
@@ -137,6 +138,18 @@ def test_a_ridge_below_rounding_stays_finite(ridge, kept):
     refitted = rk.LeastSquares(ridge)(queries, wanted, pairs)
     before, after = (np.linalg.norm(window_outputs(queries, x) - wanted.outputs) for x in (pairs, refitted))
     assert after <= before
+
+
+def test_tiles_of_keys_give_what_all_at_once_give(monkeypatch):
+    arguments = refit_arguments(14, kept=40)
+    assert WINDOW * HEADS // KV_HEADS < 40, "the system has as many rows as there are queries"
+    whole = rk.LeastSquares(mass_ridge=0.1)(*arguments)
+    monkeypatch.setattr(tiles, "ELEMENTS_AT_ONCE", 1)
+    monkeypatch.setattr(tiles, "LEAST_TILE", 16)
+    divided = rk.LeastSquares(mass_ridge=0.1)(*arguments)
+    np.testing.assert_allclose(divided.keys, whole.keys, atol=1e-4)
+    np.testing.assert_allclose(divided.values, whole.values, atol=1e-4)
+    assert np.abs(whole.keys - arguments[2].keys).max() > 0.01
 
 
 def test_a_huge_ridge_changes_nothing():

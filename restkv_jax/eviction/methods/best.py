@@ -18,7 +18,7 @@ from restkv_jax.models.decoder import LayerView
 
 
 @dataclasses.dataclass(frozen=True)
-class NowAndLater:
+class WindowAndFutureNorm:
     """`pool(rms(A[:, n]) ||v[n] W_h||) + weight rms(F[:, n]) ||v[n] W_h||`, `A` of the window, `F` of queries to come.
 
     The first is LaProx's score (arXiv 2605.07234) over the square root of the window, spread to the keys that follow
@@ -101,7 +101,7 @@ def best(
         budget=budget,
         window=32 if window is None else window,
         window_share=1 / 6 if window is None else None,
-        scorer=NowAndLater(queries, weight, SuccessorPooling(kernel_size)),
+        scorer=WindowAndFutureNorm(queries, weight, SuccessorPooling(kernel_size)),
         sinks=sinks,
         allocation=AdaptiveHeads(floor=floor, normalize=False),
         candidates=candidates,
