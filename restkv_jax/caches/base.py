@@ -183,7 +183,7 @@ class Keeper:
         """
         raise NotImplementedError
 
-    def add(self, state: Any, view: LayerView, memory: Any, scored: dict) -> Any:
+    def add(self, state: Any, view: LayerView, memory: Any, known: dict) -> Any:
         """Enters a layer: what its queries attended to, and raw scores that policies of one scorer share.
 
         The memory's pairs are ordered by their positions, int32 [B, 1 or K, length], empty places first.

@@ -12,8 +12,9 @@ from restkv_jax.caches.base import Cache, Keeper
 from restkv_jax.caches.dense import put_layer
 from restkv_jax.caches.paged import PagedCache, fill_pages, pool_shape
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.refit import Wanted, find_wanted
+from restkv_jax.eviction.refit import Asked, Wanted
 from restkv_jax.eviction.select import (
+    ask_once,
     keep_shares,
     places_to_keep,
     prefix_lengths,
@@ -94,18 +95,17 @@ class PagedKeeper(Keeper):
             wanted=Wanted(asked(config.head_dim, dtype=jnp.float32), Peaks(*[asked(dtype=jnp.float32)] * 2)),
         )
 
-    def add(self, candidates: Candidates, view: LayerView, memory: PairMemory, scored: dict) -> Candidates:
+    def add(self, candidates: Candidates, view: LayerView, memory: PairMemory, known: dict) -> Candidates:
         policy, pairs, view = self.policy, memory.pairs, view.last(self.num_queries)
-        scores = prefix_scores(policy, view, pairs, score_once(scored, policy, view, pairs))
+        scores = prefix_scores(policy, view, pairs, score_once(known, policy, view, pairs))
         indices = places_to_keep(scores, pairs.positions, self.window, candidates.keys.shape[3])
         best = gather_pairs(pairs, indices)
         entries = {"keys": best.keys, "values": best.values, "positions": best.positions}
         entries["scores"] = weighed_scores(policy, scores, pairs.positions, indices)
         entries["prefix_lengths"] = jnp.broadcast_to(prefix_lengths(scores), scores.shape[:2])
-        if policy.refit is not None:
-            queries = policy.refit.queries(view, self.window)
-            entries |= {"queries": queries.vectors, "wanted": find_wanted(queries, pairs)}
-            candidates = candidates.replace(query_positions=queries.positions)
+        if asked := ask_once(known, policy, view, pairs):
+            entries |= {"queries": asked.queries.vectors, "wanted": asked.wanted}
+            candidates = candidates.replace(query_positions=asked.queries.positions)
         put = functools.partial(jax.tree.map, lambda array, part: put_layer(array, view.index, part))
         return candidates.replace(**{name: put(getattr(candidates, name), part) for name, part in entries.items()})
 
@@ -155,7 +155,7 @@ class PagedKeeper(Keeper):
         def one_layer(layer: tuple) -> Pairs:
             vectors, wanted, keys, values, positions, sliding_window = layer
             queries = Queries(vectors, query_positions, sliding_window, self.model.config.attn_logit_softcapping)
-            return refit(queries, wanted, Pairs(keys, values, positions))
+            return refit(Asked(queries, wanted), Pairs(keys, values, positions))
 
         c, windows = candidates, jnp.asarray(self.model.config.sliding_windows, jnp.int32)
         positions = jnp.where(keep, c.positions, -1)

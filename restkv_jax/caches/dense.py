@@ -9,7 +9,7 @@ from jax import Array
 from restkv_jax.caches.base import Cache, Keeper, check_shape, check_unshared
 from restkv_jax.eviction.layer import evict
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.select import score_once
+from restkv_jax.eviction.select import ask_once, score_once
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.kernels.partition import on_mesh
 from restkv_jax.models.config import ModelConfig
@@ -141,15 +141,15 @@ class DenseKeeper(Keeper):
         num_slots = self.policy.slots(self.total) + self.max_new_tokens
         return empty_cache(self.model.config, lengths, num_slots, dtype)
 
-    def add(self, cache: KVCache, view: LayerView, memory: PairMemory, scored: dict) -> KVCache:
-        return self.write(cache, view, self.choose(view, memory.pairs, scored))
+    def add(self, cache: KVCache, view: LayerView, memory: PairMemory, known: dict) -> KVCache:
+        return self.write(cache, view, self.choose(view, memory.pairs, known))
 
-    def choose(self, view: LayerView, pairs: Pairs, scored: dict) -> Pairs:
+    def choose(self, view: LayerView, pairs: Pairs, known: dict) -> Pairs:
         """The pairs of a layer that are kept, [B, K, C]."""
         policy, view = self.evicting, view.last(self.num_queries)
-        scores = score_once(scored, policy, view, pairs)
+        scored, asked = score_once(known, policy, view, pairs), ask_once(known, policy, view, pairs)
         slots, num_layers = self.policy.slots(self.total), self.model.config.num_hidden_layers
-        kept = evict(policy, view, pairs, slots, num_layers, scores)
+        kept = evict(policy, view, pairs, slots, num_layers, scored, asked)
         return Pairs(kept.keys, kept.values, kept.positions)
 
     def write(self, cache: KVCache, view: LayerView, kept: Pairs) -> KVCache:

@@ -148,8 +148,8 @@ class EvictingKeeper(DenseKeeper):
         fields = {field.name: getattr(dense, field.name) for field in dataclasses.fields(KVCache)}
         return EvictingCache(**fields, **empty_importance(self.model.config, dense.positions, self.policy))
 
-    def add(self, cache: Any, view: LayerView, memory: PairMemory | SeenMemory, scored: dict) -> Any:
-        kept = self.choose(view, memory.pairs, scored)
+    def add(self, cache: Any, view: LayerView, memory: PairMemory | SeenMemory, known: dict) -> Any:
+        kept = self.choose(view, memory.pairs, known)
         gram = self.policy.query_scorer.gram(view.output_projection)
         is_known = isinstance(memory, SeenMemory)
         before = memory.importance_at(kept.positions) if is_known else jnp.full(kept.positions.shape, UNSEEN)

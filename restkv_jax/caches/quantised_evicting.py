@@ -101,10 +101,10 @@ class QuantisedEvictingKeeper(EvictingKeeper):
         fields = empty_fields(self.model.config, q, lengths, self.num_slots, layout, dtype)
         return QuantisedEvictingCache(**fields, **empty_importance(self.model.config, fields["positions"], self.policy))
 
-    def choose(self, view: LayerView, pairs: Pairs, scored: dict) -> Pairs:
+    def choose(self, view: LayerView, pairs: Pairs, known: dict) -> Pairs:
         """The kept pairs in the order of the cache's slots."""
         assert self.quantisation is not None
-        kept = super().choose(view, pairs, scored)
+        kept = super().choose(view, pairs, known)
         _, num_recent = QuantisedEvictingCache.layout(self.quantisation, self.num_slots)
         lengths = (kept.positions >= 0).sum(-1, dtype=jnp.int32)[..., None]
         slots, num_old = jnp.arange(self.num_slots), self.num_slots - num_recent

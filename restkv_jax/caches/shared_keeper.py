@@ -82,7 +82,7 @@ class SharedKeeper(Keeper):
         counts = lengths, num_tokens, self.total, self.policy.slots(self.num_distant), self.max_new_tokens
         return empty_shared_cache(self.model.config, self.sharing, *counts, dtype)
 
-    def add(self, state: Any, view: LayerView, memory: SharedMemory, scored: dict) -> SharedCache | RunningBlocks:
+    def add(self, state: Any, view: LayerView, memory: SharedMemory, known: dict) -> SharedCache | RunningBlocks:
         if self.evicts:
             return _score_layer(state, view.last(self.num_queries), memory, self.policy)
         return _keep_layer(state, view.index, memory)

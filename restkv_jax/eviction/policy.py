@@ -12,9 +12,6 @@ from restkv_jax.eviction.scorer import QueryScorer, Scorer
 from restkv_jax.kernels.paged import check_page_size, page_size_within
 from restkv_jax.models.arguments import check_choice, check_integer
 
-WINDOW_BOUNDS = 8, 32
-"""The fewest and the most tokens of a window that is a part of the budget."""
-
 
 @dataclasses.dataclass(frozen=True)
 class EvictionPolicy:
@@ -27,7 +24,6 @@ class EvictionPolicy:
         smaller than the budget shrinks to half of it, with a warning.
       scorer: how keys before the window are scored; None only with `budget=None`.
       pooling: smoothing of the scores over neighbouring keys.
-      window_share: the part of the budget that the window takes, from 8 to 32 tokens; None leaves it at `window`.
       sinks: the first tokens of the prompt, kept before all others that the window leaves room for: queries that have
         nothing else to attend to attend to them (StreamingLLM, arXiv 2309.17453), whatever their values.
       group_reduce: how the query heads of a KV head agree on one score, "mean" or "max".
@@ -47,7 +43,6 @@ class EvictionPolicy:
     window: int = 32
     scorer: Scorer | None = None
     pooling: Pooling = dataclasses.field(default_factory=NoPooling)
-    window_share: float | None = None
     sinks: int = 0
     group_reduce: Literal["mean", "max"] = "mean"
     while_generating: bool = False
@@ -60,8 +55,6 @@ class EvictionPolicy:
         check_integer("window", self.window, 1, "the last token of a prompt is always kept")
         check_integer("sinks", self.sinks, 0, "first tokens of the prompt")
         check_choice("group_reduce", self.group_reduce, ("mean", "max"))
-        if self.window_share is not None and not 0 < self.window_share < 1:
-            raise ValueError(f"window_share={self.window_share} must be in (0, 1), the part of the budget, or None")
         check_choice("while_generating", self.while_generating, (False, True))
         check_integer("page_size", self.page_size, 1, "slots of a page")
         if not isinstance(self.refit, LeastSquares | None):
@@ -105,9 +98,6 @@ class EvictionPolicy:
         check = getattr(self.scorer, "check_budget", None)
         if check is not None:
             check(budget)
-        if self.window_share is not None:
-            least, most = WINDOW_BOUNDS
-            object.__setattr__(self, "window", min(max(round(self.window_share * budget), least), most))
         window = max(1, budget // 2) if self.window >= budget else self.window
         if window < self.window:
             said = f"budget={budget} is too small for window={self.window}, which shrinks to {window}"

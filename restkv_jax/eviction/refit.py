@@ -35,6 +35,13 @@ class Wanted(NamedTuple):
     peaks: Peaks
 
 
+class Asked(NamedTuple):
+    """Queries [B, K, G, r, D], and what is `wanted` for them."""
+
+    queries: Queries
+    wanted: Wanted
+
+
 @dataclasses.dataclass(frozen=True)
 class LeastSquares:
     """Adds `X` to the kept values so that queries get what the whole prompt gave them: the window's, and `future` ones.
@@ -82,23 +89,28 @@ class LeastSquares:
             positions=jnp.concatenate([part.positions for part in shown], axis=1),
         )
 
-    def __call__(self, queries: Queries, wanted: Wanted, kept: Pairs) -> Pairs:
+    def ask(self, view: LayerView, pairs: Pairs, window: int) -> Asked:
+        """The `queries` of a layer and what they get from the whole prompt's pairs."""
+        queries = self.queries(view, window)
+        return Asked(queries, find_wanted(queries, pairs))
+
+    def __call__(self, asked: Asked, kept: Pairs) -> Pairs:
         """The corrected pairs.
 
         Args:
-          queries: [B, K, G, r, D].
-          wanted: what they got from the whole prompt.
+          asked: what `ask` gave.
           kept: pairs [B, K, N, D].
 
         Returns:
           [B, K, N, D] in the dtypes of the pairs; empty places stay as they are.
         """
-        asked = "b k heads r"  # a KV head's query heads are rows of one system, which no device has a part of
-        of_queries = query_axes(queries).replace(vectors=f"{asked} d")
-        axes = of_queries, Wanted._make((f"{asked} d", Peaks._make((asked, asked)))), PAIR_AXES
-        return by_device(self._corrected, (queries, wanted, kept), axes, PAIR_AXES)
+        rows = "b k heads r"  # a KV head's query heads are rows of one system, which no device has a part of
+        of_queries = query_axes(asked.queries).replace(vectors=f"{rows} d")
+        of_asked = Asked(of_queries, Wanted._make((f"{rows} d", Peaks._make((rows, rows)))))
+        return by_device(self._corrected, (asked, kept), (of_asked, PAIR_AXES), PAIR_AXES)
 
-    def _corrected(self, queries: Queries, wanted: Wanted, kept: Pairs) -> Pairs:
+    def _corrected(self, asked: Asked, kept: Pairs) -> Pairs:
+        queries, wanted = asked
         if self.mass_ridge is not None:
             kept = kept._replace(keys=_carry_mass(queries, wanted.peaks, kept, self.mass_ridge))
         values = kept.values.astype(jnp.float32)

@@ -1,10 +1,14 @@
 """Selection: scores are smoothed, reduced over query heads, and the best keys taken."""
 
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.eviction.allocation import ranks
 from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.refit import Asked
 from restkv_jax.kernels.pairs import Pairs, within_reach
 from restkv_jax.kernels.top import places, top_mask
 from restkv_jax.models.decoder import LayerView
@@ -25,12 +29,26 @@ def score(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None
     return policy.scorer(view.last(policy.num_scoring_queries(length)), pairs, window)
 
 
-def score_once(scored: dict, policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:
-    """`score`, once per layer for all policies whose scorers and windows agree; `scored` holds what is known."""
-    key = policy.scorer, policy.window_of(pairs.keys.shape[2])
-    if key not in scored:
-        scored[key] = score(policy, view, pairs)
-    return scored[key]
+def ask(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Asked | None:
+    """What the policy's refit asks of the whole prompt, the same for every budget; None if nothing is corrected."""
+    return None if policy.refit is None else policy.refit.ask(view, pairs, policy.window_of(pairs.keys.shape[2]))
+
+
+def score_once(known: dict, policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:
+    """`score`, once per layer for all policies whose scorers and windows agree; `known` holds what they share."""
+    return _once(known, (policy.scorer, policy.window_of(pairs.keys.shape[2])), score, policy, view, pairs)
+
+
+def ask_once(known: dict, policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Asked | None:
+    """`ask`, once per layer for all policies whose refits ask the same."""
+    asks = policy.refit and (policy.refit.future, policy.window_of(pairs.keys.shape[2]))
+    return _once(known, ("asked", asks), ask, policy, view, pairs)
+
+
+def _once(known: dict, key: Hashable, make: Callable, *args: Any) -> Any:
+    if key not in known:
+        known[key] = make(*args)
+    return known[key]
 
 
 def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores: Array | None) -> Array:

@@ -81,8 +81,8 @@ def _read_whole(
         return memory, (carry, state[1])
 
     def observe(view: LayerView, memory: Memory, state: Any) -> Any:
-        scored: dict = {}
-        return state[0], tuple(k.add(kept, view, memory, scored) for k, kept in zip(keepers, state[1], strict=True))
+        known: dict = {}
+        return state[0], tuple(k.add(kept, view, memory, known) for k, kept in zip(keepers, state[1], strict=True))
 
     num_queries = min(max(keeper.num_queries for keeper in keepers), num_new)
     hooks = Hooks(None if past is None else make_memory, observe, num_queries)

@@ -1,4 +1,4 @@
-"""What `rk.best` adds to the published methods: sinks, queries to come, windows that follow the budget."""
+"""What `rk.best` adds to the published methods: sinks and queries to come."""
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +51,6 @@ def test_sinks_do_not_count_in_the_sums_that_scores_are_divided_by(allocation):
 def test_sinks_leave_room_for_the_window_alone_where_the_budget_is_small():
     ev = rk.evict_layer(rk.snapkv(8, 6).replace(sinks=4), *arrays_of(13))
     np.testing.assert_array_equal(ev.positions[0, 0], [0, 1, *range(LENGTH - 6, LENGTH)])
-
-
-@pytest.mark.parametrize(("budget", "window"), [(20, 8), (51, 8), (102, 17), (204, 32), (1024, 32)])
-def test_a_window_that_is_a_part_of_the_budget(budget, window):
-    assert rk.best(budget).window == window
-    assert rk.best(f"{100 * budget / 2048}%").resolved(2048).window == window
-    assert rk.best(max(budget, 32), window=24).window == 24
 
 
 def random_model():

@@ -65,7 +65,7 @@ def root_mean_square_norms(queries: Queries, output_projection: Array, pairs: Pa
 
 def best(
     budget: int | str = 128,
-    window: int | None = None,
+    window: int = 8,
     kernel_size: int = 12,
     weight: float = 0.4,
     sinks: int = 4,
@@ -85,7 +85,7 @@ def best(
 
     Args:
       budget: mean slots per layer and KV head, the window and the sinks included.
-      window: last tokens of the prompt; a sixth of the budget, from 8 to 32, if left out.
+      window: last tokens of the prompt, whose queries say where an answer begins.
       kernel_size: keys that the window's scores are spread over, in tokens; see `SuccessorPooling`.
       weight: of the scores by queries to come.
       sinks: first tokens of the prompt, always kept.
@@ -99,8 +99,7 @@ def best(
     queries = FutureQueries(future)
     return EvictionPolicy(
         budget=budget,
-        window=32 if window is None else window,
-        window_share=1 / 6 if window is None else None,
+        window=window,
         scorer=WindowAndFutureNorm(queries, weight, SuccessorPooling(kernel_size)),
         sinks=sinks,
         allocation=AdaptiveHeads(floor=floor, normalize=False),
