@@ -81,6 +81,7 @@ def test_holds_what_was_kept_after_prefill_steps_and_extensions(kind, dtype):
         assert_stored(*states)
 
 
+@pytest.mark.slow
 def test_is_judged_in_full_precision():
     """What a prefill keeps, logits included, is what it keeps without quantisation."""
     tokens, mask = texts(LENGTHS)

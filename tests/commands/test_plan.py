@@ -45,6 +45,7 @@ def test_bytes_are_those_of_the_arrays_that_generation_makes(capsys, config):
         assert found["prefill"]["operations"] > found["step"]["operations"] * LENGTH / 4
 
 
+@pytest.mark.slow
 def test_a_table_sets_the_method_beside_the_full_cache(capsys, config, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
     code, out, _ = run(capsys, "--model", config, *SHORT, "--cache-dtype", "int8(group_size=16,residual=16)")

@@ -109,6 +109,7 @@ def test_nothing_is_missing_where_everything_is_kept():
     assert not reconstruction_errors(*build(), tokens, mask, policies, FOLLOWING).any()
 
 
+@pytest.mark.slow
 def test_policies_and_rows_are_apart_and_padding_is_nothing():
     model, params = build()
     tokens, mask = texts()

@@ -86,6 +86,7 @@ def test_the_mean_over_heads_of_tova_is_of_each_place():
     np.testing.assert_allclose(both[0, 0], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_compactors_parts_of_every_kv_head_are_as_alone():
     view, pairs = arrays_of(2)
     prefix = max(HELD) - WINDOW

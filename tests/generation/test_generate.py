@@ -110,6 +110,7 @@ def test_rows_with_a_sliding_window_give_what_they_give_alone(policy):
         np.testing.assert_array_equal(alone.cache.positions[:, 0], together.cache.positions[:, row])
 
 
+@pytest.mark.slow
 def test_chunked_prefill_is_the_same_to_rounding():
     model, params = tiny()
     tokens, mask = prompts()
@@ -228,6 +229,7 @@ def test_while_generating_holds_the_budget_and_keeps_the_recent_window():
     assert (np.asarray(out.cache.importance) >= 0).all()
 
 
+@pytest.mark.slow
 def test_while_generating_replaces_the_slot_of_least_importance():
     model, params = tiny(num_hidden_layers=1)
     tokens, _ = prompts((100,))

@@ -43,6 +43,7 @@ def test_a_percentage_is_of_the_bucket(name):
     assert shapes == cache_shapes(*arguments, preset(budget=56), NEW)
 
 
+@pytest.mark.slow
 def test_with_shared_keys_a_percentage_is_of_the_bucket_too():
     arguments = model_and_prompts()
     sharing = Sharing(LayerGroups([[0, 0], [0, 0], [2, 2]]), sink=4, recent=16)
@@ -50,6 +51,7 @@ def test_with_shared_keys_a_percentage_is_of_the_bucket_too():
     assert_same(rk.generate(*arguments, rk.snapkv("25%", window=8), NEW, sharing=sharing), of_number)
 
 
+@pytest.mark.slow
 def test_a_cache_that_evicts_while_generating_takes_its_policy_back():
     model, params, tokens, mask = model_and_prompts()
     policy = rk.restkv(budget="25%", window=8, while_generating=True)

@@ -73,6 +73,7 @@ def test_end_tokens_may_be_traced():
     assert out.lengths[0] == list(free.tokens[0]).index(free.tokens[0, 2]) + 1
 
 
+@pytest.mark.slow
 def test_parameters_on_a_mesh_with_explicit_axes():
     """`jax.make_mesh` makes them by default: taken over outside of the caller's jit, refused by name inside."""
     mesh = jax.make_mesh((1, 1), ("data", "model"))

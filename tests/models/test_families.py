@@ -165,7 +165,7 @@ def continued(tokens, mask, new):
     return np.concatenate([tokens, new], axis=1), np.concatenate([mask, np.ones_like(new, bool)], axis=1)
 
 
-@pytest.mark.parametrize("name", PECULIAR)
+@pytest.mark.parametrize("name", FIRST_IS_FAST)
 def test_greedy_tokens(name, loaded):
     """Each is the likeliest that transformers sees after those before it, in rows of different lengths."""
     reference, model, params = loaded(name)

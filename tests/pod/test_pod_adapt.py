@@ -210,6 +210,7 @@ def test_bad_input_is_one_line(capsys, directory, bad_files, args, message):
     assert message in captured.err
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite(model, params, tmp_path):
     adaptation = dataclasses.replace(SHORT, learning_rate=1e30, weight_decay=0.0, warmup=0.0)
     with pytest.raises(FloatingPointError, match=r"step 2 has .*nan; lower learning_rate"):

@@ -120,6 +120,7 @@ def test_blocks_and_gradients_against_a_dense_softmax(small_blocks, length):
             np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_one_block_per_layer_is_the_ordinary_model(small_blocks):
     model, params = tiny()
     tokens = np.random.default_rng(0).integers(0, 61, (2, 60))

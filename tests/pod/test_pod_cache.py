@@ -17,6 +17,7 @@ from restkv_jax.models.config import UNLIMITED
 from restkv_jax.pod import LayerGroups, Sharing
 
 
+@pytest.mark.slow
 def test_rows_that_have_ended_hand_nothing_over():
     model, params = tiny()
     tokens, mask = prompts()
@@ -64,6 +65,7 @@ def test_decoding_rewrites_the_cache_in_place(skip_threshold):
     assert memory.temp_size_in_bytes < rk.cache_bytes(cache) / 4
 
 
+@pytest.mark.slow
 def test_a_full_cache_is_refused_and_kept():
     model, params = tiny()
     tokens, mask = prompts((64, 64))

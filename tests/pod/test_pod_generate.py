@@ -30,6 +30,7 @@ def test_decoding_equals_the_whole_sequence_pass(sink, recent, sliding_window):
         assert (kept[:, row, :, :length] == np.arange(length)).all() and (kept[:, row, :, length:] == -1).all()
 
 
+@pytest.mark.slow
 def test_one_block_per_layer_is_the_full_cache():
     chosen, scores, _ = decode(Sharing(LayerGroups.dense(4, 2), sink=3, recent=24))
     full_chosen, full_scores, _ = decode(None)

@@ -48,6 +48,7 @@ def test_groups_are_those_of_the_library(capsys, files, joined):
     assert (files / "groups.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_adapt_takes_the_groups_of_text_and_keeps_how_to_generate(capsys, files):
     own = {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [2, 5], "pad_token_id": 7}
     (files / "model" / "generation_config.json").write_text(json.dumps(own))

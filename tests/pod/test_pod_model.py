@@ -34,6 +34,7 @@ def test_groups_alone_do_not_make_a_model_share(tmp_path):
     assert rk.load_model(tmp_path)[0].sharing is None, "the dense model was saved in its place"
 
 
+@pytest.mark.slow
 def test_the_models_sharing_is_that_of_the_argument():
     model, params = tiny()
     shared = model.clone(sharing=SHARING)
