@@ -163,7 +163,7 @@ def line(name: str, fraction: float, values: dict[str, list[float]]) -> str:
 
     def text(name: str, unit: float = 1, digits: int = 3) -> str:
         of = unit * np.array(values[name])
-        return f"{of.mean():.{digits}f} ± {of.std(ddof=1) / len(of) ** 0.5:.{digits}f}"
+        return f"{of.mean():z.{digits}f} ± {of.std(ddof=1) / len(of) ** 0.5:.{digits}f}"
 
     return f"| {name} | {fraction:.1%} | {text('divergence')} | {text('loss')} | {text('found', 100, 0)} |"
 
