@@ -67,9 +67,10 @@ def kept_sets(cache):
 
 
 @pytest.mark.slow
-@given(seed=st.integers(0, 999), layers=st.integers(1, 4), heads=st.integers(1, 4), budget=st.integers(8, 30))
+@given(seed=st.integers(0, 999), sizes=st.sampled_from([(1, 1, 8), (1, 4, 21), (4, 1, 30), (3, 2, 13)]))
 @settings(max_examples=30, deadline=None)
-def test_model_wide_selection_keeps_the_best_of_the_whole_model(seed, layers, heads, budget):
+def test_model_wide_selection_keeps_the_best_of_the_whole_model(seed, sizes):
+    layers, heads, budget = sizes
     scores = np.random.default_rng(seed).random((layers, 2, heads, 40)).astype(np.float32)
     policy = rk.laprox(16, window=4).replace(page_size=8, budget=budget)
     keep = np.asarray(keep_shares(policy, scores, full_prefix(scores), jnp.arange(layers), layers))
@@ -106,11 +107,11 @@ def test_model_wide_budget_through_prefill_against_brute_force():
 @pytest.mark.parametrize("name", POLICIES)
 def test_rows_equal_what_they_give_alone(name):
     model, params = tiny_model()
-    tokens, mask = prompts(90, 60, 20)
+    tokens, mask = prompts(90, 20)
     policy = POLICIES[name].replace(candidates=None)
     together = rk.generate(model, params, tokens, mask, policy, NEW, eos_token_ids=())
     kept = kept_sets(together.cache)
-    for row in range(3):
+    for row in range(2):
         real = tokens[row : row + 1, mask[row]]
         alone = rk.generate(model, params, real, None, policy, NEW, eos_token_ids=())
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
@@ -277,7 +278,12 @@ def test_adaptive_heads_follow_their_scores():
 
 
 @pytest.mark.slow
-@given(seed=st.integers(0, 9999), floor=st.floats(0, 1), heads=st.integers(1, 6), mean=st.integers(1, 30))
+@given(
+    seed=st.integers(0, 9999),
+    floor=st.sampled_from([0.0, 0.2, 0.77, 1.0]),
+    heads=st.sampled_from([1, 2, 5]),
+    mean=st.integers(1, 30),
+)
 @settings(max_examples=60, deadline=None)
 def test_adaptive_heads_keep_the_whole_budget(seed, floor, heads, mean):
     """Also where heads hold different numbers of keys, as after an earlier eviction."""
