@@ -21,7 +21,7 @@ from restkv_jax.commands.options import parse
 from restkv_jax.evaluate import is_exact, make_prompts
 from restkv_jax.eviction.layer import evict
 from restkv_jax.eviction.refit import window_outputs
-from restkv_jax.eviction.select import ask, score
+from restkv_jax.eviction.select import judge
 from restkv_jax.generation.encoding import pad_left
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.models.decoder import Hooks, LayerView
@@ -105,18 +105,11 @@ def output_errors(model: Any, params: Any, tokens: Array, mask: Array, policies:
 
     def observe(view: LayerView, memory: PairMemory, errors: Array) -> Array:
         pairs, num_layers = memory.pairs, model.config.num_hidden_layers
+        known: dict = {}
 
         def error(policy: rk.EvictionPolicy) -> Array:
             shown = view.last(policy.window)
-            kept = evict(
-                policy,
-                shown,
-                pairs,
-                policy.slots_given,
-                num_layers,
-                score(policy, shown, pairs),
-                ask(policy, shown, pairs),
-            )
+            kept = evict(policy, shown, pairs, policy.slots_given, num_layers, judge(policy, shown, pairs, known))
             exact = window_outputs(shown.queries, pairs)
             missing = exact - window_outputs(shown.queries, Pairs(kept.keys, kept.values, kept.positions))
             project = functools.partial(jnp.einsum, "bkgwd,kgdm->bwm", precision="highest")

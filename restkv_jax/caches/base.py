@@ -184,7 +184,7 @@ class Keeper:
         raise NotImplementedError
 
     def add(self, state: Any, view: LayerView, memory: Any, known: dict) -> Any:
-        """Enters a layer: what its queries attended to, and raw scores that policies of one scorer share.
+        """Enters a layer: what its queries attended to, and what other policies know of it, as `judge` does.
 
         The memory's pairs are ordered by their positions, int32 [B, 1 or K, length], empty places first.
         """

@@ -14,12 +14,11 @@ from restkv_jax.caches.paged import PagedCache, fill_pages, pool_shape
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.refit import Asked, Wanted
 from restkv_jax.eviction.select import (
-    ask_once,
+    judge,
     keep_shares,
     places_to_keep,
     prefix_lengths,
     prefix_scores,
-    score_once,
     weighed_scores,
 )
 from restkv_jax.kernels.gather import gather_pairs
@@ -97,15 +96,17 @@ class PagedKeeper(Keeper):
 
     def add(self, candidates: Candidates, view: LayerView, memory: PairMemory, known: dict) -> Candidates:
         policy, pairs, view = self.policy, memory.pairs, view.last(self.num_queries)
-        scores = prefix_scores(policy, view, pairs, score_once(known, policy, view, pairs))
+        judged = judge(policy, view, pairs, known)
+        scores = prefix_scores(policy, view, pairs, judged.scores)
         indices = places_to_keep(scores, pairs.positions, self.window, candidates.keys.shape[3])
         best = gather_pairs(pairs, indices)
         entries = {"keys": best.keys, "values": best.values, "positions": best.positions}
         entries["scores"] = weighed_scores(policy, scores, pairs.positions, indices)
         entries["prefix_lengths"] = jnp.broadcast_to(prefix_lengths(scores), scores.shape[:2])
-        if asked := ask_once(known, policy, view, pairs):
-            entries |= {"queries": asked.queries.vectors, "wanted": asked.wanted}
-            candidates = candidates.replace(query_positions=asked.queries.positions)
+        if judged.asked is not None:
+            queries, entries["wanted"] = judged.asked
+            entries["queries"] = queries.vectors
+            candidates = candidates.replace(query_positions=queries.positions)
         put = functools.partial(jax.tree.map, lambda array, part: put_layer(array, view.index, part))
         return candidates.replace(**{name: put(getattr(candidates, name), part) for name, part in entries.items()})
 

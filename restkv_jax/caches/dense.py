@@ -9,7 +9,7 @@ from jax import Array
 from restkv_jax.caches.base import Cache, Keeper, check_shape, check_unshared
 from restkv_jax.eviction.layer import evict
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.select import ask_once, score_once
+from restkv_jax.eviction.select import judge
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.kernels.partition import on_mesh
 from restkv_jax.models.config import ModelConfig
@@ -147,9 +147,8 @@ class DenseKeeper(Keeper):
     def choose(self, view: LayerView, pairs: Pairs, known: dict) -> Pairs:
         """The pairs of a layer that are kept, [B, K, C]."""
         policy, view = self.evicting, view.last(self.num_queries)
-        scored, asked = score_once(known, policy, view, pairs), ask_once(known, policy, view, pairs)
         slots, num_layers = self.policy.slots(self.total), self.model.config.num_hidden_layers
-        kept = evict(policy, view, pairs, slots, num_layers, scored, asked)
+        kept = evict(policy, view, pairs, slots, num_layers, judge(policy, view, pairs, known))
         return Pairs(kept.keys, kept.values, kept.positions)
 
     def write(self, cache: KVCache, view: LayerView, kept: Pairs) -> KVCache:

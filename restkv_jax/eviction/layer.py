@@ -10,14 +10,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.refit import Asked
 from restkv_jax.eviction.select import (
-    ask,
+    Judged,
+    judge,
     keep_shares,
     places_to_keep,
     prefix_lengths,
     prefix_scores,
-    score,
     weighed_scores,
 )
 from restkv_jax.kernels.gather import gather_pairs
@@ -94,7 +93,7 @@ def evict_layer(
     shown = Queries(vectors, positions[:, length - vectors.shape[3] :], UNLIMITED)
     slots = length if policy.budget is None or not policy.allocation.uniform else policy.slots_given
     view, pairs = LayerView(layer, shown, projection, rope=rope), pairs._replace(positions=positions[:, None])
-    return evict(policy, view, pairs, slots, num_layers, score(policy, view, pairs), ask(policy, view, pairs))
+    return evict(policy, view, pairs, slots, num_layers, judge(policy, view, pairs, {}))
 
 
 def _as_array(name: str, given: ArrayLike) -> Array:
@@ -136,20 +135,12 @@ def _scoring_queries(policy: EvictionPolicy, queries: Array, length: int) -> Arr
 
 @functools.partial(jax.jit, static_argnames=("policy", "slots", "num_layers"))
 def evict(
-    policy: EvictionPolicy,
-    view: LayerView,
-    pairs: Pairs,
-    slots: int,
-    num_layers: int,
-    scored: Array | None,
-    asked: Asked | None,
+    policy: EvictionPolicy, view: LayerView, pairs: Pairs, slots: int, num_layers: int, judged: Judged
 ) -> Eviction:
-    """Selects, gathers and refits one layer's pairs in `slots` places per KV head; `scored` is of `score`, `asked`
-    of `ask`.
-    """
+    """Selects, gathers and refits one layer's pairs in `slots` places per KV head; `judged` as `judge` gives it."""
     length = pairs.keys.shape[2]
     window = policy.window_of(length)
-    scores = prefix_scores(policy, view, pairs, scored)
+    scores = prefix_scores(policy, view, pairs, judged.scores)
     indices = places_to_keep(scores, pairs.positions, window, slots)
     if not policy.allocation.uniform:
         compared = weighed_scores(policy, scores, pairs.positions, indices)[None]
@@ -157,7 +148,7 @@ def evict(
         indices = jnp.sort(jnp.where(keep, indices, length), axis=-1)
     kept = gather_pairs(pairs, indices)
     if policy.refit is not None:
-        assert asked is not None
-        kept = policy.refit(asked, kept)
+        assert judged.asked is not None
+        kept = policy.refit(judged.asked, kept)
     lengths = (kept.positions >= 0).sum(-1, dtype=jnp.int32)
     return Eviction(scores, kept.positions, lengths, kept.keys, kept.values)

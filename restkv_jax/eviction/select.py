@@ -1,7 +1,6 @@
 """Selection: scores are smoothed, reduced over query heads, and the best keys taken."""
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -20,6 +19,17 @@ LARGEST = 1e30
 """Score of the policy's sinks, and of keys whose scores overflowed; sums of them do not."""
 
 
+class Judged(NamedTuple):
+    """What a policy needs to know of a layer's whole prompt, the same for every budget.
+
+    `scores` are the scorer's own, float32 [B, K, G or 1, T - w], None if nothing is scored; `asked` is what a refit
+    asks, None if nothing is corrected.
+    """
+
+    scores: Array | None
+    asked: Asked | None
+
+
 def score(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:
     """The scorer's own scores, float32 [B, K, G or 1, T - w], the same for every budget; None if nothing is scored."""
     length = pairs.keys.shape[2]
@@ -29,26 +39,25 @@ def score(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None
     return policy.scorer(view.last(policy.num_scoring_queries(length)), pairs, window)
 
 
-def ask(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Asked | None:
-    """What the policy's refit asks of the whole prompt, the same for every budget; None if nothing is corrected."""
-    return None if policy.refit is None else policy.refit.ask(view, pairs, policy.window_of(pairs.keys.shape[2]))
+def judge(policy: EvictionPolicy, view: LayerView, pairs: Pairs, known: dict) -> Judged:
+    """What a policy needs to know of a layer's whole prompt.
 
-
-def score_once(known: dict, policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:
-    """`score`, once per layer for all policies whose scorers and windows agree; `known` holds what they share."""
-    return _once(known, (policy.scorer, policy.window_of(pairs.keys.shape[2])), score, policy, view, pairs)
-
-
-def ask_once(known: dict, policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Asked | None:
-    """`ask`, once per layer for all policies whose refits ask the same."""
-    asks = policy.refit and (policy.refit.future, policy.window_of(pairs.keys.shape[2]))
-    return _once(known, ("asked", asks), ask, policy, view, pairs)
-
-
-def _once(known: dict, key: Hashable, make: Callable, *args: Any) -> Any:
-    if key not in known:
-        known[key] = make(*args)
-    return known[key]
+    Args:
+      policy: with a budget that is resolved.
+      view: with the policy's `num_queries`, or more.
+      pairs: [B, K, T, D] of the prompt.
+      known: what other policies have found in this layer; what they share with this one is not computed again.
+    """
+    window = policy.window_of(pairs.keys.shape[2])
+    scored = policy.scorer, window
+    if scored not in known:
+        known[scored] = score(policy, view, pairs)
+    if policy.refit is None:
+        return Judged(known[scored], None)
+    asked = policy.refit.future, window
+    if asked not in known:
+        known[asked] = policy.refit.ask(view, pairs, window)
+    return Judged(known[scored], known[asked])
 
 
 def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores: Array | None) -> Array:

@@ -7,7 +7,10 @@ import pytest
 from tiny import CONFIG
 
 import restkv_jax as rk
-from restkv_jax.eviction.select import LARGEST, weighed_scores
+from restkv_jax.eviction.select import LARGEST, judge, weighed_scores
+from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.models.config import UNLIMITED
+from restkv_jax.models.decoder import LayerView
 
 HEADS, KV_HEADS, LENGTH, DIM, BUDGET, WINDOW = 4, 2, 48, 8, 20, 6
 
@@ -113,3 +116,21 @@ def test_outputs_after_the_prompt_are_nearer_than_without_correction():
     exact, plain, corrected = map(divergence, (rk.full(), rk.best(24).replace(refit=None), rk.best(24)))
     kl = [(jnp.exp(exact) * (exact - x)).sum(-1).mean() for x in (plain, corrected)]
     assert kl[1] < 0.7 * kl[0]
+
+
+def test_what_policies_share_of_a_prompt_is_found_once():
+    _, keys, values, projection = arrays_of(18)
+    queries = jax.random.normal(jax.random.key(18), (1, KV_HEADS, HEADS // KV_HEADS, LENGTH, DIM))
+    shown = Queries(queries, jnp.arange(LENGTH)[None], UNLIMITED)
+    view = LayerView(0, shown, jnp.asarray(projection).reshape(KV_HEADS, -1, *projection.shape[1:]))
+    pairs, known = Pairs(jnp.asarray(keys), jnp.asarray(values), jnp.arange(LENGTH)[None, None]), {}
+    first = judge(rk.best(BUDGET, WINDOW, future=30), view, pairs, known)
+    other_budget = judge(rk.best(BUDGET + 5, WINDOW, future=30), view, pairs, known)
+    assert other_budget.scores is first.scores and other_budget.asked is first.asked
+    other_ridge = judge(rk.best(BUDGET, WINDOW, weight=0.1, ridge=1.0, future=30), view, pairs, known)
+    assert other_ridge.scores is not first.scores and other_ridge.asked is first.asked
+    for differing in (rk.best(BUDGET, WINDOW + 1, future=30), rk.best(BUDGET, WINDOW, future=20)):
+        found = judge(differing, view, pairs, known)
+        alone = judge(differing, view, pairs, {})
+        assert found.scores is not first.scores and found.asked is not first.asked
+        jax.tree.map(np.testing.assert_array_equal, found, alone)
