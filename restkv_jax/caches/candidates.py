@@ -104,8 +104,8 @@ class PagedKeeper(Keeper):
         entries["scores"] = weighed_scores(policy, scores, pairs.positions, indices)
         entries["prefix_lengths"] = jnp.broadcast_to(prefix_lengths(scores), scores.shape[:2])
         if judged.asked is not None:
-            queries, entries["wanted"] = judged.asked
-            entries["queries"] = queries.vectors
+            queries, wanted = judged.asked
+            entries |= {"queries": queries.vectors, "wanted": wanted}
             candidates = candidates.replace(query_positions=queries.positions)
         put = functools.partial(jax.tree.map, lambda array, part: put_layer(array, view.index, part))
         return candidates.replace(**{name: put(getattr(candidates, name), part) for name, part in entries.items()})
