@@ -3,9 +3,9 @@
 import os
 
 import pytest
+from emulated import FLAGS
 
-# Tests compile many small programs once each: the compiler's optimisations would cost more than they save.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 # Commands keep compiled programs where the user has them; tests neither read nor write there.

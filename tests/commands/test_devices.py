@@ -1,21 +1,17 @@
 """Commands on several devices, as a user types them."""
 
-import os
 import subprocess
 import sys
 
 import pytest
+from emulated import environment
 
 PROMPT = "The passcode of Rome is 4711. Bread is made of flour and water. " * 8 + "The passcode of Rome is"
 
 
 def restkv(*args, devices=2, text=None):
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
     command = [sys.executable, "-m", "restkv_jax", *args]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, input=text)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(devices), input=text)
 
 
 @pytest.mark.slow

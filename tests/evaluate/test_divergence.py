@@ -1,7 +1,6 @@
 """The task without answers: divergences against decoding by hand, their table, and texts that are not there."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from emulated import environment
 
 pytest.importorskip("wonderwords")
 pytest.importorskip("yaml")
@@ -152,8 +152,7 @@ def test_several_devices_find_the_same(tmp_path, model, text):
         args = ["--tasks", "divergence", str(own), "--text", text, "--ask", "after", "--methods", "laprox(window=8)"]
         args += ["snapkv(window=8)", "--budgets", "25%", "--lengths", str(LENGTH), "--prompts", "5", "--no-costs"]
         command = [sys.executable, "-m", "restkv_jax", "evaluate", *args, "--output", str(output), "--model", model]
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run([*command, "--quiet"], env=os.environ | flags, capture_output=True, text=True)
+        done = subprocess.run([*command, "--quiet"], env=environment(devices), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(read_lines(output))
     one, four = found

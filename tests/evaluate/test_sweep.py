@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from emulated import environment
 
 pytest.importorskip("wonderwords")
 pytest.importorskip("yaml")
@@ -185,14 +186,9 @@ def test_no_two_places_ask_for_the_same_needles():
 
 def start(output, *args, devices=1):
     command = [sys.executable, "-m", "restkv_jax.commands.cli", "evaluate", "--output", str(output), *SMALL, *args]
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-    }
-    return subprocess.Popen(
-        [*command, "--compilation-cache", str(output) + "-programs"], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    command += ["--compilation-cache", str(output) + "-programs"]
+    given = environment(devices, JAX_ENABLE_COMPILATION_CACHE="true")
+    return subprocess.Popen(command, env=given, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow

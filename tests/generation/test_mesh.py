@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from emulated import environment
 
 SCRIPT = pathlib.Path(__file__).with_name("on_meshes.py")
 
@@ -13,7 +14,7 @@ SCRIPT = pathlib.Path(__file__).with_name("on_meshes.py")
 @pytest.mark.slow
 def test_every_method_on_meshes():
     command = [sys.executable, str(SCRIPT), "1x8", "2x4", "8x1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[2], check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(8), check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["mesh"] for line in lines} == {"1x8", "2x4", "8x1"} and len(lines) > 30
     for line in lines:

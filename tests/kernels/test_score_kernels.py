@@ -1,7 +1,6 @@
 """The kernels that score keys, interpreted, against the plain references that define the scores."""
 
 import functools
-import os
 import pathlib
 import re
 import subprocess
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import environment
 
 from restkv_jax.kernels import scores
 from restkv_jax.kernels.pairs import Pairs, Queries
@@ -158,8 +158,7 @@ def test_a_product_keeps_17_bits_of_float32_and_all_of_bfloat16():
 @pytest.mark.slow
 def test_every_device_of_a_mesh_reads_its_own():
     script = pathlib.Path(__file__).with_name("kernels_on_meshes.py")
-    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
-    subprocess.run([sys.executable, str(script)], env=environment, check=True)
+    subprocess.run([sys.executable, str(script)], env=environment(8), check=True)
 
 
 @pytest.mark.parametrize(

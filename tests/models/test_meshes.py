@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import environment
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
@@ -130,9 +131,8 @@ def test_two_processes_read_each_its_own_half(tmp_path):
         coordinator = f"localhost:{free.getsockname()[1]}"
     places = [str(tmp_path / "model"), str(path), str(tmp_path / "saved"), str(tmp_path / "other")]
     command = [sys.executable, str(SCRIPT)]
-    running = [
-        subprocess.Popen([*command, str(p), coordinator, *places], stdout=subprocess.PIPE, text=True) for p in range(2)
-    ]
+    arguments = [[*command, str(p), coordinator, *places] for p in range(2)]
+    running = [subprocess.Popen(each, env=environment(4), stdout=subprocess.PIPE, text=True) for each in arguments]
     lines = [json.loads(process.communicate(timeout=500)[0].splitlines()[-1]) for process in running]
     whole = sum(x.size for x in jax.tree.leaves(params))
     for line in lines:

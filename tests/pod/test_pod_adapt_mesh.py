@@ -1,22 +1,22 @@
 """Several devices give what one gives, to rounding."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from emulated import environment
 
 
 @pytest.mark.slow
 def test_data_and_tensor_parallel_is_the_same_training(tmp_path):
     script = pathlib.Path(__file__).with_name("adapt_on_meshes.py")
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     command = [sys.executable, str(script), str(tmp_path)]
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment(4, PYTHONPATH=str(script.parents[1])), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     for name, share in json.loads(done.stdout).items():
         assert share == (1 if name.endswith("norm") else 0.5), name
