@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo report report-real test test-slow test-tpu lint format wheel clean
+.PHONY: demo report report-real test test-slow test-tpu test-gpu lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -32,6 +32,13 @@ test-slow: $(VENV)/.test
 # Compiles for TPUs that need not be there. libtpu stays out of the environment, where JAX would look for a TPU with it.
 test-tpu: $(VENV)/.test build/libtpu/.installed
 	PYTHONPATH=$(CURDIR)/build/libtpu $(BIN)/python -m pytest tests/tpu
+
+# On a machine with a GPU: its kernels run instead of being interpreted, and products of float32 are of float32.
+test-gpu: $(VENV)/.test
+	$(PIP) install --quiet --editable ".[gpu]"
+	JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	XLA_FLAGS=--xla_gpu_autotune_level=0 $(PYTEST) -k "(triton or gpu or golden) and not (pallas_tpu or splash)" \
+	tests/kernels tests/caches/test_paged.py tests/eviction/test_golden.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

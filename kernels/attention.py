@@ -236,7 +236,7 @@ def _part_gradient(span, queries: Queries, pairs: Pairs, normaliser: Array, rest
             none = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, columns.keys, columns.values))
             of_q, *of_pairs = jax.lax.cond(seen.any(), gradients, lambda: none)
             total, *sums = carry
-            sums = [_add(start, whole, part) for whole, part in zip(sums, of_pairs, strict=True)]
+            sums = [_add(start, whole, one) for whole, one in zip(sums, of_pairs, strict=True)]
             return (total + of_q, *sums), None
 
         carry, _ = jax.lax.scan(of_key_block, (jnp.zeros(q.shape, jnp.float32), *carry), jnp.arange(0, length, size))

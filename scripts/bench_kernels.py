@@ -81,7 +81,7 @@ def timed(use: Use, rounds: int) -> Iterator[dict[str, Any]]:
     """The median seconds of every implementation that can be used here, timed in turns."""
     arrays = use.make(jax.random.key(0))
     chip = chip_of(jax.devices()[0].device_kind)
-    functions = {name: jax.jit(function) for name, function in implementations(use, target_platform())}
+    functions = dict(compiled(use, arrays))
     for function in functions.values():
         jax.block_until_ready(function(*arrays))
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -97,9 +97,18 @@ def timed(use: Use, rounds: int) -> Iterator[dict[str, Any]]:
             kernel=use.purpose,
             implementation=name,
             seconds=seconds[name],
-            of_reference=seconds[name] / seconds[REFERENCE],
+            of_reference=seconds[name] / seconds[REFERENCE] if REFERENCE in seconds else None,
             of_roofline=None if least is None else seconds[name] / least,
         )
+
+
+def compiled(use: Use, arrays: tuple[Any, ...]) -> Iterator[tuple[str, Callable]]:
+    """The implementations that can be used here, compiled; what does not compile is said and left out."""
+    for name, function in implementations(use, target_platform()):
+        try:
+            yield name, jax.jit(function).lower(*arrays).compile()
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            print_notice(f"{use.purpose}: {name} does not compile: {str(error).strip().splitlines()[0]}")
 
 
 def counted(use: Use, topology: Topology) -> Iterator[dict[str, Any]]:
@@ -123,7 +132,7 @@ def counted(use: Use, topology: Topology) -> Iterator[dict[str, Any]]:
 
 def implementations(use: Use, platform: str) -> Iterator[tuple[str, Callable]]:
     """Those that take the arrays on a platform."""
-    for name, reason in use.kernel.reasons(platform, *use.shapes(), by_name=True, **use.options).items():
+    for name, reason in use.kernel.reasons(platform, *use.shapes(), **use.options).items():
         if reason is None:
             yield name, functools.partial(use.kernel.force(name), **use.options)
 

@@ -6,9 +6,12 @@ programs (`memory_analysis`), nothing is run for it. Times are medians of one ru
 
 import dataclasses
 import functools
+import json
+import pathlib
+import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,16 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure. The model has the shape of Llama 3.2 1B; for times, fewer layers and a smaller vocabulary."""
+    """What to measure. The model has the shape of Llama 3.2 1B; for times, fewer layers and a smaller vocabulary.
+
+    Args:
+      model: a `config.json` of another shape, for time per token and time of the prefill.
+      dtype: of weights and cache where times are measured.
+      only: print only the tables in whose title this regular expression is found.
+    """
+
+    model: pathlib.Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     lengths: tuple[int, ...] = (4096, 16384, 65536)
     budget: int = 512
@@ -39,7 +51,6 @@ class Options:
     prefill_lengths: tuple[int, ...] = (2048, 8064)
     repeats: int = 5
     only: str = ""
-    """print only the tables whose title holds this"""
 
 
 def llama(layers: int = 16, vocabulary: int = 128256) -> Decoder:
@@ -51,6 +62,15 @@ def llama(layers: int = 16, vocabulary: int = 128256) -> Decoder:
             max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=True,
         )
     )  # fmt: skip
+
+
+def timed_model(options: Options) -> Decoder:
+    """The model whose times are measured."""
+    if options.model is None:
+        return llama(options.timed_layers, options.timed_vocabulary)
+    smaller = dict(num_hidden_layers=options.timed_layers, vocab_size=options.timed_vocabulary)
+    smaller |= dict(bos_token_id=None, eos_token_id=None)
+    return rk.build_model(json.loads(options.model.read_text()) | smaller)
 
 
 def policies(options: Options) -> dict[str, rk.EvictionPolicy]:
@@ -88,16 +108,18 @@ def prefill_memory(options: Options) -> list[str]:
     return rows
 
 
-def filled_cache(model: Any, policy: rk.EvictionPolicy, length: int, new_tokens: int) -> rk.KVCache:
+def filled_cache(
+    model: Any, policy: rk.EvictionPolicy, length: int, new_tokens: int, dtype: Any = jnp.float32
+) -> rk.KVCache:
     """The cache after a prefill, its keys and values drawn at random: the time of a step does not depend on them."""
-    params = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: rk.init_params(model, key, dtype), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     prefill = lambda p, t: rk.prefill(model, p, t, policy=policy, max_new_tokens=new_tokens)[1]  # noqa: E731
     shapes = jax.eval_shape(prefill, params, tokens)
     rng, kept = np.random.default_rng(0), policy.slots(length)
     positions = np.where(np.arange(shapes.num_slots) < kept, np.arange(shapes.num_slots) + length - kept, -1)
     drawn = rng.standard_normal(shapes.keys.shape[1:], np.float32)
-    pairs = jnp.broadcast_to(drawn, shapes.keys.shape)
+    pairs = jnp.broadcast_to(jnp.asarray(drawn, shapes.keys.dtype), shapes.keys.shape)
     length_of_row = jnp.full((1,), length, jnp.int32)
     return rk.KVCache(
         keys=pairs,
@@ -111,15 +133,15 @@ def filled_cache(model: Any, policy: rk.EvictionPolicy, length: int, new_tokens:
 
 def decode_times(options: Options) -> list[str]:
     """Median seconds of a decode step, the two sides in turn."""
-    model = llama(options.timed_layers, options.timed_vocabulary)
-    shapes = jax.eval_shape(lambda key: rk.init_params(model, key), jax.random.key(0))
+    model, dtype = timed_model(options), jnp.dtype(options.dtype)
+    shapes = jax.eval_shape(lambda key: rk.init_params(model, key, dtype), jax.random.key(0))
     params = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), shapes)
     rows = [
         "| prompt | full: cache | time per token | restkv: cache | time per token | full / restkv |",
         "|---" * 6 + "|",
     ]
     for length in track(options.lengths, "time per token"):
-        caches = {n: filled_cache(model, p, length, options.steps + 2) for n, p in policies(options).items()}
+        caches = {n: filled_cache(model, p, length, options.steps + 2, dtype) for n, p in policies(options).items()}
         sizes = {name: rk.cache_bytes(cache) / MIB for name, cache in caches.items()}
 
         def step(name, caches=caches):
@@ -128,7 +150,7 @@ def decode_times(options: Options) -> list[str]:
             jax.block_until_ready((logits, caches[name]))
 
         seconds = alternate({name: functools.partial(step, name) for name in caches}, options.steps)
-        cells = " | ".join(f"{sizes[name]:,.0f} MiB | {1000 * seconds[name]:,.0f} ms" for name in ("full", "restkv"))
+        cells = " | ".join(f"{sizes[name]:,.0f} MiB | {1000 * seconds[name]:,.1f} ms" for name in ("full", "restkv"))
         rows.append(f"| {length:,} | {cells} | {seconds['full'] / seconds['restkv']:.1f} |")
         del caches
     return rows
@@ -212,8 +234,12 @@ def ragged_times(options: Options) -> list[str]:
 
 
 def prefill_times(options: Options) -> list[str]:
-    """Seconds of the prefill of the embedded model, the two sides in turn."""
-    model, params, _ = rk.load_model(dtype=jnp.float32)
+    """Seconds of the prefill, the two sides in turn: of the embedded model, or of another with random weights."""
+    if options.model is None:
+        model, params, _ = rk.load_model(dtype=jnp.dtype(options.dtype))
+    else:
+        model = timed_model(options)
+        params = rk.init_params(model, jax.random.key(0), jnp.dtype(options.dtype))
     rows = ["| prompt | full | restkv | restkv / full |", "|---|---|---|---|"]
     for length in track(options.prefill_lengths, "time of the prefill"):
         tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, (1, length))
@@ -319,7 +345,7 @@ def main(options: Options) -> None:
         ("Peak memory of a training step", training_memory),
     )
     for title, measure in tables:
-        if options.only in title:
+        if re.search(options.only, title):
             print(f"\n### {title}\n", *measure(options), sep="\n", flush=True)
 
 

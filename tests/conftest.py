@@ -5,8 +5,8 @@ import os
 import pytest
 from emulated import FLAGS
 
-os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
 os.environ.setdefault("MPLBACKEND", "agg")
 # Commands keep compiled programs where the user has them; tests neither read nor write there.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")

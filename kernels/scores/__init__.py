@@ -54,10 +54,9 @@ __all__ = [
 
 
 def _kernels(tpu: Callable, gpu: Callable) -> dict[str, Implementation]:
-    """Those for GPU have never run on one, so that they are taken by name alone."""
     return {
         "pallas_tpu": Implementation(tpu, "tpu", columns.refusal),
-        "pallas_triton": Implementation(gpu, "cuda", triton.refusal, trusted=False),
+        "pallas_triton": Implementation(gpu, "cuda", triton.refusal),
     }
 
 
@@ -73,7 +72,7 @@ averaged_attention_removal_error = Dispatched(
 averaged_removal_error = Dispatched(
     reference._averaged_removal_error,
     pallas_tpu=Implementation(removals_by_query.averaged_removal_error, "tpu", removals_by_query.refusal),
-    pallas_triton=Implementation(triton_by_query.averaged_removal_error, "cuda", triton.refusal, trusted=False),
+    pallas_triton=Implementation(triton_by_query.averaged_removal_error, "cuda", triton.refusal),
 )
 column_row_norms = Dispatched(
     reference._column_row_norms, **_kernels(columns.column_row_norms, triton.column_row_norms)

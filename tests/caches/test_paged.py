@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import is_interpreted, made_for_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,12 +64,12 @@ def test_equals_brute_force(seed, sliding_window, slots):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gpu_kernel_interpreted_equals_the_reference(seed):
+def test_gpu_kernel_equals_the_reference(seed):
     queries, pages = ragged_pool(seed, group=4, dim=32, page_size=16, longest=100)
-    out = _attend_pages_gpu(queries, pages, is_windowed=False, interpret=True)
+    out = _attend_pages_gpu(queries, pages, is_windowed=False, interpret=is_interpreted("cuda"))
     reference = attend_pages.force("reference")(queries, pages, is_windowed=False)
     np.testing.assert_allclose(out, reference, rtol=1e-3, atol=1e-4)
-    forced = attend_pages.force("pallas_gpu")(queries, pages, is_windowed=False, interpret=True)
+    forced = attend_pages.force("pallas_gpu")(queries, pages, is_windowed=False, interpret=is_interpreted("cuda"))
     np.testing.assert_array_equal(forced, out)
 
 
@@ -90,16 +91,12 @@ def test_implementations_are_forced_by_name_and_refused_by_reason():
             attend_pages.force(name)(*ragged_pool(0, dim=128, page_size=16), is_windowed=True)
 
 
-TARGET = "restkv_jax.kernels.dispatch.target_platform"
-
-
-def test_gpu_program_holds_the_kernel_where_it_fits(monkeypatch):
-    monkeypatch.setattr(TARGET, lambda: "cuda")
-
+def test_gpu_program_holds_the_kernel_where_it_fits():
     def program(**kwargs):
         arrays = ragged_pool(0, group=4, dim=64, page_size=16, window=30)
         f = jax.jit(functools.partial(attend_pages, **kwargs))
-        return f.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        with made_for_gpu():
+            return f.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
     assert "triton" in program(is_windowed=False)
     assert "triton" not in program(is_windowed=True)
@@ -130,7 +127,7 @@ def test_whole_generation_compiles_for_a_tpu_with_the_kernel_in_it():
 
 @pytest.mark.parametrize(("dim", "is_windowed", "fits"), [(128, False, True), (8, False, False), (128, True, False)])
 def test_tpu_program_holds_the_kernel_only_where_it_fits(dim, is_windowed, fits, monkeypatch):
-    monkeypatch.setattr(TARGET, lambda: "tpu")
+    monkeypatch.setattr("restkv_jax.kernels.dispatch.target_platform", lambda: "tpu")
     arrays = ragged_pool(1, dim=dim, page_size=16)
     program = jax.jit(functools.partial(attend_pages, is_windowed=is_windowed)).trace(*arrays)
     assert ("tpu_custom_call" in program.lower(lowering_platforms=("tpu",)).as_text()) == fits

@@ -7,6 +7,7 @@ import pathlib
 import einops
 import numpy as np
 import pytest
+from emulated import is_interpreted
 
 import restkv_jax as rk
 from restkv_jax.kernels import scores
@@ -115,12 +116,15 @@ def scorers():
     return found.values()
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_triton"])
 @pytest.mark.parametrize("name", scorers())
-def test_scores_by_kernels(name, monkeypatch):
+def test_scores_by_kernels(name, implementation, monkeypatch):
     """Their float32 products go in three passes of bfloat16."""
     for method, kernels in KERNELS.items():
         for kernel in kernels:
-            forced = functools.partial(getattr(scores, kernel).force("pallas_tpu"), interpret=True)
+            of_kernel = getattr(scores, kernel)
+            interpret = is_interpreted(of_kernel.implementations[implementation].platform)
+            forced = functools.partial(of_kernel.force(implementation), interpret=interpret)
             monkeypatch.setattr(f"restkv_jax.eviction.methods.{method}.{kernel}", forced)
     arrays, ev = evict("small", name)
     np.testing.assert_allclose(ev.scores, arrays[f"{name}/score"], rtol=1e-4)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulated import environment
+from emulated import environment, is_interpreted, made_for_gpu
 
 from restkv_jax.kernels import scores
 from restkv_jax.kernels.pairs import Pairs, Queries
@@ -54,7 +54,8 @@ def arguments(shape, window=UNLIMITED, dtype=jnp.float32, cap=None, positions_of
 def both(name, *arrays, implementation="pallas_tpu", **options):
     kernel = getattr(scores, name)
     reference = jax.jit(functools.partial(kernel.reference, **options))(*arrays)
-    found = jax.jit(functools.partial(kernel.force(implementation), interpret=True, **options))(*arrays)
+    options["interpret"] = is_interpreted(kernel.implementations[implementation].platform)
+    found = jax.jit(functools.partial(kernel.force(implementation), **options))(*arrays)
     assert found.shape == reference.shape and found.dtype == jnp.float32
     return np.asarray(found), np.asarray(reference)
 
@@ -87,19 +88,20 @@ def test_kernels_for_gpu_agree_with_their_references(name, case):
 
 
 @pytest.mark.parametrize("name", [*KERNELS, "attention_centres"])
-def test_kernels_lower_for_cuda(name, monkeypatch):
-    monkeypatch.setattr("restkv_jax.kernels.dispatch.target_platform", lambda: "cuda")
+def test_kernels_lower_for_cuda(name):
     options = {"count": 90} if name == "attention_centres" else {}
     take = KERNELS.get(name, lambda q, p, gram, weights: (q, p))
     arrays = jax.eval_shape(lambda: take(*arguments((1, 2, 4, 32, 1000, 128), dtype=jnp.bfloat16)))
 
     def lowered(function):
-        traced = jax.jit(functools.partial(function, **options)).trace(*arrays)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+        with made_for_gpu():
+            traced = jax.jit(functools.partial(function, **options)).trace(*arrays)
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     kernel = getattr(scores, name)
     assert "__gpu$xla.gpu.triton" in lowered(kernel.implementations["pallas_triton"].function)
-    assert "triton" not in lowered(kernel), "never run on a GPU: taken by name alone"
+    is_trusted = kernel.implementations["pallas_triton"].trusted
+    assert ("__gpu$xla.gpu.triton" in lowered(kernel)) == is_trusted == (name != "attention_centres")
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(jnp.float32, 17), (jnp.bfloat16, 22)])

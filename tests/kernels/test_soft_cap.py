@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from emulated import is_interpreted
 
 from restkv_jax.kernels.attention import attend, attend_shared
 from restkv_jax.kernels.distant import read_distant
@@ -112,7 +113,7 @@ def test_pages_by_the_kernel_for_gpu():
     vectors, keys, _, values = arrays(queries=1, dim=16)
     queries, pages = capped(vectors), in_pages(keys, values)
     reference = attend_pages.force("reference")(queries, pages, is_windowed=False)
-    found = _attend_pages_gpu(queries, pages, is_windowed=False, interpret=True)
+    found = _attend_pages_gpu(queries, pages, is_windowed=False, interpret=is_interpreted("cuda"))
     np.testing.assert_allclose(found, reference, rtol=1e-3, atol=1e-4)
 
 
