@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import scipy.stats
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from restkv_jax.commands.cli import main
@@ -309,6 +310,18 @@ def test_accuracy_is_drawn_by_method_with_intervals(results, directory):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["full cache", "restkv", "snapkv"]
     bars = figure.axes[0].collections[-1].get_segments()
     assert len(bars) == 2 and bars[0][0, 1] < expected[0] < bars[0][1, 1]
+
+
+@pytest.mark.parametrize("options", ["", "(pooling=successor, kernel_size=12, allocation=adaptive_heads)"])
+def test_legend_is_whole_and_leaves_room(results, options):
+    """However long the methods' options, no name is cut off, and the panels keep their height."""
+    methods = [f"{method}{options}" for method in ("restkv", "snapkv", "h2o", "tova", "knorm")]
+    figure = plot_accuracy(results, methods=methods)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    texts = [text.get_window_extent() for text in legend.get_texts()]
+    assert len(texts) == 6 and min(t.x0 for t in texts) > 0 and max(t.x1 for t in texts) < figure.bbox.width
+    assert min(axis.get_window_extent().height for axis in figure.axes) > 1.2 * figure.dpi
 
 
 def test_needle_map_is_drawn_by_depth_and_length(results, directory):

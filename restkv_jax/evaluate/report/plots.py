@@ -295,7 +295,8 @@ def _add_legend(figure: Figure, styles: Mapping[str, Style], has_full: bool, not
         Line2D([], [], color=s.color, linestyle=s.line, marker=s.marker, markersize=5, label=m)
         for m, s in styles.items()
     ]
-    columns = max(2, int(figure.get_figwidth() / 1.6))
+    columns = _most_columns([str(handle.get_label()) for handle in handles], figure.get_figwidth())
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, -(-len(handles) // columns) - 3))
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -305,6 +306,16 @@ def _add_legend(figure: Figure, styles: Mapping[str, Style], has_full: bool, not
         title_fontsize=9,
         fontsize=9,
     )
+
+
+def _most_columns(labels: Sequence[str], width: float) -> int:
+    """Of a legend in letters of 9 points, within a width in inches; each column is as wide as its longest label."""
+    line, letter = 0.65, 0.072
+    for count in range(len(labels), 1, -1):
+        columns = np.array_split(np.array([len(label) for label in labels]), count)
+        if sum(line + letter * column.max() for column in columns) <= width:
+            return count
+    return 1
 
 
 def _draw_map(axis: Axes, cells: Mapping[tuple[float, int], float], depths: list[float], lengths: list[int]) -> Any:
