@@ -6,6 +6,7 @@ python scripts/report_real.py report    writes a report for each folder of grids
 """
 
 import argparse
+import dataclasses
 import json
 import lzma
 import os
@@ -22,7 +23,7 @@ from PIL import Image
 
 from restkv_jax.evaluate.combining import combine
 from restkv_jax.evaluate.report.page import select, write_report
-from restkv_jax.evaluate.results import SWEEP, append_line, read_lines, read_results, results_path
+from restkv_jax.evaluate.results import SWEEP, Results, append_line, read_lines, read_results, results_path
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "report-real"
@@ -74,6 +75,10 @@ PAIRS = (
     "laprox(window=8, pooling=successor, kernel_size=12)",
 )
 """Compared on the same prompts."""
+
+ENOUGH = 30
+"""Prompts of a cell, from which on it is reported."""
+
 DRAWN = (
     "best",
     "restkv",
@@ -140,8 +145,8 @@ def report(results: pathlib.Path) -> None:
     for folder in sorted({grid.parent for grid in GRIDS}):
         sweeps = [results / grid.stem for grid in GRIDS if grid.parent == folder]
         found = [read_results(sweep) for sweep in sweeps if read_lines(sweep)]
-        if found:
-            combined = combine(found)
+        combined = _enough(combine(found)) if found else None
+        if combined is not None:
             methods = combined.grid.methods
             pairs = [pair for pair in PAIRS if set(pair.split(" > ")) <= set(methods)]
             selection = select(combined.grid, pairs, [method for method in DRAWN if method in methods])
@@ -150,6 +155,17 @@ def report(results: pathlib.Path) -> None:
                 write_report(pathlib.Path(written), title=title, results=combined, selection=selection)
                 for path in pathlib.Path(written).iterdir():
                     _keep(path, folder / path.name)
+
+
+def _enough(results: Results) -> Results | None:
+    """What is measured with enough prompts; None where nothing is."""
+    cells, divergences = (
+        {cell: found for cell, found in of_cells.items() if found.index.size >= ENOUGH}
+        for of_cells in (results.cells, results.divergences)
+    )
+    tasks = {cell.task for cell in (*cells, *divergences)}
+    grid = dataclasses.replace(results.grid, tasks=tuple(task for task in results.grid.tasks if task in tasks))
+    return results._replace(grid=grid, cells=cells, divergences=divergences) if tasks else None
 
 
 def _keep(path: pathlib.Path, target: pathlib.Path) -> None:
