@@ -20,10 +20,10 @@ from restkv_jax.caches.base import Cache
 from restkv_jax.commands.options import parse
 from restkv_jax.evaluate import is_exact, make_prompts
 from restkv_jax.eviction.layer import evict
-from restkv_jax.eviction.refit import window_outputs
 from restkv_jax.eviction.select import judge
 from restkv_jax.generation.encoding import pad_left
 from restkv_jax.kernels.pairs import Pairs
+from restkv_jax.kernels.scores import read_pairs
 from restkv_jax.models.decoder import Hooks, LayerView
 from restkv_jax.models.memory import PairMemory
 
@@ -110,8 +110,8 @@ def output_errors(model: Any, params: Any, tokens: Array, mask: Array, policies:
         def error(policy: rk.EvictionPolicy) -> Array:
             shown = view.last(policy.window)
             kept = evict(policy, shown, pairs, policy.slots_given, num_layers, judge(policy, shown, pairs, known))
-            exact = window_outputs(shown.queries, pairs)
-            missing = exact - window_outputs(shown.queries, Pairs(kept.keys, kept.values, kept.positions))
+            _, exact = read_pairs(shown.queries, pairs)
+            missing = exact - read_pairs(shown.queries, Pairs(kept.keys, kept.values, kept.positions))[1]
             project = functools.partial(jnp.einsum, "bkgwd,kgdm->bwm", precision="highest")
             sizes = (jnp.linalg.norm(project(x, shown.output_projection), axis=(1, 2)) for x in (missing, exact))
             return jnp.divide(*sizes)

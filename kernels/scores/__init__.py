@@ -26,6 +26,7 @@ from restkv_jax.kernels.scores.reference import (
     find_peaks,
     output_gram,
     probabilities,
+    read_pairs,
     removal_error,
 )
 from restkv_jax.kernels.scores.tiles import fold_places, fold_queries, fold_tiles, map_tiles
@@ -48,6 +49,7 @@ __all__ = [
     "map_tiles",
     "output_gram",
     "probabilities",
+    "read_pairs",
     "removal_error",
     "removal_errors",
 ]

@@ -55,14 +55,20 @@ def _logits(queries: Queries, pairs: Pairs, seen: Array) -> Array:
 
 def find_peaks(queries: Queries, pairs: Pairs) -> Peaks:
     """The `Peaks` of the queries over all pairs, tile by tile."""
+    return read_pairs(queries, pairs._replace(values=pairs.values[..., :0]))[0]
+
+
+def read_pairs(queries: Queries, pairs: Pairs) -> tuple[Peaks, Array]:
+    """The `Peaks` of the queries and what they get from all pairs, float32 [B, K, G, w, D], tile by tile."""
 
     def read(state: Softmax, tile: Pairs, is_new: Array, _) -> Softmax:
         seen = visible(queries, tile.positions)[:, :, None] & is_new
         with jax.default_matmul_precision("highest"):
-            return join(state, read_keys(queries, tile.keys, tile.values[..., :0], seen))
+            return join(state, read_keys(queries, tile.keys, tile.values.astype(jnp.float32), seen))
 
-    peak, total, _ = fold_tiles(read, empty_softmax(queries.vectors[..., :0]), queries, pairs)
-    return Peaks(peak, jnp.where(total > 0, total, 1.0))
+    dim = pairs.values.shape[-1]
+    read_all = fold_tiles(read, empty_softmax(queries.vectors[..., :dim]), queries, pairs)
+    return Peaks(read_all.peak, jnp.where(read_all.total > 0, read_all.total, 1.0)), read_all.context()
 
 
 class Outputs(NamedTuple):

@@ -69,7 +69,8 @@ class PagedKeeper(Keeper):
 
     def start(self, past: Cache | None, lengths: Array, dtype: Any) -> Candidates:
         config, batch = self.model.config, lengths.shape[0]
-        places = self.policy.num_candidates(self.total) + self.window
+        per_sequence = config.num_hidden_layers, config.num_key_value_heads
+        places = self.policy.num_candidates(self.total, *per_sequence) + self.window
         heads = config.num_hidden_layers, batch, config.num_key_value_heads
         refit, group = self.policy.refit, config.num_attention_heads // config.num_key_value_heads
 

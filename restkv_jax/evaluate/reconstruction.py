@@ -10,10 +10,10 @@ from jax.typing import ArrayLike
 
 from restkv_jax.caches.base import kept_positions
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.refit import window_outputs
 from restkv_jax.generation.checks import check_tokens
 from restkv_jax.generation.reading import CHUNK_SIZE, bucket_length, prefill_each
 from restkv_jax.kernels.pairs import largest_divisor
+from restkv_jax.kernels.scores import read_pairs
 from restkv_jax.models.arguments import check_integer
 from restkv_jax.models.decoder import Decoder, Hooks, LayerView, positions_of, read
 from restkv_jax.models.memory import PairMemory
@@ -93,7 +93,7 @@ def _errors(model, params, tokens, mask, kept, num_following, chunk_size) -> Arr
         queries, pairs = view.last(num_following).queries, memory.pairs
 
         def output(key_positions: Array) -> Array:
-            context = window_outputs(queries, pairs._replace(positions=key_positions))
+            _, context = read_pairs(queries, pairs._replace(positions=key_positions))
             return jnp.einsum("bkgfd,kgdm->bfm", context, view.output_projection, precision="highest")
 
         def error(visible: Array) -> Array:

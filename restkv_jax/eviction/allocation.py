@@ -62,6 +62,10 @@ class Allocation:
         """Bound on the sum of a sequence's counts over all layers and KV heads."""
         return num_layers * num_kv_heads * (budget - window)
 
+    def most_per_head(self, budget: int, window: int, num_layers: int, num_kv_heads: int) -> int:
+        """Bound on the count of one layer's KV head: as many keys may have to be held until the budget is shared."""
+        return budget - window
+
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Allocation):
@@ -98,6 +102,9 @@ class Pyramid(Allocation):
     def most(self, budget, window, num_layers, num_kv_heads):
         rounding = max(num_layers - 2, 0) // 2
         return num_kv_heads * (num_layers * (budget - window) + rounding)
+
+    def most_per_head(self, budget, window, num_layers, num_kv_heads):
+        return 2 * (budget - window) - (budget - window) // PYRAMID_BETA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +145,9 @@ class AdaptiveHeads(Allocation):
         counts = jnp.where(is_whole, prefix_lengths, jnp.minimum(mixed, prefix_lengths))
         return _filled(scores, counts, quota) if scores.shape[0] == num_layers else counts
 
+    def most_per_head(self, budget, window, num_layers, num_kv_heads):
+        return num_kv_heads * (budget - window)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelWide(Allocation):
@@ -157,6 +167,9 @@ class ModelWide(Allocation):
         num_kv_heads = scores.shape[2]
         quota = scores.shape[0] * num_kv_heads * (budget - window)
         return jnp.moveaxis(counts_among_best(jnp.moveaxis(scores, 1, 0), quota, num_axes=3), 0, 1)
+
+    def most_per_head(self, budget, window, num_layers, num_kv_heads):
+        return num_layers * num_kv_heads * (budget - window)
 
 
 def _filled(scores: Array, counts: Array, quota: int) -> Array:

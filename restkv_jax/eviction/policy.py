@@ -31,9 +31,10 @@ class EvictionPolicy:
         least importance, a moving average of the scorer's error over the generated queries; without it the cache
         grows by one slot per token. For ReST-KV's scorer only.
       allocation: how the budget is shared among layers and KV heads. Other shares than equal ones are held in pages.
-      candidates: with such shares, the keys before the window that each layer and KV head carries until all layers
-        are scored; `min(P, 4 * budget)` of `P` by default. With `P` or more the selection is exact; with fewer, a head
-        whose share would be larger keeps its best `candidates`, and others get what it leaves.
+      candidates: with such shares, how many of the `P` keys before the window each layer and KV head carries until
+        all layers are scored: `4 * budget` by default, and never more than the allocation can give a head. With `P` or
+        more the selection is exact; with fewer, a head whose share would be larger keeps its best `candidates`, and
+        others get what it leaves.
       page_size: slots of a page; shrinks with a budget that is smaller, down to 8, which changes no result.
       refit: corrects the kept values, and keys, so that queries get what they got from the whole prompt; None leaves
         them as they are.
@@ -140,10 +141,11 @@ class EvictionPolicy:
         """Whether layers and KV heads may keep different numbers of pairs of a prompt of `length` tokens."""
         return not self.allocation.uniform and self.slots(length) < length
 
-    def num_candidates(self, length: int) -> int:
+    def num_candidates(self, length: int, num_layers: int, num_kv_heads: int) -> int:
         """Keys before the window that a layer and KV head carries to the selection of a prompt of `length` tokens."""
-        prefix = length - self.window_of(length)
-        return min(prefix, 4 * self.slots_given if self.candidates is None else self.candidates)
+        budget, window = self.slots_given, self.window_of(length)
+        most = self.allocation.most_per_head(budget, window, num_layers, num_kv_heads)
+        return min(length - window, most, 4 * budget if self.candidates is None else self.candidates)
 
     def window_of(self, length: int) -> int:
         """Tokens always kept of a prompt of `length` tokens."""

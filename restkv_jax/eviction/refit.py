@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.eviction.future import FutureQueries
-from restkv_jax.kernels.attention import attend
 from restkv_jax.kernels.pairs import PAIR_AXES, Pairs, Queries, query_axes
 from restkv_jax.kernels.partition import by_device
-from restkv_jax.kernels.scores import Peaks, einsum, find_peaks, fold_tiles, map_tiles, probabilities
+from restkv_jax.kernels.scores import Peaks, einsum, find_peaks, fold_tiles, map_tiles, probabilities, read_pairs
 from restkv_jax.kernels.solve import solve_positive_definite
 from restkv_jax.models.arguments import check_number
 from restkv_jax.models.decoder import LayerView
@@ -139,18 +138,12 @@ def _carry_mass(queries: Queries, peaks: Peaks, kept: Pairs, ridge: float) -> Ar
 
 
 def find_wanted(queries: Queries, pairs: Pairs) -> Wanted:
-    """What queries get from the whole prompt's pairs."""
-    return Wanted(window_outputs(queries, pairs), find_peaks(queries, pairs))
-
-
-def window_outputs(queries: Queries, pairs: Pairs) -> Array:
-    """What queries get from pairs, float32 [B, K, G, r, D], as exactly as the refit's own attention.
+    """What queries get from the whole prompt's pairs, as exactly as the refit's own attention.
 
     It would take the rounding of fast float32 products for a missing output.
     """
-    queries = queries.replace(vectors=queries.vectors.astype(jnp.float32))
-    with jax.default_matmul_precision("highest"):
-        return attend(queries, pairs._replace(values=pairs.values.astype(jnp.float32)))
+    peaks, outputs = read_pairs(queries, pairs)
+    return Wanted(outputs, peaks)
 
 
 def _filled(queries: Queries, count: int) -> Queries:

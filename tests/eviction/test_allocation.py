@@ -184,6 +184,31 @@ def test_few_candidates_bound_what_a_head_can_get():
     assert int(cache.lengths.sum()) == LAYERS * KV_HEADS * BUDGET
 
 
+@given(
+    seed=st.integers(0, 9999),
+    allocation=st.sampled_from([Pyramid(), Pyramid(even_if_short=True), AdaptiveHeads(0.2), ModelWide()]),
+    spread=st.sampled_from([0.1, 5.0]),
+    prefix=st.sampled_from([5, 23, 60]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_head_never_wins_more_than_it_carries(seed, allocation, spread, prefix):
+    """Not even where one head has all of the best keys, and others have fewer keys than their share."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, prefix + 1, (LAYERS, 1, 3))
+    scores = rng.random((LAYERS, 1, 3, prefix)) * np.exp(spread * rng.normal(size=(LAYERS, 1, 3, 1)))
+    scores = np.where(np.arange(prefix) < lengths[..., None], scores, -np.inf).astype(np.float32)
+    shares = allocation.counts(scores, lengths, 20, 8, jnp.arange(LAYERS), LAYERS)
+    assert int(shares.max()) <= allocation.most_per_head(20, 8, LAYERS, 3)
+
+
+def test_no_more_candidates_are_carried_than_a_head_can_win():
+    assert rk.pyramidkv(128, 32).num_candidates(4096, 32, 8) == 2 * 96 - 96 // 20
+    assert rk.adakv(128, 32).num_candidates(4096, 32, 3) == 3 * 96
+    assert rk.adakv(128, 32).num_candidates(4096, 32, 8) == 4 * 128
+    assert rk.laprox(128, 32).num_candidates(4096, 32, 8) == 4 * 128
+    assert rk.laprox(128, 32, candidates=200).num_candidates(100, 32, 8) == 100 - 32
+
+
 @pytest.mark.slow
 def test_prompts_within_the_budget_are_kept_whole():
     model, params = tiny_model()

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import restkv_jax as rk
-from restkv_jax.eviction.refit import Asked, find_wanted, window_outputs
+from restkv_jax.eviction.refit import Asked, find_wanted
 from restkv_jax.kernels.pairs import Pairs, Queries
-from restkv_jax.kernels.scores import tiles
+from restkv_jax.kernels.scores import read_pairs, tiles
 from restkv_jax.models.config import UNLIMITED
 
 HEADS, KV_HEADS, LENGTH, DIM, MODEL_DIM, WINDOW, BUDGET = 4, 2, 60, 8, 20, 8, 20
@@ -136,7 +136,7 @@ def test_a_ridge_below_rounding_stays_finite(ridge, kept):
     """Also where fewer keys than query rows leave `A A^T` singular."""
     asked, pairs = refit_arguments(5, kept=kept)
     refitted = rk.LeastSquares(ridge)(asked, pairs)
-    before, after = (np.linalg.norm(window_outputs(asked.queries, x) - asked.wanted.outputs) for x in (pairs, refitted))
+    before, after = (np.linalg.norm(read_pairs(asked.queries, x)[1] - asked.wanted.outputs) for x in (pairs, refitted))
     assert after <= before
 
 
