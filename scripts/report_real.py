@@ -151,9 +151,11 @@ def report(results: pathlib.Path) -> None:
             pairs = [pair for pair in PAIRS if set(pair.split(" > ")) <= set(methods)]
             selection = select(combined.grid, pairs, [method for method in DRAWN if method in methods])
             title = f"SmolLM2-135M-Instruct, {folder.name}"
-            with tempfile.TemporaryDirectory() as written:
-                write_report(pathlib.Path(written), title=title, results=combined, selection=selection)
-                for path in pathlib.Path(written).iterdir():
+            with tempfile.TemporaryDirectory() as temporary:
+                written = pathlib.Path(temporary) / folder.name  # which the report names
+                written.mkdir()
+                write_report(written, title=title, results=combined, selection=selection)
+                for path in written.iterdir():
                     _keep(path, folder / path.name)
 
 
