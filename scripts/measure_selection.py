@@ -110,8 +110,8 @@ def output_errors(model: Any, params: Any, tokens: Array, mask: Array, policies:
         def error(policy: rk.EvictionPolicy) -> Array:
             shown = view.last(policy.window)
             kept = evict(policy, shown, pairs, policy.slots_given, num_layers, judge(policy, shown, pairs, known))
-            _, exact = read_pairs(shown.queries, pairs)
-            missing = exact - read_pairs(shown.queries, Pairs(kept.keys, kept.values, kept.positions))[1]
+            exact, _ = read_pairs(shown.queries, pairs)
+            missing = exact - read_pairs(shown.queries, Pairs(kept.keys, kept.values, kept.positions))[0]
             project = functools.partial(jnp.einsum, "bkgwd,kgdm->bwm", precision="highest")
             sizes = (jnp.linalg.norm(project(x, shown.output_projection), axis=(1, 2)) for x in (missing, exact))
             return jnp.divide(*sizes)

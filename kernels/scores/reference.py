@@ -55,11 +55,14 @@ def _logits(queries: Queries, pairs: Pairs, seen: Array) -> Array:
 
 def find_peaks(queries: Queries, pairs: Pairs) -> Peaks:
     """The `Peaks` of the queries over all pairs, tile by tile."""
-    return read_pairs(queries, pairs._replace(values=pairs.values[..., :0]))[0]
+    return read_pairs(queries, pairs._replace(values=pairs.values[..., :0]))[1]
 
 
-def read_pairs(queries: Queries, pairs: Pairs) -> tuple[Peaks, Array]:
-    """The `Peaks` of the queries and what they get from all pairs, float32 [B, K, G, w, D], tile by tile."""
+def read_pairs(queries: Queries, pairs: Pairs) -> tuple[Array, Peaks]:
+    """What the queries get from all pairs, float32 [B, K, G, w, D], and their `Peaks`, tile by tile.
+
+    As exact as `probabilities`: products of float32, whatever the dtypes.
+    """
 
     def read(state: Softmax, tile: Pairs, is_new: Array, _) -> Softmax:
         seen = visible(queries, tile.positions)[:, :, None] & is_new
@@ -68,7 +71,7 @@ def read_pairs(queries: Queries, pairs: Pairs) -> tuple[Peaks, Array]:
 
     dim = pairs.values.shape[-1]
     read_all = fold_tiles(read, empty_softmax(queries.vectors[..., :dim]), queries, pairs)
-    return Peaks(read_all.peak, jnp.where(read_all.total > 0, read_all.total, 1.0)), read_all.context()
+    return read_all.context(), Peaks(read_all.peak, jnp.where(read_all.total > 0, read_all.total, 1.0))
 
 
 class Outputs(NamedTuple):

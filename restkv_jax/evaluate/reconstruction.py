@@ -93,7 +93,7 @@ def _errors(model, params, tokens, mask, kept, num_following, chunk_size) -> Arr
         queries, pairs = view.last(num_following).queries, memory.pairs
 
         def output(key_positions: Array) -> Array:
-            _, context = read_pairs(queries, pairs._replace(positions=key_positions))
+            context, _ = read_pairs(queries, pairs._replace(positions=key_positions))
             return jnp.einsum("bkgfd,kgdm->bfm", context, view.output_projection, precision="highest")
 
         def error(visible: Array) -> Array:

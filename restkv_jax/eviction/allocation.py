@@ -64,7 +64,7 @@ class Allocation:
 
     def most_per_head(self, budget: int, window: int, num_layers: int, num_kv_heads: int) -> int:
         """Bound on the count of one layer's KV head: as many keys may have to be held until the budget is shared."""
-        return budget - window
+        return self.most(budget, window, num_layers, num_kv_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ class AdaptiveHeads(Allocation):
         return _filled(scores, counts, quota) if scores.shape[0] == num_layers else counts
 
     def most_per_head(self, budget, window, num_layers, num_kv_heads):
-        return num_kv_heads * (budget - window)
+        return self.most(budget, window, 1, num_kv_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +167,6 @@ class ModelWide(Allocation):
         num_kv_heads = scores.shape[2]
         quota = scores.shape[0] * num_kv_heads * (budget - window)
         return jnp.moveaxis(counts_among_best(jnp.moveaxis(scores, 1, 0), quota, num_axes=3), 0, 1)
-
-    def most_per_head(self, budget, window, num_layers, num_kv_heads):
-        return num_layers * num_kv_heads * (budget - window)
 
 
 def _filled(scores: Array, counts: Array, quota: int) -> Array:

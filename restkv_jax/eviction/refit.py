@@ -138,12 +138,11 @@ def _carry_mass(queries: Queries, peaks: Peaks, kept: Pairs, ridge: float) -> Ar
 
 
 def find_wanted(queries: Queries, pairs: Pairs) -> Wanted:
-    """What queries get from the whole prompt's pairs, as exactly as the refit's own attention.
+    """What queries [B, K, G, r, D] get from the whole prompt's pairs [B, K, T, D].
 
-    It would take the rounding of fast float32 products for a missing output.
+    As exactly as the refit's own attention, which would take rounding for a missing output.
     """
-    peaks, outputs = read_pairs(queries, pairs)
-    return Wanted(outputs, peaks)
+    return Wanted(*read_pairs(queries, pairs))
 
 
 def _filled(queries: Queries, count: int) -> Queries:
