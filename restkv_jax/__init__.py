@@ -7,7 +7,7 @@ from restkv_jax.caches.paged import PagedCache
 from restkv_jax.caches.quantised import QuantisedCache
 from restkv_jax.caches.stored import load_cache, save_cache
 from restkv_jax.eviction.allocation import AdaptiveHeads, ModelWide, Pyramid, Uniform
-from restkv_jax.eviction.future import FutureQueries
+from restkv_jax.eviction.future import Foresight, FutureQueries
 from restkv_jax.eviction.layer import Eviction, evict_layer
 from restkv_jax.eviction.methods.registry import (
     METHODS,
@@ -43,6 +43,7 @@ __all__ = [
     "Conversation",
     "Eviction",
     "EvictionPolicy",
+    "Foresight",
     "FutureQueries",
     "Generation",
     "KVCache",

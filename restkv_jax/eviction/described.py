@@ -7,7 +7,14 @@ from restkv_jax.eviction.allocation import ALLOCATIONS
 from restkv_jax.eviction.future import FutureQueries
 from restkv_jax.eviction.methods.restkv import Reconstruction
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.pooling import AdaptivePooling, AveragePooling, MaxPooling, NoPooling, SuccessorPooling
+from restkv_jax.eviction.pooling import (
+    AdaptivePooling,
+    AnswerPooling,
+    AveragePooling,
+    MaxPooling,
+    NoPooling,
+    SuccessorPooling,
+)
 from restkv_jax.eviction.refit import LeastSquares
 
 KNOWN = (
@@ -15,6 +22,7 @@ KNOWN = (
     Reconstruction,
     NoPooling,
     SuccessorPooling,
+    AnswerPooling,
     AveragePooling,
     MaxPooling,
     AdaptivePooling,

@@ -123,7 +123,7 @@ def _scoring_queries(policy: EvictionPolicy, queries: Array, length: int) -> Arr
     if queries.shape[2] < needed:
         reason = f"window={policy.window}"
         if needed > policy.num_scoring_queries(length):
-            reason = "refit, which asks earlier queries again,"
+            reason = "foresight or refit, which asks earlier queries again,"
         elif needed > policy.window:
             reason = f"scorer, which looks at {'all' if needed == length else 'earlier'} queries,"
         raise ValueError(

@@ -6,6 +6,7 @@ from typing import Literal, cast
 
 from restkv_jax.eviction.allocation import Allocation, Uniform
 from restkv_jax.eviction.budgets import budget_slots, check_budget
+from restkv_jax.eviction.future import Foresight
 from restkv_jax.eviction.pooling import NoPooling, Pooling
 from restkv_jax.eviction.refit import LeastSquares
 from restkv_jax.eviction.scorer import QueryScorer, Scorer
@@ -24,6 +25,7 @@ class EvictionPolicy:
         smaller than the budget shrinks to half of it, with a warning.
       scorer: how keys before the window are scored; None only with `budget=None`.
       pooling: smoothing of the scores over neighbouring keys.
+      foresight: scores by queries to come, which are added to the smoothed ones; None adds nothing.
       sinks: the first tokens of the prompt, kept before all others that the window leaves room for: queries that have
         nothing else to attend to attend to them (StreamingLLM, arXiv 2309.17453), whatever their values.
       group_reduce: how the query heads of a KV head agree on one score, "mean" or "max".
@@ -44,6 +46,7 @@ class EvictionPolicy:
     window: int = 32
     scorer: Scorer | None = None
     pooling: Pooling = dataclasses.field(default_factory=NoPooling)
+    foresight: Foresight | None = None
     sinks: int = 0
     group_reduce: Literal["mean", "max"] = "mean"
     while_generating: bool = False
@@ -58,6 +61,8 @@ class EvictionPolicy:
         check_choice("group_reduce", self.group_reduce, ("mean", "max"))
         check_choice("while_generating", self.while_generating, (False, True))
         check_integer("page_size", self.page_size, 1, "slots of a page")
+        if not isinstance(self.foresight, Foresight | None):
+            raise TypeError(f"foresight={self.foresight!r} must be a restkv_jax.Foresight(queries, weight), or None")
         if not isinstance(self.refit, LeastSquares | None):
             raise TypeError(f"refit={self.refit!r} must be a restkv_jax.LeastSquares(ridge=0.01), or None")
         if self.budget is not None:
@@ -70,6 +75,11 @@ class EvictionPolicy:
             if not hasattr(self.scorer, "gram"):
                 raise ValueError(
                     f"while_generating=True is for restkv; {type(self.scorer).__name__} does not score query by query"
+                )
+            if self.foresight is not None:
+                raise ValueError(
+                    "foresight and while_generating=True exclude each other: a generated query scores as it comes; "
+                    "leave one out"
                 )
         if not self.allocation.uniform:
             self._check_shares()
@@ -154,10 +164,11 @@ class EvictionPolicy:
     def num_queries(self, length: int) -> int:
         """How many of the last queries of a prompt of `length` tokens are looked at."""
         of_refit = 0 if self.refit is None else self.refit.num_future
-        return max(self.num_scoring_queries(length), min(of_refit, length))
+        of_foresight = 0 if self.foresight is None else self.foresight.queries.count
+        return max(self.num_scoring_queries(length), min(max(of_refit, of_foresight), length))
 
     def num_scoring_queries(self, length: int) -> int:
-        """How many of the last queries of a prompt of `length` tokens score its keys."""
+        """How many of the last queries of a prompt of `length` tokens the scorer looks at."""
         if self.scorer is None:
             return self.window_of(length)
         if self.scorer.all_queries:

@@ -9,7 +9,7 @@ from jax import Array
 
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.kernels.scores import attention_centres
-from restkv_jax.models.arguments import check_choice, check_integer
+from restkv_jax.models.arguments import check_choice, check_integer, check_number
 from restkv_jax.models.decoder import LayerView
 
 
@@ -68,10 +68,33 @@ class SuccessorPooling:
         check_integer("kernel_size", self.kernel_size, 1, "tokens")
 
     def __call__(self, scores: Array, view: LayerView, pairs: Pairs, count: int) -> Array:
-        inside, later = _inside(scores, pairs), (self.kernel_size - 1) // 5
-        widths = [(0, 0)] * (scores.ndim - 1) + [(self.kernel_size - 1 - later, later)]
-        total = _sliding(jnp.pad(jnp.where(inside, scores, 0.0), widths), self.kernel_size, jax.lax.add, 0.0, "VALID")
-        return total / self.kernel_size
+        later = (self.kernel_size - 1) // 5
+        return _mean_of(scores, pairs, self.kernel_size - 1 - later, later)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerPooling:
+    """Mean over as many keys as there is room for: to where an answer goes on first, then to what says whose it is.
+
+    `s'[n]` is the mean of `s[n - a]` to `s[n + b]`, `a + b + 1` keys; beyond the ends zeros count. There are
+    `kernel_size` of them, or the `share` of the keys that are to be kept, if that is less: few slots hold no long
+    answer. Four fifths of the others stand before, as in `SuccessorPooling`, until `a` is half of `kernel_size`; `b` is
+    the rest.
+    """
+
+    kernel_size: int = 21
+    share: float = 0.3
+
+    def __post_init__(self):
+        check_integer("kernel_size", self.kernel_size, 1, "tokens")
+        check_number("share", self.share, "the part of the kept keys that one answer may take")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} must be above 0 and at most 1: the part of the kept keys")
+
+    def __call__(self, scores: Array, view: LayerView, pairs: Pairs, count: int) -> Array:
+        others = min(self.kernel_size, max(int(self.share * count), 1)) - 1
+        earlier = min(others - others // 5, self.kernel_size // 2)
+        return _mean_of(scores, pairs, earlier, others - earlier)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +210,13 @@ def make_pooling(
 def _inside(scores: Array, pairs: Pairs) -> Array:
     """bool [B, K or 1, 1, P]: not padding."""
     return pairs.positions[:, :, None, : scores.shape[-1]] >= 0
+
+
+def _mean_of(scores: Array, pairs: Pairs, earlier: int, later: int) -> Array:
+    """Mean of each score, the `earlier` ones before it and the `later` ones behind; zeros beyond the ends."""
+    size = earlier + 1 + later
+    padded = jnp.pad(jnp.where(_inside(scores, pairs), scores, 0.0), [(0, 0)] * (scores.ndim - 1) + [(earlier, later)])
+    return _sliding(padded, size, jax.lax.add, 0.0, "VALID") / size
 
 
 def _sliding(scores: Array, size: int, reduce, empty: float, padding: str = "SAME") -> Array:

@@ -46,8 +46,9 @@ class LeastSquares:
     """Adds `X` to the kept values so that queries get what the whole prompt gave them: the window's, and `future` ones.
 
     Minimises `||A (V + X) - O||^2 + lambda ||X||^2` per KV head, with `A` [r, N] the attention of the group's `r`
-    queries renormalised over the kept keys, `O` their outputs over all keys, and `lambda` equal to `ridge`, at least
-    `r` float32 roundings, times the mean diagonal of `A A^T`. The error of these queries' output never grows.
+    queries renormalised over the `N` kept keys, `O` their outputs over all keys, and `lambda` equal to `ridge`, at
+    least `N` float32 roundings, times the mean diagonal of `A^T A`: the less a key is attended to, the less it changes,
+    however many are kept. The error of these queries' output never grows.
 
     What is evicted leaves the softmax too, so that sinks, the window and tokens to come get more than their share. With
     a `mass_ridge` the kept keys carry the mass of all first (Attention Matching, arXiv 2602.16284): of all weights,
@@ -66,7 +67,7 @@ class LeastSquares:
         if not isinstance(self.future, FutureQueries | None):
             raise TypeError(f"future={self.future!r} must be a restkv_jax.FutureQueries(count=512), or None")
         if self.mass_ridge is not None:
-            _check_ridge("mass_ridge", self.mass_ridge, "0.3 is usual, None moves no keys")
+            _check_ridge("mass_ridge", self.mass_ridge, "0.01 is usual, None moves no keys")
 
     @property
     def num_future(self) -> int:
@@ -171,14 +172,15 @@ def _ridge_regression(queries: Queries, kept: Pairs, peaks: Peaks, now: Array, e
       peaks: `A` is the queries' attention to the kept keys, over the pairs that these are of.
       now: `Y`, float32 [B, K, N, M].
       expected: `E`, float32 [B, K, G r, M].
-      ridge: `lambda`, relative to the mean diagonal of `A A^T`.
+      ridge: `lambda`, relative to the mean diagonal of `A^T A`.
     """
+    num_kept = (kept.positions >= 0).sum(-1)
     if kept.keys.shape[2] < expected.shape[2]:
         attention = _rows(probabilities(queries, kept, peaks))
         is_real = attention.sum(-1, keepdims=True) > 0
         missing = jnp.where(is_real, expected - einsum("bkrn,bknm->bkrm", attention, now), 0.0)
         squared, targets = (einsum("bkrn,bkrm->bknm", attention, x) for x in (attention, missing))
-        return _solve(squared, is_real.sum((2, 3)), targets, ridge)
+        return _solve(squared, num_kept, targets, ridge)
 
     def add(sums: tuple[Array, Array], tile: Pairs, is_new: Array, start: Array) -> tuple[Array, Array]:
         attention = jnp.where(is_new, _rows(probabilities(queries, tile, peaks)), 0.0)
@@ -190,7 +192,7 @@ def _ridge_regression(queries: Queries, kept: Pairs, peaks: Peaks, now: Array, e
     empty = jnp.zeros((*expected.shape[:2], rows, rows), jnp.float32), jnp.zeros_like(expected)
     squared, got = fold_tiles(add, empty, queries, kept)
     is_real = jnp.diagonal(squared, axis1=2, axis2=3)[..., None] > 0
-    weights = _solve(squared, is_real.sum((2, 3)), jnp.where(is_real, expected - got, 0.0), ridge)
+    weights = _solve(squared, num_kept, jnp.where(is_real, expected - got, 0.0), ridge)
 
     def of_tile(tile: Pairs, _) -> Array:
         return einsum("bkrn,bkrm->bkmn", _rows(probabilities(queries, tile, peaks)), weights)

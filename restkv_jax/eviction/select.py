@@ -19,24 +19,41 @@ LARGEST = 1e30
 """Score of the policy's sinks, and of keys whose scores overflowed; sums of them do not."""
 
 
+class Scores(NamedTuple):
+    """Scores of a layer's keys before they are smoothed, the same for every budget.
+
+    `own` are the scorer's, float32 [B, K, G or 1, T - w]; `foreseen` those of queries to come, float32
+    [B, K, G, T - w], which are not smoothed, None if none are asked.
+    """
+
+    own: Array
+    foreseen: Array | None
+
+
 class Judged(NamedTuple):
     """What a policy needs to know of a layer's whole prompt, the same for every budget.
 
-    `scores` are the scorer's own, float32 [B, K, G or 1, T - w], None if nothing is scored; `asked` is what a refit
-    asks, None if nothing is corrected.
+    `scores` is None if nothing is scored; `asked` is what a refit asks, None if nothing is corrected.
     """
 
-    scores: Array | None
+    scores: Scores | None
     asked: Asked | None
 
 
-def score(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Array | None:
-    """The scorer's own scores, float32 [B, K, G or 1, T - w], the same for every budget; None if nothing is scored."""
+def score(policy: EvictionPolicy, view: LayerView, pairs: Pairs) -> Scores | None:
+    """The scores of a layer's keys; None if nothing is scored.
+
+    Args:
+      policy: its scorer and foresight score.
+      view: with the policy's `num_queries`, or more.
+      pairs: [B, K, T, D] of the prompt.
+    """
     length = pairs.keys.shape[2]
     window = policy.window_of(length)
     if policy.scorer is None or length == window:
         return None
-    return policy.scorer(view.last(policy.num_scoring_queries(length)), pairs, window)
+    own = policy.scorer(view.last(policy.num_scoring_queries(length)), pairs, window)
+    return Scores(own, None if policy.foresight is None else policy.foresight(view, pairs, window))
 
 
 def judge(policy: EvictionPolicy, view: LayerView, pairs: Pairs, known: dict) -> Judged:
@@ -49,7 +66,7 @@ def judge(policy: EvictionPolicy, view: LayerView, pairs: Pairs, known: dict) ->
       known: what other policies have found in this layer; what they share with this one is not computed again.
     """
     window = policy.window_of(pairs.keys.shape[2])
-    scored = policy.scorer, window
+    scored = policy.scorer, policy.foresight, window
     if scored not in known:
         known[scored] = score(policy, view, pairs)
     if policy.refit is None:
@@ -60,7 +77,7 @@ def judge(policy: EvictionPolicy, view: LayerView, pairs: Pairs, known: dict) ->
     return Judged(known[scored], known[asked])
 
 
-def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores: Array | None) -> Array:
+def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores: Scores | None) -> Array:
     """The smoothed scores, reduced over each KV head's query heads: float32 [B, K, T - w], -inf on padding.
 
     The policy's sinks have the score `LARGEST`.
@@ -78,7 +95,9 @@ def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores:
     if scores is None:
         return jnp.where(is_token, jnp.zeros((batch, num_kv_heads, length - window)), -jnp.inf)
     budget = length if policy.budget is None else policy.slots_given
-    pooled = policy.pooling(scores, view, pairs, min(max(budget - window, 1), length))
+    pooled = policy.pooling(scores.own, view, pairs, min(max(budget - window, 1), length))
+    if scores.foreseen is not None:
+        pooled = pooled + scores.foreseen
     reduced = pooled.mean(axis=2) if policy.group_reduce == "mean" else pooled.max(axis=2)
     is_seen = within_reach(view.queries, positions)
     reduced = jnp.nan_to_num(reduced, nan=0.0, posinf=LARGEST, neginf=-LARGEST)

@@ -118,6 +118,12 @@ def test_outputs_after_the_prompt_are_nearer_than_without_correction():
     assert kl[1] < 0.7 * kl[0]
 
 
+def test_queries_to_come_do_not_score_while_tokens_are_generated():
+    foresight = rk.best(BUDGET).foresight
+    with pytest.raises(ValueError, match="foresight and while_generating=True exclude each other"):
+        rk.restkv(BUDGET, WINDOW, while_generating=True).replace(foresight=foresight)
+
+
 def test_what_policies_share_of_a_prompt_is_found_once():
     _, keys, values, projection = arrays_of(18)
     queries = jax.random.normal(jax.random.key(18), (1, KV_HEADS, HEADS // KV_HEADS, LENGTH, DIM))

@@ -17,6 +17,7 @@ from restkv_jax.eviction.methods.restkv import Reconstruction
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.pooling import (
     AdaptivePooling,
+    AnswerPooling,
     AveragePooling,
     MaxPooling,
     NoPooling,
@@ -315,17 +316,21 @@ def test_adaptive_width_and_shift_follow_the_drift_of_attention():
     assert len(seen) > 3, "the drawn cases must exercise several widths and both directions"
 
 
-@pytest.mark.parametrize(("pooling", "before", "edge", "reduce"), [
-    (AveragePooling(5), 2, 0.0, np.mean), (MaxPooling(7), 3, -np.inf, np.max),
-    (SuccessorPooling(12), 9, 0.0, np.mean), (SuccessorPooling(1), 0, 0.0, np.mean),
+@pytest.mark.parametrize(("pooling", "count", "size", "before", "edge", "reduce"), [
+    (AveragePooling(5), 14, 5, 2, 0.0, np.mean), (MaxPooling(7), 14, 7, 3, -np.inf, np.max),
+    (SuccessorPooling(12), 14, 12, 9, 0.0, np.mean), (SuccessorPooling(1), 14, 1, 0, 0.0, np.mean),
+    (AnswerPooling(21), 70, 21, 10, 0.0, np.mean), (AnswerPooling(21), 53, 15, 10, 0.0, np.mean),
+    (AnswerPooling(21), 43, 12, 9, 0.0, np.mean), (AnswerPooling(21), 12, 3, 2, 0.0, np.mean),
+    (AnswerPooling(21), 1, 1, 0, 0.0, np.mean), (AnswerPooling(1), 14, 1, 0, 0.0, np.mean),
+    (AnswerPooling(5, share=1.0), 4, 4, 2, 0.0, np.mean),
 ])  # fmt: skip
-def test_fixed_pooling_against_brute_force(pooling, before, edge, reduce):
-    queries, keys, values, projection = arrays_of(7, heads=2, kv_heads=2)
-    policy = EvictionPolicy(BUDGET, WINDOW, rk.snapkv(BUDGET, WINDOW).scorer, pooling)
+def test_fixed_pooling_against_brute_force(pooling, count, size, before, edge, reduce):
+    queries, keys, values, projection = arrays_of(7, heads=2, kv_heads=2, length=80)
+    policy = EvictionPolicy(count + WINDOW, WINDOW, rk.snapkv(BUDGET, WINDOW).scorer, pooling)
     pooled = evict(policy, queries, keys, values, projection).scores
     plain = np.asarray(evict(policy.replace(pooling=NoPooling()), queries, keys, values, projection).scores)
-    padded = np.pad(plain, ((0, 0), (0, 0), (before, pooling.kernel_size - 1 - before)), constant_values=edge)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, pooling.kernel_size, axis=-1)
+    padded = np.pad(plain, ((0, 0), (0, 0), (before, size - 1 - before)), constant_values=edge)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size, axis=-1)
     np.testing.assert_allclose(pooled, reduce(windows, axis=-1), rtol=1e-5)
 
 

@@ -61,7 +61,7 @@ def test_equals_ridge_regression_in_float64(ridge, head):
     refitted = evict(METHODS["snapkv"].replace(refit=rk.LeastSquares(ridge)), *arrays)
     attention = attention_rows(queries, plain.keys, plain.positions, head)
     missing = outputs_of(queries, keys, values, head) - attention @ np.asarray(plain.values)[0, head]
-    penalty = np.sqrt(ridge * (attention**2).sum() / len(attention)) * np.eye(attention.shape[1])
+    penalty = np.sqrt(ridge * (attention**2).sum() / attention.shape[1]) * np.eye(attention.shape[1])
     stacked = np.concatenate([missing, np.zeros((len(penalty), DIM))])
     expected = np.linalg.lstsq(np.concatenate([attention, penalty]), stacked, rcond=None)[0]
     np.testing.assert_allclose(refitted.values[0, head] - plain.values[0, head], expected, rtol=1e-2, atol=1e-3)
@@ -248,7 +248,7 @@ def test_moved_keys_are_biases_along_the_common_direction():
     share = exponentials(shown, kept.keys) / exponentials(shown, keys).sum(-1, keepdims=True)
     for b, k in np.ndindex(*share.shape[:2]):
         e = share[b, k]
-        penalty = np.sqrt(0.1 * (e**2).sum() / len(e)) * np.eye(e.shape[1])
+        penalty = np.sqrt(0.1 * (e**2).sum() / e.shape[1]) * np.eye(e.shape[1])
         target = np.concatenate([1 - e.sum(-1), np.zeros(len(penalty))])
         weights = np.clip(1 + np.linalg.lstsq(np.concatenate([e, penalty]), target, rcond=None)[0], 0.2, 20)
         expected = exponentials(shown, kept.keys)[b, k] * weights
@@ -276,7 +276,7 @@ def test_future_queries_count_as_the_windows_do(count):
 
         kept, missing = attention(plain.keys, plain.positions), attention(keys, everything) @ values[0, head]
         missing = missing - kept @ np.asarray(plain.values)[0, head]
-        penalty = np.sqrt(ridge * (kept**2).sum() / len(kept)) * np.eye(kept.shape[1])
+        penalty = np.sqrt(ridge * (kept**2).sum() / kept.shape[1]) * np.eye(kept.shape[1])
         stacked = np.concatenate([missing, np.zeros((len(penalty), DIM))])
         expected = np.linalg.lstsq(np.concatenate([kept, penalty]), stacked, rcond=None)[0]
         np.testing.assert_allclose(refitted.values[0, head] - plain.values[0, head], expected, rtol=1e-2, atol=1e-3)
@@ -285,5 +285,5 @@ def test_future_queries_count_as_the_windows_do(count):
 def test_fewer_queries_than_a_refit_asks_again_are_refused():
     queries, keys, values, projection = arrays_of(13)
     policy = METHODS["snapkv"].replace(refit=rk.LeastSquares(future=rk.FutureQueries(20)))
-    with pytest.raises(ValueError, match=r"policy\.refit, which asks earlier queries again, needs 20 of a prompt"):
+    with pytest.raises(ValueError, match=r"policy\.foresight or refit, .* needs 20 of a prompt of"):
         rk.evict_layer(policy, queries[:, :, -WINDOW:], keys, values, projection)

@@ -141,6 +141,8 @@ def test_policies_that_are_none(policies, error, words):
     (lambda: rk.restkv(scale=1.5), TypeError, "scale=1.5 must be an integer"),
     (lambda: rk.restkv().replace(refit=0.01), TypeError, r"refit=0.01 must be a restkv_jax.LeastSquares"),
     (lambda: rk.restkv().replace(refit=True), TypeError, r"refit=True must be a restkv_jax.LeastSquares"),
+    (lambda: rk.snapkv().replace(foresight=rk.FutureQueries()), TypeError, "must be a restkv_jax.Foresight"),
+    (lambda: rk.best(weight="0.4"), TypeError, "weight='0.4' must be a number"),
     (lambda: rk.LeastSquares("0.1"), TypeError, "ridge='0.1' must be a number"),
     (lambda: rk.restkv(use_output_projection="no"), ValueError, "use_output_projection='no' is unknown"),
     (lambda: rk.restkv(while_generating="no"), ValueError, "while_generating='no' is unknown"),
