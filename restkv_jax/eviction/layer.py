@@ -123,9 +123,9 @@ def _scoring_queries(policy: EvictionPolicy, queries: Array, length: int) -> Arr
     if queries.shape[2] < needed:
         reason = f"window={policy.window}"
         if needed > policy.num_scoring_queries(length):
-            reason = "foresight or refit, which asks earlier queries again,"
+            reason = f"{policy.asking_again()}, which asks earlier queries again,"
         elif needed > policy.window:
-            reason = f"scorer, which looks at {'all' if needed == length else 'earlier'} queries,"
+            reason = "scorer, which looks at all queries,"
         raise ValueError(
             f"queries has shape {queries.shape}: {queries.shape[2]} queries, but policy.{reason} needs {needed} of a "
             f"prompt of {length} tokens"

@@ -163,17 +163,22 @@ class EvictionPolicy:
 
     def num_queries(self, length: int) -> int:
         """How many of the last queries of a prompt of `length` tokens are looked at."""
-        of_refit = 0 if self.refit is None else self.refit.num_future
-        of_foresight = 0 if self.foresight is None else self.foresight.queries.count
-        return max(self.num_scoring_queries(length), min(max(of_refit, of_foresight), length))
+        return max(self.num_scoring_queries(length), min(max(self._asked_again().values()), length))
+
+    def asking_again(self) -> str:
+        """The field of the part that asks most of the earlier queries again."""
+        counts = self._asked_again()
+        return max(counts, key=lambda name: counts[name])
+
+    def _asked_again(self) -> dict[str, int]:
+        return {
+            "refit": 0 if self.refit is None else self.refit.num_future,
+            "foresight": 0 if self.foresight is None else self.foresight.queries.count,
+        }
 
     def num_scoring_queries(self, length: int) -> int:
         """How many of the last queries of a prompt of `length` tokens the scorer looks at."""
-        if self.scorer is None:
-            return self.window_of(length)
-        if self.scorer.all_queries:
-            return length
-        return min(length, max(self.window_of(length), getattr(self.scorer, "num_queries", 0)))
+        return length if self.scorer is not None and self.scorer.all_queries else self.window_of(length)
 
     def replace(self, **changes) -> "EvictionPolicy":
         """Returns the policy with some fields changed."""

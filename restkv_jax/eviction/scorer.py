@@ -12,9 +12,9 @@ class Scorer(Protocol):
     """Scores the keys before the window: the larger the score, the sooner a key is kept.
 
     A frozen dataclass, hashable and so static under jit. `all_queries` asks for the queries of the whole prompt instead
-    of the window's, a number `num_queries` for as many of the last ones, if the window has fewer. A scorer whose scores
-    are not negative, so that an allocation may divide them by their sum, says so with `additive = True`. One that
-    cannot do with every budget has a method `check_budget(slots)` that raises a ValueError.
+    of the window's. A scorer whose scores are not negative, so that an allocation may divide them by their sum, says so
+    with `additive = True`. One that cannot do with every budget has a method `check_budget(slots)` that raises a
+    ValueError.
     """
 
     all_queries: ClassVar[bool]
@@ -24,7 +24,7 @@ class Scorer(Protocol):
         """Scores of one layer's keys.
 
         Args:
-          view: its `queries` are those of the window, or as many as it asks for, if there are; `output_projection`
+          view: its `queries` are those of the window, or of the whole prompt where it asks for all; `output_projection`
             [K, G, D, M].
           pairs: [B, K, T, D] of the whole prompt.
           window: `w`, the last tokens, which are not scored.

@@ -282,8 +282,11 @@ def test_future_queries_count_as_the_windows_do(count):
         np.testing.assert_allclose(refitted.values[0, head] - plain.values[0, head], expected, rtol=1e-2, atol=1e-3)
 
 
-def test_fewer_queries_than_a_refit_asks_again_are_refused():
+@pytest.mark.parametrize("part", [
+    {"refit": rk.LeastSquares(future=rk.FutureQueries(20))}, {"foresight": rk.Foresight(rk.FutureQueries(20), 0.4)},
+])  # fmt: skip
+def test_fewer_queries_than_are_asked_again_are_refused(part):
     queries, keys, values, projection = arrays_of(13)
-    policy = METHODS["snapkv"].replace(refit=rk.LeastSquares(future=rk.FutureQueries(20)))
-    with pytest.raises(ValueError, match=r"policy\.foresight or refit, .* needs 20 of a prompt of"):
+    policy, (name,) = METHODS["snapkv"].replace(**part), part
+    with pytest.raises(ValueError, match=rf"policy\.{name}, which asks earlier queries again, needs 20 of a prompt"):
         rk.evict_layer(policy, queries[:, :, -WINDOW:], keys, values, projection)
