@@ -39,14 +39,16 @@ POLICIES = {
     "shared": rk.full(),
     "shared and evicted": rk.snapkv(BUDGET, WINDOW),
 }
-QUANTISED = {
-    "full": "int8",
-    "restkv": "int4",
-    "laprox": "int8",
-    "while_generating": "int8",
-    "shared and evicted": "int8",
-}
-"""Which policies run again on a quantised cache: one for each kind of cache."""
+EXTENDED = {"full", "restkv", "laprox", "while_generating", "shared", "shared and evicted"}
+"""One policy for each kind of cache, on all meshes; the others on the mesh that divides both rows and heads."""
+READINGS = [
+    ([name for name in POLICIES if not name.startswith("shared")], None),
+    (["shared", "shared and evicted"], None),
+    (["full", "laprox", "while_generating"], "int8"),
+    (["restkv"], "int4"),
+    (["shared and evicted"], "int8"),
+]
+"""What is read at one time, and how it is stored."""
 MODEL = rk.build_model(CONFIG)
 # No token twice in a row: RoPE turns the keys of equal tokens, whose norms then tie but for rounding.
 ROWS = 8
@@ -60,56 +62,61 @@ def gathered(compiled) -> list[str]:
     return [re.sub(r"\{.*", "", shape) for shape in found]
 
 
-EXTENDED = {"full", "restkv", "laprox", "while_generating", "shared", "shared and evicted"}
-"""One policy for each kind of cache."""
-
-
-def run(model, params, policy, is_extended, cache_dtype=None):
-    """Logits of prefill, some steps and two extensions, kept positions, and what the first two programs gather."""
-    prompt = check_and_pad(model, params, TOKENS, MASK, (policy,), NEW, 64, None, cache_dtype=cache_dtype)
-    token, active = jnp.zeros(ROWS, jnp.int32), jnp.ones(ROWS, bool)
+def run(model, params, names, dtype):
+    """By name: logits of prefill, some steps and two extensions, kept positions, and what two programs gather."""
+    policies, quantisation = tuple(POLICIES[name] for name in names), dtype and rk.Quantisation(dtype, 8, 8)
+    prompt = check_and_pad(model, params, TOKENS, MASK, policies, NEW, 64, None, cache_dtype=quantisation)
     arrays = params, *prompt.arrays
     with beside(params):
         reading = read_prompt.lower(prompt.model, *arrays, prompt.plan).compile()
-        logits, (cache,) = reading(*arrays)
-        step = feed.lower(model, params, token, cache, active).compile()
-        every, kept = [logits], np.asarray(rk.kept_positions(cache))
-        for _ in range(STEPS):
-            logits, cache = step(params, jnp.asarray(np.argmax(every[-1], -1), jnp.int32), cache, active)
-            every.append(logits)
-    for judge in (None, policy) if is_extended else ():
+        logits, caches = reading(*arrays)
+        moved = gathered(reading)
+        return {
+            name: (*go_on(model, params, name, logits, cache, dtype), moved)
+            for name, cache in zip(names, caches, strict=True)
+        }
+
+
+def go_on(model, params, name, logits, cache, dtype):
+    """What follows a reading: the logits, kept positions, and what a step gathers."""
+    token, active = jnp.zeros(ROWS, jnp.int32), jnp.ones(ROWS, bool)
+    step = feed.lower(model, params, token, cache, active).compile()
+    every, kept = [np.asarray(logits)], np.asarray(rk.kept_positions(cache))
+    for _ in range(STEPS):
+        logits, cache = step(params, jnp.asarray(every[-1].argmax(-1), jnp.int32), cache, active)
+        every.append(np.asarray(logits))
+    for judge in (None, POLICIES[name]) if name in EXTENDED and dtype is None else ():
         logits, cache = rk.extend(model, params, TOKENS[:, ::3], MASK[:, ::3], cache, judge, 2)
-        every.append(logits)
-    return np.stack(every), kept, gathered(reading), gathered(step)
+        every.append(np.asarray(logits))
+    return np.stack(every), kept, gathered(step)
 
 
-def main(meshes: list[str], names: list[str]) -> None:
+def main(meshes: list[str]) -> None:
     params = rk.init_params(MODEL, jax.random.key(0))
-    placed = {}
     partition.largest_ring = lambda: 4  # 8 devices scatter in two steps, fewer in one
-    for mesh in meshes:
-        sizes = map(int, mesh.split("x"))
-        placed[mesh] = jax.device_put(params, parameter_shardings(MODEL, rk.make_mesh(*sizes)))
-    runs = [(name, None) for name in names or POLICIES]
-    for name, dtype in runs if names else [*runs, *QUANTISED.items()]:
-        policy, model = POLICIES[name], MODEL.clone(sharing=SHARING) if name.startswith("shared") else MODEL
-        options = policy, name in EXTENDED, dtype and rk.Quantisation(dtype, 8, 8)
-        expected, kept_alone, _, _ = run(model, params, *options)
-        for mesh in chosen(meshes, name, dtype):
-            logits, kept, in_reading, in_step = run(model, placed[mesh], *options)
-            error = float(np.abs(logits - expected).max() / np.abs(expected).max())
-            tokens_equal = bool((logits.argmax(-1) == expected.argmax(-1)).all())
-            common = min(kept.shape[-1], kept_alone.shape[-1])
-            same = (kept[..., :common] == kept_alone[..., :common]).all()
-            found = dict(error=error, tokens=tokens_equal, kept=bool(same and (kept[..., common:] == -1).all()))
-            moved = dict(prefill=in_reading, decode=in_step)
-            print(json.dumps(dict(mesh=mesh, name=f"{name} {dtype or ''}", **found, **moved)), flush=True)
+    for names, dtype in READINGS:
+        model = MODEL.clone(sharing=SHARING) if names[0].startswith("shared") else MODEL
+        expected = run(model, params, names, dtype)
+        for mesh in meshes:
+            chosen = [name for name in names if mesh == "2x4" or (name in EXTENDED and dtype is None)]
+            if chosen:
+                placed = jax.device_put(params, parameter_shardings(MODEL, rk.make_mesh(*map(int, mesh.split("x")))))
+                for name, found in run(model, placed, chosen, dtype).items():
+                    print(
+                        json.dumps({"mesh": mesh, "name": f"{name} {dtype or ''}", **compared(found, expected[name])})
+                    )
 
 
-def chosen(meshes: list[str], name: str, dtype: str | None) -> list[str]:
-    """All meshes for one method of each kind of cache, for the others the mesh that divides both rows and heads."""
-    return meshes if name in EXTENDED and dtype is None else [mesh for mesh in meshes if mesh == "2x4"]
+def compared(found, expected) -> dict:
+    """How a run on a mesh differs from that on one device, and what it moves."""
+    logits, kept, in_step, in_reading = found
+    logits_alone, kept_alone, _, _ = expected
+    error = float(np.abs(logits - logits_alone).max() / np.abs(logits_alone).max())
+    tokens_equal = bool((logits.argmax(-1) == logits_alone.argmax(-1)).all())
+    common = min(kept.shape[-1], kept_alone.shape[-1])
+    same = (kept[..., :common] == kept_alone[..., :common]).all() and (kept[..., common:] == -1).all()
+    return dict(error=error, tokens=tokens_equal, kept=bool(same), prefill=in_reading, decode=in_step)
 
 
 if __name__ == "__main__":
-    main([x for x in sys.argv[1:] if x[0].isdigit()], [x for x in sys.argv[1:] if not x[0].isdigit()])
+    main(sys.argv[1:])

@@ -106,6 +106,22 @@ def test_accumulation_is_a_larger_batch(model, params):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("train", [".*", "query|key"])
+def test_the_gradient_exists_once_whatever_the_parts(train):
+    layers = 16
+    model = rk.build_model(tiny.CONFIG | {"hidden_size": 512, "head_dim": 512, "num_hidden_layers": layers})
+    adaptation = Adaptation(1, 4, sequence_length=8, accumulation=4, train=train, compute_dtype="float32")
+    program = make_program(model, adaptation, make_mesh())
+    compiled = program.step.lower(program.state, program.frozen, program.batch).compile()
+    gradient, frozen = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
+        for leaves in (program.state.params, program.frozen)
+    )
+    a_layer = (gradient + frozen) / layers
+    assert gradient < compiled.memory_analysis().temp_size_in_bytes < gradient + 4 * a_layer < 2 * gradient
+
+
+@pytest.mark.slow
 def test_bfloat16_products_and_float32_weights(model, params):
     adaptation = dataclasses.replace(SHORT, compute_dtype="bfloat16", learning_rate=1e-5)
     after = flatten(adapt(model, params, tokens(96), SHARING, adaptation=adaptation, quiet=True))

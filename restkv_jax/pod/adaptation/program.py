@@ -47,7 +47,7 @@ def make_program(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> Program:
         optimizer=make_optimizer(adaptation),
         clip_norm=adaptation.clip_norm,
         compute_dtype=jnp.dtype(adaptation.compute_dtype),
-        loss_chunk=-(-adaptation.loss_chunk // rows),
+        loss_chunk=-(-adaptation.tokens_with_logits // rows),
     )
     replicated = NamedSharding(mesh, PartitionSpec())
     out = jax.tree.map(lambda leaf: leaf.sharding, state), Metrics(replicated, replicated)

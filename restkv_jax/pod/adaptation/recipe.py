@@ -26,7 +26,7 @@ class Adaptation:
         "query_projection|key_projection".
       compute_dtype: of activations and of the weights in products; the weights themselves are trained in float32.
         "auto" is bfloat16, on a CPU float32.
-      loss_chunk: tokens whose logits exist at one time on a device.
+      loss_chunk: tokens whose logits exist at one time on a device. Left out, it is 512, on a CPU 128.
       seed: of the order of the sequences.
     """
 
@@ -40,7 +40,7 @@ class Adaptation:
     clip_norm: float = 1.0
     train: str = ".*"
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    loss_chunk: int = 512
+    loss_chunk: int | None = None
     seed: int = 0
 
     @property
@@ -54,12 +54,18 @@ class Adaptation:
         """`accumulation`, 1 where it is left out."""
         return self.accumulation or 1
 
+    @property
+    def tokens_with_logits(self) -> int:
+        """`loss_chunk`, 512 where it is left out."""
+        return self.loss_chunk or 512
+
     def __post_init__(self):
         check_integer("batch_size", self.batch_size, 1, "sequences per step")
-        check_integer("loss_chunk", self.loss_chunk, 1, "tokens whose logits exist at one time")
         check_integer("seed", self.seed, 0, "of the order of the sequences")
         if self.accumulation is not None:
             check_integer("accumulation", self.accumulation, 1, "parts of the batch")
+        if self.loss_chunk is not None:
+            check_integer("loss_chunk", self.loss_chunk, 1, "tokens whose logits exist at one time")
         if self.steps is not None:
             check_integer("steps", self.steps, 1, "of the optimizer")
         if self.sequence_length is not None:

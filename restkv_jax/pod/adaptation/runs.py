@@ -33,6 +33,9 @@ SAVE_DTYPES = ("bfloat16", "float32")
 TOKENS_AT_A_TIME = 1024
 """That keep a CPU busy: more at a time take more memory and are no faster."""
 
+TOKENS_WITH_LOGITS = 128
+"""Likewise of the loss."""
+
 MODEL = "model"
 """The adapted model in the directory of a run."""
 
@@ -187,6 +190,7 @@ def _resolve(adaptation: Adaptation, sequences: Sequences, mesh: Mesh) -> Adapta
         sequence_length=sequences.tokens.shape[1],
         compute_dtype=dtype,
         accumulation=parts,
+        loss_chunk=adaptation.loss_chunk or (TOKENS_WITH_LOGITS if is_cpu else adaptation.tokens_with_logits),
     )
 
 

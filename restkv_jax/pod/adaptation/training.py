@@ -102,7 +102,7 @@ def train_step(
         # divided here, as the quotient of the gradients would be another copy of them
         return next_token_loss(model, params, hidden, part.tokens, part.weights, loss_chunk) / total
 
-    loss, gradient = _sum_over_parts(lambda part: jax.value_and_grad(part_loss)(state.params, part), batch)
+    loss, gradient = _loss_and_gradient(part_loss, state.params, batch)
     norm = optax.tree.norm(gradient)
     # a product, which becomes part of what follows; optax clips by a quotient, for which XLA makes a copy
     clipped = optax.tree.scale(jnp.minimum(1, clip_norm / norm), gradient)
@@ -111,10 +111,20 @@ def train_step(
     return TrainState(params, optimizer_state), Metrics(loss, norm)
 
 
-def _sum_over_parts(function: Callable[[Batch], Any], batch: Batch) -> Any:
-    """The sum of a function's values for the parts of a batch; that of one part needs no second place for a sum."""
-    first = jax.tree.map(lambda x: x[0], batch)
-    if len(batch.tokens) == 1:
-        return function(first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
-    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(part)), None), zeros, batch)[0]
+def _loss_and_gradient(
+    part_loss: Callable[[dict[str, Array], Batch], Array], params: dict[str, Array], batch: Batch
+) -> tuple[Array, dict[str, Array]]:
+    """The sum of the losses of a batch's parts, and its gradient.
+
+    Layer by layer the gradient is added where it stays, so that it exists once; the sum of the parts' gradients would
+    be another.
+    """
+    sums = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), params)
+
+    def add_part(total: Array, part: Batch) -> tuple[Array, None]:
+        loss, backward = jax.vjp(lambda params: part_loss(params, part), params)
+        backward.with_refs(sums)(jnp.ones_like(loss))
+        return total + loss, None
+
+    loss, _ = jax.lax.scan(add_part, jnp.zeros((), jnp.float32), batch)
+    return loss, jax.tree.map(jax.ref.freeze, sums)
