@@ -159,6 +159,7 @@ class Decoder(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.num_hidden_layers,
+            check_constancy_invariants=False,  # it would trace every layer twice
         )
         hidden = self._embed(tokens_of)
         leader_keys = None
@@ -217,7 +218,9 @@ def _over_chunks(function, layer: DecoderLayer, carry: Any, num_chunks: int) -> 
     """
     if num_chunks == 1:
         return function(layer, carry, 0)
-    scan = nn.scan(function, variable_broadcast="params", split_rngs={"params": False})
+    scan = nn.scan(
+        function, variable_broadcast="params", split_rngs={"params": False}, check_constancy_invariants=False
+    )
     carry, notes = scan(layer, carry, jnp.arange(num_chunks))
     return carry, jax.tree.map(lambda note: note[-1], notes)
 

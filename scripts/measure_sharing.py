@@ -65,13 +65,14 @@ def variants(options: Options, model: Any, params: Any) -> Iterator[Variant]:
     """The dense model, then the others, each loaded when its turn comes."""
     evicting = {"": rk.full(), ", evicted": rk.restkv(options.budget)}
     # as many bytes as the first groups leave with eviction
-    yield Variant("dense", model, params, {"": rk.full(), ", evicted": rk.restkv(dense_budget(options, model))})
+    dense = {"": rk.full(), ", evicted": rk.restkv(dense_budget(options, model))}
+    yield Variant("dense", model, params, dense)
     for path in options.groups:
         sharing = rk.pod.Sharing(rk.pod.LayerGroups.load(path, model), options.sink, options.recent)
         yield Variant(path.stem, model.clone(sharing=sharing), params, evicting)
     for path in options.adapted:
         other, trained, _ = rk.load_model(path / "model", jnp.float32)
-        yield Variant(path.name, other, trained, evicting if other.sharing else {"": rk.full()})
+        yield Variant(path.name, other, trained, evicting if other.sharing else dense)
 
 
 def dense_budget(options: Options, model: Any) -> int:

@@ -44,7 +44,8 @@ def cache_of(kind, new=4):
     return model, rk.prefill(model, weights(), tokens, mask, policy, new)[1]
 
 
-@pytest.mark.parametrize("kind", [k if k == "paged" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_goes_on_from_its_file(kind, tmp_path):
     model, cache = cache_of(kind)
     size = rk.save_cache(tmp_path / "a.cache", cache, model, weights(), note={"model": "a model"})

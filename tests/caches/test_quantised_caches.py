@@ -93,7 +93,7 @@ def test_is_judged_in_full_precision():
         assert_stored(cache, plain, layer)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_a_step_reads_what_is_held(dtype):
     """As a plain cache whose pairs were quantised and dequantised."""
     _, cache = rk.prefill(MODEL, weights(), *texts(LENGTHS), None, 8, cache_dtype=of(dtype))

@@ -88,7 +88,8 @@ def brute_force(model, layers, mask, kept):
     return errors.mean(-1)
 
 
-@pytest.mark.parametrize("config", [pytest.param("grouped queries", marks=pytest.mark.slow), "sliding window"])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["grouped queries", "sliding window"])
 def test_equals_the_definition_in_float64(config):
     model, params = build(MODELS[config])
     tokens, mask = texts()

@@ -84,10 +84,8 @@ def test_scores_are_those_of_the_window_and_of_queries_to_come():
     np.testing.assert_allclose(ev.scores[0, :, 4:], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "allocation",
-    [rk.AdaptiveHeads(), *(pytest.param(x, marks=pytest.mark.slow) for x in (rk.Uniform(), rk.ModelWide()))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("allocation", [rk.AdaptiveHeads(), rk.Uniform(), rk.ModelWide()])
 def test_a_model_reads_and_reads_on_with_fewer_tokens_than_are_asked_again(allocation):
     model, params = random_model()
     tokens = jnp.asarray(np.random.default_rng(16).integers(0, 64, (2, 100)), jnp.int32)

@@ -81,7 +81,7 @@ def go_on(model, params, name, logits, cache, dtype):
     """What follows a reading: the logits, kept positions, and what a step gathers."""
     token, active = jnp.zeros(ROWS, jnp.int32), jnp.ones(ROWS, bool)
     step = feed.lower(model, params, token, cache, active).compile()
-    every, kept = [np.asarray(logits)], np.asarray(rk.kept_positions(cache))
+    every, kept = [np.asarray(logits)], np.asarray(jax.jit(rk.kept_positions)(cache))
     for _ in range(STEPS):
         logits, cache = step(params, jnp.asarray(every[-1].argmax(-1), jnp.int32), cache, active)
         every.append(np.asarray(logits))

@@ -150,6 +150,7 @@ def test_gradients_are_finite_with_padding_and_lengths_that_no_block_divides():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_stream_yields_the_tokens_of_generate():
     model, params = tiny()
     tokens, mask = prompts()

@@ -25,10 +25,8 @@ def assert_same(generation, expected):
     jax.tree.map(np.testing.assert_array_equal, generation, expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["snapkv", pytest.param("laprox", marks=pytest.mark.slow), pytest.param("streaming_llm", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["snapkv", "laprox", "streaming_llm"])
 def test_a_percentage_is_of_the_bucket(name):
     arguments, preset = model_and_prompts(), rk.METHODS[name]
     assert rk.bucket_length(arguments[2].shape[1]) == LENGTH

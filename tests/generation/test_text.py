@@ -34,7 +34,10 @@ def decoded(tokens, lengths):
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"key": jax.random.key(3), "temperature": 0.9, "top_p": 0.9, "min_p": 0.01}])
+SAMPLED = {"key": jax.random.key(3), "temperature": 0.9, "top_p": 0.9, "min_p": 0.01}
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param(SAMPLED, marks=pytest.mark.slow)])
 def test_text_is_that_of_generate(options):
     model, params, tokenizer = random_model()
     out = rk.generate(model, params, *encode_prompts(tokenizer, PROMPTS), POLICY, NEW, **options)

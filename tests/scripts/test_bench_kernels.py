@@ -32,6 +32,7 @@ def test_times_what_runs_here(tmp_path):
         assert line["of_roofline"] is None  # of a CPU nothing is known
 
 
+@pytest.mark.slow
 def test_unknown_slice():
     done = bench("--topology", "v9:2x2")
     assert done.returncode == 2 and "v9" in done.stderr and "Traceback" not in done.stderr

@@ -197,7 +197,8 @@ def test_the_rate_rises_and_falls(scripts):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     def train(run, *args):
-        command = [sys.executable, str(SCRIPTS / "train_embedded.py"), "--run", str(run), "--decay", "0", *args]
+        small = ["--intermediate-size", "32", "--num-layers", "3", "--decay", "0"]
+        command = [sys.executable, str(SCRIPTS / "train_embedded.py"), "--run", str(run), *small, *args]
         subprocess.run(command, check=True, capture_output=True)
         return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
