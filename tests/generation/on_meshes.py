@@ -102,9 +102,7 @@ def main(meshes: list[str]) -> None:
             if chosen:
                 placed = jax.device_put(params, parameter_shardings(MODEL, rk.make_mesh(*map(int, mesh.split("x")))))
                 for name, found in run(model, placed, chosen, dtype).items():
-                    print(
-                        json.dumps({"mesh": mesh, "name": f"{name} {dtype or ''}", **compared(found, expected[name])})
-                    )
+                    print(json.dumps({"mesh": mesh, "name": name, "dtype": dtype, **compared(found, expected[name])}))
 
 
 def compared(found, expected) -> dict:
