@@ -34,7 +34,7 @@ TOKENS_AT_A_TIME = 1024
 """That keep a CPU busy: more at a time take more memory and are no faster."""
 
 TOKENS_WITH_LOGITS = 128
-"""Likewise of the loss."""
+"""On a CPU, whose memory is the host's: so many logits are small beside the weights."""
 
 MODEL = "model"
 """The adapted model in the directory of a run."""
