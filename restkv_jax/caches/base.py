@@ -82,6 +82,10 @@ class Cache(flax.struct.PyTreeNode):
         """Takes note of what new tokens' queries, those not at position -1, saw in a layer: of nothing."""
         return self
 
+    def advance(self, count: Array) -> Self:
+        """The same behind `count` more tokens of each row, int32 [B]."""
+        return self.replace(next_positions=self.next_positions + count)
+
     def room(self) -> Array:
         """int32 scalar: how many more pairs every layer, row and KV head can take."""
         raise NotImplementedError
@@ -236,7 +240,9 @@ def that_join(caches: Sequence[Cache]) -> list[list[int]]:
 
 
 def join_rows(caches: Sequence[C]) -> C:
-    """The rows of caches that join, as one batch."""
+    """The rows of caches that join, as one batch; one alone stays as it is."""
+    if len(caches) == 1:
+        return caches[0]
 
     def join(axis: int, *arrays: Array) -> Array:
         return arrays[0] if axis == WHOLE else jnp.concatenate(arrays, axis)
@@ -263,6 +269,8 @@ def repeat_rows(cache: C, count: int) -> C:
 
 def split_rows(cache: C, count: int) -> list[C]:
     """The caches that `join_rows` joined."""
+    if count == 1:
+        return [cache]
 
     def part(axis: int, array: Array, i: int) -> Array:
         return array if axis == WHOLE else jnp.split(array, count, axis)[i]

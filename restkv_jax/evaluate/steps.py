@@ -74,8 +74,7 @@ def _extend_reading(
     def step(cache: Cache, count: int) -> list[tuple[Array, Cache]]:
         of_all, mask_of_all = jnp.tile(tokens, (count, 1)), jnp.tile(mask, (count, 1))
         logits, cache = extend(model, params, of_all, mask_of_all, cache, None, max_new_tokens)
-        caches = [cache] if count == 1 else split_rows(cache, count)
-        return list(zip(jnp.split(logits, count), caches, strict=True))
+        return list(zip(jnp.split(logits, count), split_rows(cache, count), strict=True))
 
     return Reading(*map(tuple, zip(*_by_group(reading.caches, step), strict=True)))
 
@@ -121,6 +120,5 @@ def _by_group(caches: Sequence[Cache], step: Callable[[Cache, int], list[T]]) ->
     found: dict[int, T] = {}
     for members in that_join(caches):
         chosen = [caches[i] for i in members]
-        joined = chosen[0] if len(chosen) == 1 else join_rows(chosen)
-        found |= zip(members, step(joined, len(chosen)), strict=True)
+        found |= zip(members, step(join_rows(chosen), len(chosen)), strict=True)
     return [found[i] for i in range(len(caches))]

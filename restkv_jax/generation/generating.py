@@ -1,6 +1,7 @@
 """Generation: prefill, then decode on the small cache."""
 
 import functools
+import itertools
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jax.typing import ArrayLike
 
 from restkv_jax.caches.axes import laid_out
 from restkv_jax.caches.base import Cache, join_rows, split_rows, that_join
+from restkv_jax.caches.side_by_side import side_by_side
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import CacheDType, check_decoding, check_eos, check_sampling
 from restkv_jax.generation.decoding import Decoding, advance, begin, feed, run_from
@@ -152,8 +154,8 @@ def generate_each(
     """Generates greedily with every policy from one reading of the prompts: for comparisons.
 
     The layers run once; after each, every policy keeps what it chooses. Policies that differ in their budgets share
-    their scores, and caches of one size are decoded as the rows of one batch. Each gives what `generate` gives. The
-    caches of all policies exist together.
+    their scores, and all caches are decoded as the rows of one batch. Each gives what `generate` gives. The caches of
+    all policies exist together.
 
     Args:
       model: a `Decoder`.
@@ -186,7 +188,7 @@ def decode_each(
     max_new_tokens: int,
     eos_token_ids: tuple[int, ...] | None = None,
 ) -> tuple[Generation, ...]:
-    """Generates greedily from several readings; caches of one size are decoded as the rows of one batch.
+    """Generates greedily from several readings, decoded as the rows of one batch; on a mesh, those of one size.
 
     Args:
       model: a `Decoder`, with the sharing of the caches.
@@ -197,24 +199,29 @@ def decode_each(
       eos_token_ids: tokens that end a row; the model's own by default.
     """
     sampling = make_sampling(model, logits[0].shape[0], eos_token_ids=eos_token_ids)
-    outs: dict[int, Generation] = {}
+    groups, outs = that_join(caches), {}
+    # on a mesh the rows of different caches are divided among the devices in different ways
+    batches = [groups] if mesh_of(params) is None else [[group] for group in groups]
     with beside(params) as params:
-        for members in that_join(caches):
-            chosen = [caches[i] for i in members], jnp.concatenate([logits[i] for i in members])
-            outs |= zip(members, _generate_rows(model, params, *chosen, sampling, max_new_tokens), strict=True)
+        for batch in batches:
+            chosen = [[caches[i] for i in group] for group in batch]
+            rows = jnp.concatenate([logits[i] for group in batch for i in group])
+            found = _generate_rows(model, params, chosen, rows, sampling, max_new_tokens)
+            outs |= zip(itertools.chain(*batch), found, strict=True)
     return tuple(outs[i] for i in range(len(caches)))
 
 
 def _generate_rows(
-    model: Decoder, params: Any, caches: list[Cache], logits: Array, sampling: Sampling, max_new_tokens: int
+    model: Decoder, params: Any, groups: list[list[Cache]], logits: Array, sampling: Sampling, max_new_tokens: int
 ) -> list[Generation]:
-    """Decodes from several caches of one shape as the rows of one batch."""
-    if len(caches) == 1:
-        return [_generate_from(model, params, logits, caches[0], sampling, max_new_tokens)]
-    count = len(caches)
-    out = _generate_from(model, params, logits, join_rows(caches), sampling, max_new_tokens)
-    parts = (jnp.split(x, count) for x in (out.tokens, out.lengths))
-    return [Generation(*each) for each in zip(*parts, split_rows(out.cache, count), strict=True)]
+    """Decodes from groups of caches, those of a group of one shape, as the rows of one batch."""
+    joined = [join_rows(group) for group in groups]
+    cache = joined[0] if len(joined) == 1 else side_by_side(joined)
+    out = _generate_from(model, params, logits, cache, sampling, max_new_tokens)
+    lasts = [out.cache] if len(joined) == 1 else out.cache.caches
+    caches = list(itertools.chain(*map(split_rows, lasts, map(len, groups))))
+    parts = (jnp.split(x, len(caches)) for x in (out.tokens, out.lengths))
+    return [Generation(*each) for each in zip(*parts, caches, strict=True)]
 
 
 @with_usual_promotion

@@ -176,4 +176,4 @@ def append_all(
     hooks = Hooks(make_memory, observe)
     how = {"positions": positions, "chunk_size": chunk_size, "num_last": num_last}
     hidden, cache = read(model, params, tokens, None, hooks, cache, **how)
-    return hidden, cache.replace(next_positions=cache.next_positions + mask.sum(1, dtype=jnp.int32))
+    return hidden, cache.advance(mask.sum(1, dtype=jnp.int32))
