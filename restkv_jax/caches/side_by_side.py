@@ -55,7 +55,7 @@ class MemorySideBySide(NamedTuple):
         return jnp.concatenate(contexts), aux
 
 
-def side_by_side(caches: Sequence[Cache]) -> SideBySide:
+def line_up(caches: Sequence[Cache]) -> SideBySide:
     """The rows of several caches of a model as one batch."""
 
     def joined(name: str) -> Array:

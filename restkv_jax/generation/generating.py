@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from restkv_jax.caches.axes import laid_out
 from restkv_jax.caches.base import Cache, join_rows, split_rows, that_join
-from restkv_jax.caches.side_by_side import side_by_side
+from restkv_jax.caches.side_by_side import line_up
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.checks import CacheDType, check_decoding, check_eos, check_sampling
 from restkv_jax.generation.decoding import Decoding, advance, begin, feed, run_from
@@ -216,7 +216,7 @@ def _generate_rows(
 ) -> list[Generation]:
     """Decodes from groups of caches, those of a group of one shape, as the rows of one batch."""
     joined = [join_rows(group) for group in groups]
-    cache = joined[0] if len(joined) == 1 else side_by_side(joined)
+    cache = joined[0] if len(joined) == 1 else line_up(joined)
     out = _generate_from(model, params, logits, cache, sampling, max_new_tokens)
     lasts = [out.cache] if len(joined) == 1 else out.cache.caches
     caches = list(itertools.chain(*map(split_rows, lasts, map(len, groups))))

@@ -9,7 +9,7 @@ import pytest
 from tiny import CONFIG
 
 import restkv_jax as rk
-from restkv_jax.caches.side_by_side import side_by_side
+from restkv_jax.caches.side_by_side import line_up
 from restkv_jax.generation.decoding import feed
 from restkv_jax.generation.generating import decode_each
 from restkv_jax.generation.reading import prefill_each
@@ -37,7 +37,7 @@ def read(cache_dtype=None, sharing=None):
 )
 def test_each_attends_as_it_does_alone(options):
     model, params, _, caches = read(**options)
-    together = side_by_side(jax.tree.map(jnp.copy, caches))
+    together = line_up(jax.tree.map(jnp.copy, caches))
     token, active = jnp.array([5, 6, 7]), jnp.array([True, True, False])
     for _ in range(2):
         given = jnp.tile(token, len(caches)), jnp.tile(active, len(caches))
