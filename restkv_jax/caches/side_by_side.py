@@ -56,7 +56,7 @@ class MemorySideBySide(NamedTuple):
 
 
 def line_up(caches: Sequence[Cache]) -> SideBySide:
-    """The rows of several caches of a model as one batch."""
+    """The rows of caches of one model, of `B_1, B_2, ...` of them, as a batch of `B_1 + B_2 + ...` in this order."""
 
     def joined(name: str) -> Array:
         return jnp.concatenate([getattr(cache, name) for cache in caches])

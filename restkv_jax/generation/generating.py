@@ -20,6 +20,7 @@ from restkv_jax.generation.decoding import Decoding, advance, begin, feed, run_f
 from restkv_jax.generation.passes import Plan, read_prompt
 from restkv_jax.generation.reading import CHUNK_SIZE, Prompt, check_and_pad, read_each
 from restkv_jax.generation.sampling import Sampling, row_keys
+from restkv_jax.kernels.partition import mesh_sizes
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import Sharing
 from restkv_jax.models.mesh import beside, mesh_of
@@ -200,10 +201,9 @@ def decode_each(
     """
     sampling = make_sampling(model, logits[0].shape[0], eos_token_ids=eos_token_ids)
     groups, outs = that_join(caches), {}
-    # on a mesh the rows of different caches are divided among the devices in different ways
-    batches = [groups] if mesh_of(params) is None else [[group] for group in groups]
     with beside(params) as params:
-        for batch in batches:
+        # each cache's rows are divided over a mesh by themselves, and would cross it to stand beside others
+        for batch in [[group] for group in groups] if mesh_sizes() else [groups]:
             chosen = [[caches[i] for i in group] for group in batch]
             rows = jnp.concatenate([logits[i] for group in batch for i in group])
             found = _generate_rows(model, params, chosen, rows, sampling, max_new_tokens)

@@ -51,7 +51,17 @@ def test_each_attends_as_it_does_alone(options):
     np.testing.assert_array_equal(together.next_positions[:3], caches[0].next_positions)
 
 
-def test_all_kinds_go_through_the_layers_together():
+def passes_through_layers():
+    """How often the traced program of a decoding runs through the layers."""
     model, params, logits, caches = read()
-    traced = jax.make_jaxpr(lambda *given: decode_each(model, params, *given, 8))([logits] * len(caches), caches)
-    assert str(traced).count(f"length={LAYERS}\n") == 1
+    traced = jax.make_jaxpr(lambda *given: decode_each(model, *given, 8))(params, [logits] * len(caches), caches)
+    return str(traced).count(f"length={LAYERS}\n")
+
+
+def test_all_kinds_go_through_the_layers_together():
+    assert passes_through_layers() == 1
+
+
+def test_on_a_mesh_each_kind_goes_by_itself():
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 1), ("data", "model"))):
+        assert passes_through_layers() == len(POLICIES)
