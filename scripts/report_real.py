@@ -48,6 +48,9 @@ PAIRS = (
     "laprox > snapkv",
     "adakv > snapkv",
     "pyramidkv > snapkv",
+    # free text asks for narrow smoothing
+    "h2o > snapkv",
+    "h2o > restkv(kernel_size=5)",
     # one budget for the model, or for each layer
     "laprox > laprox(scope=layer)",
     "laprox(kernel_size=21) > laprox(kernel_size=21, scope=layer)",
