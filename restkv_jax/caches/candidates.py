@@ -157,7 +157,7 @@ class PagedKeeper(Keeper):
         def one_layer(layer: tuple) -> Pairs:
             vectors, wanted, keys, values, positions, sliding_window = layer
             queries = Queries(vectors, query_positions, sliding_window, self.model.config.attn_logit_softcapping)
-            return refit(Asked(queries, wanted), Pairs(keys, values, positions))
+            return refit.head_by_head(Asked(queries, wanted), Pairs(keys, values, positions))
 
         c, windows = candidates, jnp.asarray(self.model.config.sliding_windows, jnp.int32)
         positions = jnp.where(keep, c.positions, -1)

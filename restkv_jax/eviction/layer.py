@@ -149,6 +149,7 @@ def evict(
     kept = gather_pairs(pairs, indices)
     if policy.refit is not None:
         assert judged.asked is not None
-        kept = policy.refit(judged.asked, kept)
+        correct = policy.refit if policy.allocation.uniform else policy.refit.head_by_head
+        kept = correct(judged.asked, kept)
     lengths = (kept.positions >= 0).sum(-1, dtype=jnp.int32)
     return Eviction(scores, kept.positions, lengths, kept.keys, kept.values)

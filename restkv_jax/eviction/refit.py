@@ -1,7 +1,9 @@
 """Least-squares correction of what is kept, so that queries get from it what they got from the whole prompt."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import einops
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from restkv_jax.eviction.future import FutureQueries
-from restkv_jax.kernels.pairs import PAIR_AXES, Pairs, Queries, query_axes
+from restkv_jax.kernels.pairs import PAIR_AXES, Pairs, Queries, query_axes, take_pairs, take_places
 from restkv_jax.kernels.partition import by_device
 from restkv_jax.kernels.scores import Peaks, einsum, find_peaks, fold_tiles, map_tiles, probabilities, read_pairs
 from restkv_jax.kernels.solve import solve_positive_definite
@@ -19,6 +21,9 @@ from restkv_jax.models.decoder import LayerView
 
 LEAST_MASS, MOST_MASS = 0.2, 20.0
 """How far the exponential of a kept key's logits may be scaled."""
+
+SIZES = 4
+"""Of how many sizes the systems of KV heads are that keep different numbers of pairs; each size is a program."""
 
 DIRECTION_RIDGE = 1e-3
 """Ridge of the direction along which keys are moved, relative to the mean diagonal of its system."""
@@ -104,10 +109,40 @@ class LeastSquares:
         Returns:
           [B, K, N, D] in the dtypes of the pairs; empty places stay as they are.
         """
-        rows = "b k heads r"  # a KV head's query heads are rows of one system, which no device has a part of
-        of_queries = query_axes(asked.queries).replace(vectors=f"{rows} d")
-        of_asked = Asked(of_queries, Wanted._make((f"{rows} d", Peaks._make((rows, rows)))))
-        return by_device(self._corrected, (asked, kept), (of_asked, PAIR_AXES), PAIR_AXES)
+        return _by_device(self._corrected, asked, kept)
+
+    def head_by_head(self, asked: Asked, kept: Pairs) -> Pairs:
+        """The same for KV heads that keep few of their `N` places: one after the other, in about as many as each needs.
+
+        All at once their systems would be of `N` keys each, and take time with its square and cube.
+        """
+        return _by_device(self._head_by_head, asked, kept)
+
+    def _head_by_head(self, asked: Asked, kept: Pairs) -> Pairs:
+        batch, num_kv_heads, places, _ = kept.keys.shape
+        order = jnp.argsort(kept.positions < 0, axis=-1, stable=True)
+        packed = Pairs(*(take_places(x, order) for x in kept))
+        sizes = [-(-places * i // SIZES) for i in range(1, SIZES + 1)]
+
+        def in_places(size: int, asked: Asked, packed: Pairs) -> Pairs:
+            corrected = self._corrected(asked, take_pairs(packed, 0, size))
+            return Pairs(*(x.at[:, :, :size].set(part) for x, part in zip(packed, corrected, strict=True)))
+
+        def one_head(head: tuple[Array, Array, Wanted, Pairs]) -> Pairs:
+            vectors, positions, wanted, packed = head
+            shown = asked.queries.replace(vectors=vectors, positions=positions)
+            fitting = jnp.searchsorted(jnp.asarray(sizes), (packed.positions >= 0).sum())
+            branches = [functools.partial(in_places, size) for size in sizes]
+            return jax.lax.switch(fitting, branches, Asked(shown, wanted), packed)
+
+        def alone(x: Array) -> Array:
+            return einops.rearrange(x, "b k ... -> (b k) 1 1 ...")
+
+        positions = jnp.repeat(asked.queries.positions[:, None], num_kv_heads, axis=0)
+        heads = alone(asked.queries.vectors), positions, *jax.tree.map(alone, (asked.wanted, packed))
+        corrected = jax.lax.map(one_head, heads)
+        back = jnp.argsort(order, axis=-1)
+        return Pairs(*(take_places(einops.rearrange(x, "(b k) 1 1 ... -> b k ...", b=batch), back) for x in corrected))
 
     def _corrected(self, asked: Asked, kept: Pairs) -> Pairs:
         queries, wanted = asked
@@ -119,6 +154,14 @@ class LeastSquares:
         )
         # Summed in float32 and rounded once: a rounded correction would be rounded again in the sum.
         return kept._replace(values=(values + correction).astype(kept.values.dtype))
+
+
+def _by_device(correct: Callable[[Asked, Pairs], Pairs], asked: Asked, kept: Pairs) -> Pairs:
+    """Corrects what each device has."""
+    rows = "b k heads r"  # a KV head's query heads are rows of one system, which no device has a part of
+    of_queries = query_axes(asked.queries).replace(vectors=f"{rows} d")
+    of_asked = Asked(of_queries, Wanted._make((f"{rows} d", Peaks._make((rows, rows)))))
+    return by_device(correct, (asked, kept), (of_asked, PAIR_AXES), PAIR_AXES)
 
 
 def _check_ridge(name: str, value: float, advice: str):

@@ -193,6 +193,35 @@ def test_a_cpu_solves_one_system_at_a_time():
     assert all(int(np.prod([int(n) for n in shape.split(",")][:-2])) == 1 for shape in calls)
 
 
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=4, max_size=4),
+    seed=st.integers(0, 2**16),
+    mass_ridge=st.sampled_from([None, 0.1]),
+)
+@settings(max_examples=25, deadline=None)
+def test_head_by_head_gives_what_all_at_once_give(counts, seed, mass_ridge):
+    """Whatever places of which heads are empty, and however many; empty places keep what was in them."""
+    asked, pairs = refit_arguments(15, kept=40)
+    order = np.random.default_rng(seed).permuted(np.tile(np.arange(40), (4, 1)), axis=1)
+    keep = (order < np.array(counts)[:, None]).reshape(2, KV_HEADS, 40)
+    kept = pairs._replace(positions=jnp.where(keep, pairs.positions, -1))
+    refit = rk.LeastSquares(0.5, mass_ridge=mass_ridge)
+    whole, divided = refit(asked, kept), refit.head_by_head(asked, kept)
+    np.testing.assert_array_equal(divided.positions, whole.positions)
+    np.testing.assert_allclose(divided.keys, whole.keys, atol=1e-4)
+    np.testing.assert_allclose(divided.values, whole.values, atol=1e-4)
+    np.testing.assert_array_equal(divided.values[~keep], pairs.values[~keep])
+
+
+def test_heads_that_keep_few_pairs_cost_little():
+    """Counted: the system of a head that keeps a quarter of its places has a quarter of their number."""
+    asked, kept = refit_arguments(16, kept=40)
+    program = jax.jit(rk.LeastSquares().head_by_head).lower(asked, kept).compile().as_text()
+    systems = {int(n) for n in re.findall(r"f32\[(?:1,)*(\d+),\1\].*custom-call.*potrf", program)}
+    rows = WINDOW * HEADS // KV_HEADS
+    assert systems == {10, rows}, "10 of 40 places, and of more than there are rows the dual system"
+
+
 @pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_ridge_that_leaves_the_system_singular_is_refused(ridge):
     with pytest.raises(ValueError, match=r"^ridge="):
