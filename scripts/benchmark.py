@@ -234,21 +234,23 @@ def ragged_times(options: Options) -> list[str]:
 
 
 def prefill_times(options: Options) -> list[str]:
-    """Seconds of the prefill, the two sides in turn: of the embedded model, or of another with random weights."""
+    """Seconds of the prefill, policies in turn: of the embedded model, or of another with random weights."""
     if options.model is None:
         model, params, _ = rk.load_model(dtype=jnp.dtype(options.dtype))
     else:
         model = timed_model(options)
         params = rk.init_params(model, jax.random.key(0), jnp.dtype(options.dtype))
-    rows = ["| prompt | full | restkv | restkv / full |", "|---|---|---|---|"]
+    compared = policies(options) | {"best": rk.best(options.budget)}
+    rows = ["| prompt | full | restkv | best | restkv / full | best / full |", "|---|---|---|---|---|---|"]
     for length in track(options.prefill_lengths, "time of the prefill"):
         tokens = np.random.default_rng(0).integers(5, model.config.vocab_size, (1, length))
         medians = alternate(
-            {name: _prefill_call(model, params, tokens, policy) for name, policy in policies(options).items()},
+            {name: _prefill_call(model, params, tokens, policy) for name, policy in compared.items()},
             options.repeats,
         )
-        ratio = medians["restkv"] / medians["full"]
-        rows.append(f"| {length:,} | {medians['full']:.2f} s | {medians['restkv']:.2f} s | {ratio:.2f} |")
+        seconds = " | ".join(f"{medians[name]:.2f} s" for name in compared)
+        ratios = " | ".join(f"{medians[name] / medians['full']:.2f}" for name in ("restkv", "best"))
+        rows.append(f"| {length:,} | {seconds} | {ratios} |")
     return rows
 
 
