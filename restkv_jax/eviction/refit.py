@@ -115,6 +115,13 @@ class LeastSquares:
         """The same for KV heads that keep few of their `N` places: one after the other, in about as many as each needs.
 
         All at once their systems would be of `N` keys each, and take time with its square and cube.
+
+        Args:
+          asked: what `ask` gave.
+          kept: pairs [B, K, N, D], empty places anywhere.
+
+        Returns:
+          [B, K, N, D] in the dtypes of the pairs; empty places stay as they are.
         """
         return _by_device(self._head_by_head, asked, kept)
 
