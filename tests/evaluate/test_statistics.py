@@ -34,16 +34,25 @@ def test_paired_test_of_right_and_wrong_is_mcnemars(won, lost, equal):
     assert paired_test(a, b) == pytest.approx(scipy.stats.binomtest(won, won + lost).pvalue)
 
 
-def test_paired_test_of_few_scores_that_are_no_shares_is_exact():
-    a, b = np.random.default_rng(0).random((2, 8))
-    assert paired_test(a, b) == pytest.approx(brute_force(a - b))
+@given(st.lists(st.floats(-2, 2, width=16), min_size=1, max_size=10).map(np.array))
+@settings(deadline=None)
+def test_paired_test_of_scores_that_are_no_shares_is_that_of_rounded_ones(differences):
+    sums = np.abs([np.dot(signs, differences) for signs in itertools.product((-1, 1), repeat=len(differences))])
+    near = 1e-4 * np.abs(differences).sum()
+    low, high = (np.mean(sums >= abs(differences.sum()) + off) for off in (near, -near))
+    assert low <= paired_test(differences, np.zeros_like(differences)) <= high + 1e-12
 
 
-def test_paired_test_of_many_scores_that_are_no_shares_is_drawn():
+def test_paired_test_of_many_scores_that_are_no_shares():
     a, b = np.random.default_rng(1).random((2, 60))
-    assert paired_test(a, b) == paired_test(a, b) == pytest.approx(paired_test(b, a))
-    assert paired_test(a, b) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue, abs=0.03)
-    assert paired_test(a, a - b - 0.1, num_resamples=999) == pytest.approx(2 / 1000)
+    assert paired_test(a, b) == pytest.approx(paired_test(b, a))
+    assert paired_test(a, b) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue, abs=0.01)
+
+
+@pytest.mark.parametrize("number", [20, 100])
+def test_paired_test_of_one_sign_has_no_floor(number):
+    more = np.random.default_rng(6).random(number) + 0.1
+    assert paired_test(more, np.zeros(number)) == pytest.approx(2.0 ** (1 - number))
 
 
 @given(PAIRS)

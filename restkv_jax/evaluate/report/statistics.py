@@ -9,10 +9,10 @@ import scipy.stats
 
 from restkv_jax.evaluate.accuracy import wilson_interval
 
-LATTICE = math.lcm(*range(1, 13))
-"""Shares of up to 12 answers are whole multiples of one part of this."""
-MAX_STEPS = 200_000
-"""Longest exact distribution that `paired_test` writes out."""
+LATTICE = math.lcm(*range(1, 17))
+"""Shares of up to 16 answers are whole multiples of one part of this."""
+STEPS = 200_000
+"""Most steps between the least and the greatest sum of a distribution that `paired_test` writes out."""
 
 
 class Interval(NamedTuple):
@@ -77,18 +77,17 @@ def _interval_of_equal_scores(
     return Interval(*(mean + different * (limit - mean) for limit in limits))
 
 
-def paired_test(a: np.ndarray, b: np.ndarray, num_resamples: int = 9999, seed: int = 0) -> float:
+def paired_test(a: np.ndarray, b: np.ndarray) -> float:
     """Two-sided p value that two methods score the same prompts alike on average: the sign-flip permutation test.
 
     Under the hypothesis each difference of a pair could as well have the opposite sign (Fisher 1935). The distribution
-    of their sum is written out exactly where scores are shares of few answers; for scores of 0 and 1 this is the exact
-    McNemar test. Otherwise `scipy.stats.permutation_test` draws signs and counts the observed ones as one of the draws.
+    of their sum over all signs is written out: exactly where scores are shares of few answers, which for scores of 0
+    and 1 is the exact McNemar test; otherwise of differences that are rounded to one part in `STEPS` of the sum of
+    their sizes.
 
     Args:
       a: scores float [N] of one method.
       b: scores float [N] of the other on the same prompts, in the same order.
-      num_resamples: random signs where the distribution is not exact.
-      seed: of these.
 
     Raises:
       ValueError: scores that are not pairs, or none.
@@ -96,29 +95,22 @@ def paired_test(a: np.ndarray, b: np.ndarray, num_resamples: int = 9999, seed: i
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.ndim != 1 or a.shape != b.shape or not a.size:
         raise ValueError(f"a has shape {a.shape} and b {b.shape}; give scores [N] of the same prompts, at least one")
-    parts = (a - b) * LATTICE
+    steps = _in_steps(a - b)
+    return _p_of_steps(steps[steps != 0])
+
+
+def _in_steps(differences: np.ndarray) -> np.ndarray:
+    """Differences as whole numbers whose sizes sum up to `STEPS` at most, or little more where they are rounded."""
+    parts = differences * LATTICE
     steps = np.rint(parts).astype(np.int64)
     if np.allclose(steps, parts, rtol=0, atol=1e-3):
-        steps = steps[steps != 0]
-        if not steps.size:
-            return 1.0
-        steps //= np.gcd.reduce(steps)
-        if np.abs(steps).sum() <= MAX_STEPS:
-            return _exact_p(steps)
-    return float(
-        scipy.stats.permutation_test(
-            (a - b,),
-            np.mean,
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=num_resamples,
-            batch=1000,
-            rng=np.random.default_rng(seed),
-        ).pvalue
-    )
+        steps //= max(1, np.gcd.reduce(steps))
+        if np.abs(steps).sum() <= STEPS:
+            return steps
+    return np.rint(differences * (STEPS / np.abs(differences).sum())).astype(np.int64)
 
 
-def _exact_p(steps: np.ndarray) -> float:
+def _p_of_steps(steps: np.ndarray) -> float:
     """Probability that the sum of whole numbers with random signs is as far from 0 as the given one, or further."""
     sizes = np.abs(steps)
     chances = np.ones(1)  # of the sum of the numbers that got a plus: 0, 1, ...
