@@ -24,7 +24,7 @@ from PIL import Image
 
 from restkv_jax.evaluate.combining import combine
 from restkv_jax.evaluate.report.page import select, write_report
-from restkv_jax.evaluate.results import SWEEP, Results, append_line, read_lines, read_results, results_path
+from restkv_jax.evaluate.results import SWEEP, Results, line_text, read_lines, read_results, replace_text
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "report-real"
@@ -80,6 +80,9 @@ PAIRS = (
 )
 """Compared on the same prompts."""
 
+PACKED = "results-packed.jsonl"
+"""What was packed, beside the results of `measure`, in a form that `evaluate` reads."""
+
 ENOUGH = 30
 """Prompts of a cell, from which on it is reported."""
 
@@ -130,24 +133,26 @@ def _batch_size(grid: pathlib.Path) -> int:
 
 def pack(results: pathlib.Path) -> None:
     """A sweep is a file: its description is the first line, the others are its results, in the order of the prompts."""
+    unpack(results)
     for grid in GRIDS:
         directory = results / grid.stem
         if lines := read_lines(directory):
             with lzma.open(grid.with_suffix(".jsonl.xz"), "wt", encoding="utf-8") as file:
                 print(json.dumps(json.loads((directory / SWEEP).read_text())), file=file)
                 for item in sorted(lines, key=str):
-                    append_line(file, lines[item])
+                    file.write(line_text(lines[item]))
 
 
 def unpack(results: pathlib.Path) -> None:
-    """Makes the directories of sweeps that are packed and not among the results yet."""
+    """Puts what is packed beside what is measured; of a prompt that both have one counts."""
     for grid in GRIDS:
         packed, directory = grid.with_suffix(".jsonl.xz"), results / grid.stem
-        if packed.exists() and not directory.exists():
-            directory.mkdir(parents=True)
+        if packed.exists():
+            directory.mkdir(parents=True, exist_ok=True)
             description, *lines = lzma.decompress(packed.read_bytes()).decode().splitlines(keepends=True)
-            (directory / SWEEP).write_text(description)
-            results_path(directory, 0).write_text("".join(lines), encoding="utf-8")
+            replace_text(directory / PACKED, "".join(lines))
+            if not (directory / SWEEP).exists():
+                replace_text(directory / SWEEP, description)
 
 
 def report(results: pathlib.Path) -> None:

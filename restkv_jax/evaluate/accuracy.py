@@ -91,8 +91,9 @@ def generate_texts(
 
 
 def is_exact(text: str, answers: Sequence[str]) -> bool:
-    """Whether the words and numbers of the text are the expected answers, in any order, and nothing else."""
-    return sorted(re.findall(r"\w+", text)) == sorted(answers)
+    """Whether the words and numbers of the text are those of the answers, in any order, upper or lower case alike."""
+    said, expected = (sorted(re.findall(r"\w+", each.lower())) for each in (text, " ".join(answers)))
+    return said == expected
 
 
 def match_share(text: str, answers: Sequence[str]) -> float:

@@ -8,7 +8,7 @@ import os
 import pathlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -186,7 +186,9 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
         for values in (ours, theirs)
     )
     different = [
-        f"{name} {theirs.get(name)} there, {ours[name]} here" for name in ours if ours[name] != theirs.get(name)
+        f"{name} {theirs.get(name)} there, {ours.get(name)} here"
+        for name in ours | theirs
+        if ours.get(name) != theirs.get(name)
     ]
     if different:
         raise ValueError(
@@ -217,12 +219,18 @@ def _digest(path: pathlib.Path) -> str | None:
         return None
 
 
-def append_line(file: IO[str], line: PromptResult) -> None:
+def append_line(path: pathlib.Path, line: PromptResult) -> None:
     """Writes the result of one prompt so that it outlives the process."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(line_text(line))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def line_text(line: PromptResult) -> str:
+    """The result of one prompt as it stands in a file."""
     values = {name: value for name, value in line._asdict().items() if name != "divergences" or value}
-    values = values.pop("item")._asdict() | values
-    print(json.dumps(values), file=file, flush=True)
-    os.fsync(file.fileno())
+    return json.dumps(values.pop("item")._asdict() | values) + "\n"
 
 
 def results_path(directory: pathlib.Path, process: int) -> pathlib.Path:

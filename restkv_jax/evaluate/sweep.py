@@ -7,7 +7,7 @@ import pathlib
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import filelock
 import jax
@@ -78,7 +78,7 @@ def run_sweep(
     units = batches(prompt_sets(grid, loaded.tokenizer), settings)
     total, shown = sum(size for _, _, size in units), 0
     path, is_first = results_path(directory, 0), jax.process_index() == 0
-    with _only_writer(path) if is_first else contextlib.nullcontext() as file:
+    with _only_writer(path) if is_first else contextlib.nullcontext():
         done = read_lines(directory) if is_first else {}
         for number, (prompt_set, place, size) in enumerate(units):
             encoded = encode_prompts(grid, loaded.tokenizer, prompt_set)
@@ -90,10 +90,10 @@ def run_sweep(
                 configs = policies(grid, prompt_set.length)
                 results = measure_batch(loaded, configs, encoded, list(items), settings, grid.cache_dtype, look)
                 for i, item in items.items():
-                    if file is not None and item not in done:
+                    if is_first and item not in done:
                         tokens = len(encoded.tokens[i]) + len(encoded.asked.get(i, ()))
                         answers = encoded.prompts[i].answers
-                        append_line(file, PromptResult(item, tokens, answers, *results[i]))
+                        append_line(path, PromptResult(item, tokens, answers, *results[i]))
             shown += size
             show(shown, total)
 
@@ -151,15 +151,18 @@ def _check_extending(loaded: Loaded, configs: dict[CacheConfig, EvictionPolicy],
 
 
 @contextlib.contextmanager
-def _only_writer(path: pathlib.Path) -> Iterator[IO[str]]:
-    """The file of results, to append to, and to no second process; a killed one does not keep others out."""
-    try:
-        with writing(path), filelock.FileLock(path.with_suffix(".lock"), timeout=0):
+def _only_writer(path: pathlib.Path) -> Iterator[None]:
+    """Makes the file of results ready, and keeps other processes from it; a killed one does not keep others out."""
+    with contextlib.ExitStack() as held:
+        with writing(path):
+            try:
+                held.enter_context(filelock.FileLock(path.with_suffix(".lock"), timeout=0))
+            except filelock.Timeout as error:  # an OSError, of which `writing` would say something else
+                raise ValueError(
+                    f"another process writes {str(path)!r}; wait for it, or give another --output"
+                ) from error
             drop_broken_line(path)
-            with path.open("a", encoding="utf-8") as file:
-                yield file
-    except filelock.Timeout as error:
-        raise ValueError(f"another process writes {str(path)!r}; wait for it, or give another directory") from error
+        yield
 
 
 def batches(found: Sequence[PromptSet], settings: RunSettings) -> list[tuple[PromptSet, int, int]]:

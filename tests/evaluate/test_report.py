@@ -36,7 +36,7 @@ from restkv_jax.evaluate.results import (
     PromptId,
     PromptResult,
     Rate,
-    append_line,
+    line_text,
     open_sweep,
     read_lines,
     read_results,
@@ -73,7 +73,7 @@ def make_sweep(directory, grid=GRID, costs=True, stop_after=None):
                 e.label: ", ".join(a if rng.random() < CHANCES[e.method] else "no" for a in answers)
                 for e in cache_configs(grid)
             }
-            append_line(file, PromptResult(item, item.length, answers, said))
+            file.write(line_text(PromptResult(item, item.length, answers, said)))
     if costs:
         found = [
             Cost(n, e.label, 1000 * (i + 1), 0.1, 0.5, 0.002)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import filelock
 import numpy as np
 import pytest
 from emulated import environment
@@ -24,6 +25,7 @@ import restkv_jax as rk
 from restkv_jax.commands import evaluate as commands
 from restkv_jax.commands.cli import main
 from restkv_jax.evaluate import generate_texts, make_prompts
+from restkv_jax.evaluate import sweep as sweeping
 from restkv_jax.evaluate.batching import even_size
 from restkv_jax.evaluate.grid import Grid
 from restkv_jax.evaluate.results import read_lines, read_results
@@ -100,6 +102,13 @@ def test_results_of_another_grid_are_refused(sweep, capsys):
     assert (sweep / "results-0.jsonl").read_text() == before
 
 
+def test_a_sweep_with_options_of_another_version_is_refused(sweep, tmp_path, capsys):
+    described = json.loads((sweep / "sweep.json").read_text())
+    (tmp_path / "sweep.json").write_text(json.dumps(described | {"grid": described["grid"] | {"newer": 1}}))
+    assert evaluate(tmp_path, "--tasks", "single", "multikey") == 2
+    assert "holds results of another sweep (newer 1 there, None here)" in capsys.readouterr().err
+
+
 def test_a_length_too_small_for_a_task_is_refused_before_anything_is_measured(tmp_path, capsys):
     assert evaluate(tmp_path / "out", "--tasks", "single", "common_words", "--lengths", "128") == 2
     assert "num_tokens=128 cannot hold what task='common_words' asks" in capsys.readouterr().err
@@ -167,6 +176,23 @@ def test_a_full_disk_is_one_line_and_the_sweep_goes_on_from_there(sweep, tmp_pat
     assert "the same command goes on" in err and err.count("\n") == 1
     assert evaluate(tmp_path, "--tasks", "single", "multikey") == 0
     assert said(tmp_path) == said(sweep)
+
+
+def test_results_that_another_process_writes_are_one_line(tmp_path, capsys):
+    with filelock.FileLock(tmp_path / "results-0.lock"):
+        assert evaluate(tmp_path, "--tasks", "single") == 2
+    err = capsys.readouterr().err
+    assert f"another process writes {str(tmp_path / 'results-0.jsonl')!r}; wait for it" in err and err.count("\n") == 1
+
+
+def test_a_file_that_fails_while_prompts_are_measured_is_named(tmp_path, capsys, monkeypatch):
+    def measure(*_):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "weights.safetensors")
+
+    monkeypatch.setattr(sweeping, "measure_batch", measure)
+    assert evaluate(tmp_path, "--tasks", "single") == 2
+    err = capsys.readouterr().err
+    assert "weights.safetensors" in err and "results" not in err
 
 
 def test_needle_depths_are_measured_where_a_task_has_one_needle(tmp_path):

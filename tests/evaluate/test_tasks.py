@@ -225,6 +225,9 @@ def test_exact_answers_hold_all_and_nothing_else():
     assert is_exact(" 7654321, 1234567", ("1234567", "7654321"))
     assert not is_exact(" 1234567, 7654321", ("1234567",))
     assert not is_exact(" 12345678", ("1234567",))
+    assert is_exact(" New york.", ("New York",))
+    assert is_exact(" 3.5, and", ("and", "3.5"))
+    assert not is_exact(" York", ("New York",))
 
 
 def test_the_share_of_answers_that_a_text_holds():
