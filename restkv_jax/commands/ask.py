@@ -46,7 +46,7 @@ def run(args: Sequence[str]) -> None:
     with as_usage_error(), show_while("loading the model and the cache"):
         dtype = note.get("dtype", "auto") if options.dtype == "auto" else options.dtype
         mesh = chosen_mesh(options.model_parallel, options.data_parallel)
-        loaded = load_checkpoint(options.model or note.get("model"), dtype, mesh=mesh)
+        loaded = load_checkpoint(options.model or note.get("model"), dtype, dense=note.get("dense", False), mesh=mesh)
         cache = load_cache(options.cache, loaded.model, loaded.params)
         encode = encode_continuation if note.get("raw") else encode_question
         rows = [encode(loaded.tokenizer, question) for question in options.questions]

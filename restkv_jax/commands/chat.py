@@ -91,7 +91,8 @@ class Chat:
         cache = self.conversation.cache
         if cache is None or not self.conversation.messages:
             raise UsageError("/save: nothing was said yet")
-        note = {"model": self.options.model, "messages": self.conversation.messages, "unread": self.conversation.unread}
+        note = {"model": self.options.model, "dense": self.options.dense}
+        note |= {"messages": self.conversation.messages, "unread": self.conversation.unread}
         size = save_cache(path, cache, self.loaded.model, self.loaded.params, note)
         print_notice(f"wrote {path}: {size:,} bytes")
 
@@ -121,11 +122,11 @@ def run(args: Sequence[str]) -> None:
     if options.resume is not None and options.system is not None:
         raise UsageError("--resume and --system are both given; the chat that goes on has its own beginning")
     with as_usage_error(), show_while("loading the model", quiet=options.quiet):
-        name = options.model
-        if name is None and options.resume is not None:
-            name = (read_header(options.resume).note or {}).get("model")
+        note = {} if options.resume is None else read_header(options.resume).note
+        note = note if isinstance(note, dict) else {}
+        name, dense = options.model or note.get("model"), options.dense or note.get("dense", False)
         mesh = chosen_mesh(options.model_parallel, options.data_parallel)
-        loaded = load_checkpoint(name, options.dtype, dense=options.dense, mesh=mesh)
+        loaded = load_checkpoint(name, options.dtype, dense=dense, mesh=mesh)
         if not has_template(loaded.tokenizer):
             raise UsageError(
                 f"the tokenizer of model {name!r} has no chat template, which a chat needs; take a chat model, such as "
@@ -133,7 +134,7 @@ def run(args: Sequence[str]) -> None:
             )
         if options.sample:
             chosen = with_own(loaded.model.config.sampling, chosen)
-        chat = Chat(loaded, policy, dataclasses.replace(options, model=name), chosen)
+        chat = Chat(loaded, policy, dataclasses.replace(options, model=name, dense=dense), chosen)
         if options.resume is not None:
             chat.resume(options.resume)
     if not options.quiet:

@@ -51,7 +51,8 @@ def run(args: Sequence[str]) -> None:
     with as_usage_error():
         policy = policy.resolved(bucket_length(tokens.shape[1]))
         cache = _read(prompt, policy, options)
-        note = {"model": options.model, "dtype": str(cache.dtype), "raw": options.raw, "tokens": tokens.shape[1]}
+        note = {"model": options.model, "dense": options.dense, "dtype": str(cache.dtype)}
+        note |= {"raw": options.raw, "tokens": tokens.shape[1]}
         size = save_cache(options.output, cache, model, params, note)
     if not options.quiet:
         Console(highlight=False).print(

@@ -136,6 +136,24 @@ def test_a_chat_goes_on_from_its_file(capsys, monkeypatch, model, tmp_path):
     assert "/save needs a file" in err and "/reset begins anew" in err
 
 
+def test_what_was_read_without_the_models_sharing_goes_on_without(capsys, monkeypatch, model, tmp_path):
+    dense, params, tokenizer = rk.load_model(model, dtype="float32")
+    shared = dense.clone(sharing=rk.pod.Sharing(rk.pod.LayerGroups([[0, 0], [0, 0]]), 4, 32))
+    rk.save_model(tmp_path / "adapted", shared, params, tokenizer)
+    saved, adapted = tmp_path / "a.cache", str(tmp_path / "adapted")
+    for options in ([], ["--dense"]):
+        assert run(capsys, "read", TEXT, "--model", adapted, "--method", "full", "--output", saved, *options)[0] == 0
+        code, _, err = run(capsys, "ask", saved, "What is blue?", "--max-new-tokens", 4)
+        assert (code, err) == (0, "")
+    run(capsys, "read", TEXT, "--model", model, "--method", "full", "--output", tmp_path / "b.cache")
+    files = saved, tmp_path / "b.cache"
+    answers = [run(capsys, "ask", file, "What is blue?", "--max-new-tokens", 8)[1] for file in files]
+    assert answers[0] == answers[1]
+    _, said, _ = chat(capsys, monkeypatch, adapted, f"Hello\n/save {saved}\nAnd then?\n", "--quiet", "--dense")
+    _, resumed, err = chat(capsys, monkeypatch, adapted, "And then?\n", "--resume", saved, "--quiet")
+    assert said.endswith(resumed) and resumed and err == ""
+
+
 def test_turns_that_cannot_be_answered_leave_the_chat_as_it_is(capsys, monkeypatch, model):
     code, out, err = chat(capsys, monkeypatch, model, "/save x.cache\nHello\n", "--quiet")
     assert code == 0 and "/save: nothing was said yet" in err and out

@@ -151,11 +151,12 @@ def test_data_that_cannot_work(data, words):
 def test_files_that_cannot_work(tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text("Sky")
     np.save(tmp_path / "ids.npy", np.arange(9))
-    (tmp_path / "lines.jsonl").write_text('{"text": "sky"}\n{"title": "sky"}\n')
     with pytest.raises(ValueError, match="one array, or text files only"):
         read_sequences([tmp_path / "text.txt", tmp_path / "ids.npy"], 2, 100, tokenizer)
-    with pytest.raises(ValueError, match=r"lines.jsonl', line 2, is no JSON object with a field \"text\""):
-        read_sequences(tmp_path / "lines.jsonl", 2, 100, tokenizer, tmp_path / "run")
-    assert os.listdir(tmp_path / "run") == []
+    for line in ('{"title": "sky"}', '{"text": null}', '{"text": ["sky"]}', "[]", "sky"):
+        (tmp_path / "lines.jsonl").write_text(f'{{"text": "sky"}}\n{line}\n')
+        with pytest.raises(ValueError, match=r"lines.jsonl', line 2, is no JSON object with a string \"text\""):
+            read_sequences(tmp_path / "lines.jsonl", 2, 100, tokenizer, tmp_path / "run")
+        assert os.listdir(tmp_path / "run") == []
     with pytest.raises(ValueError, match="data is text, but there is no tokenizer"):
         read_sequences(tmp_path / "text.txt", 2, 100)

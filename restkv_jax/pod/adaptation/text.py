@@ -60,8 +60,10 @@ def _documents(path: pathlib.Path) -> Iterator[Iterator[str]]:
         for number, line in enumerate(file, 1):
             try:
                 text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"{text!r:.40} is not a string")
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{str(path)!r}, line {number}, is no JSON object with a field "text"') from error
+                raise ValueError(f'{str(path)!r}, line {number}, is no JSON object with a string "text"') from error
             yield iter([text])
 
 
