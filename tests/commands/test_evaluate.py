@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("wonderwords")
 pytest.importorskip("yaml")
 
+import yaml
+
 from restkv_jax.commands.evaluate import parse_evaluate
 from restkv_jax.commands.options import UsageError
 from restkv_jax.evaluate.grid import Grid, cache_configs, policies
@@ -59,18 +61,36 @@ def test_a_file_that_is_no_grid_is_refused(tmp_path, text, message):
     assert message in str(error.value)
 
 
-def test_the_commands_for_a_tpu_vm_are_those_that_there_are():
-    script = ROOT / "scripts" / "tpu_vm_evaluate.sh"
-    out = subprocess.run(
-        ["bash", script, "pod", "zone", "some/model"], capture_output=True, text=True, check=True
-    ).stdout
-    commands = [line.split('--command="')[1].rstrip('"') for line in out.splitlines() if "restkv evaluate" in line]
+@pytest.mark.parametrize("bucket", [[], ["gs://mine"]])
+def test_the_commands_for_a_tpu_vm_are_those_that_there_are(bucket):
+    script, grid_file = ROOT / "scripts" / "tpu_vm_evaluate.sh", ROOT / "docs" / "report" / "grid.yaml"
+    shown = ["bash", script, "pod", "zone", "some/model", "my.yaml", *bucket]
+    out = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
     assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
-    assert len(commands) == 2
+    by_hand = [
+        shlex.split(line)[-1].removeprefix("--command=").split() for line in out.splitlines() if "env/bin" in line
+    ]
+    _, job = yaml.safe_load_all(out.partition("<<'YAML'\n")[2].partition("\nYAML\n")[0])
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    commands = [command for command in by_hand if command[0] == "env/bin/restkv"] + [container["command"]]
+    assert len(commands) == 3
     for command in commands:
-        program, subcommand, *arguments = shlex.split(command)
-        assert (program, subcommand) == ("env/bin/restkv", "evaluate")
-        arguments[arguments.index("--grid") + 1] = str(ROOT / "docs" / "report" / "grid.yaml")
+        _, subcommand, *arguments = command
+        assert subcommand == "evaluate"
+        arguments[arguments.index("--grid") + 1] = str(grid_file)
         options, grid = parse_evaluate(arguments)
         assert grid.model == "some/model" and options.batch_size == 64
-    assert subprocess.run(["bash", script], capture_output=True).returncode == 2
+    assert out.count("my.yaml") == 3, "every machine gets the grid"
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted == {"/grid", "/results"} and len(pod["volumes"]) == 2
+    puts = [line for line in out.splitlines() if "rsync sweep" in line]
+    assert len(puts) == 4 * len(bucket) and all("--worker=0" in line for line in puts), (
+        "hosts that do not write put nothing"
+    )
+
+
+def test_the_script_for_a_tpu_vm_says_what_it_needs():
+    script = ROOT / "scripts" / "tpu_vm_evaluate.sh"
+    found = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert found.returncode == 2 and "usage:" in found.stdout
