@@ -34,10 +34,14 @@ class ByImportance(Cache):
     policy: EvictionPolicy = flax.struct.field(pytree_node=False)
 
     def least_important(self, layer: Array) -> Array:
-        """The slot of least importance that is neither in the policy's window nor a sink, int32 [B, K]."""
+        """The slot of least importance that is neither in the window nor a sink, int32 [B, K].
+
+        The policy's, as far as the slots go: the window, the next pair included, comes before the sinks.
+        """
         positions = self.positions[layer]
-        is_recent = positions > self.next_positions[:, None, None] - self.policy.window
-        is_sink = (positions >= 0) & (positions < self.policy.sinks)
+        window = min(self.policy.window, positions.shape[-1])
+        is_recent = positions > self.next_positions[:, None, None] - window
+        is_sink = (positions >= 0) & (positions < min(self.policy.sinks, positions.shape[-1] - window))
         return jnp.argmin(jnp.where(is_recent | is_sink, jnp.inf, self.importance[layer]), axis=-1)
 
     def observe(self, view: LayerView, memory: Any) -> Self:

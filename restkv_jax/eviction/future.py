@@ -38,9 +38,9 @@ class FutureQueries:
           nothing.
         """
         asked = view.queries.last(self.count)
-        number = asked.positions.shape[1]
         is_token = asked.positions >= 0
-        after = asked.positions[:, -1:] + 1 + jnp.arange(number) % self.horizon
+        rank = jnp.maximum(jnp.cumsum(is_token, axis=1) - 1, 0)  # among tokens, so that padding changes nothing
+        after = asked.positions[:, -1:] + 1 + rank % self.horizon
         vectors = asked.vectors
         if view.rope is not None:
             vectors = undo_rope(vectors, jnp.where(is_token, asked.positions, 0), view.rope)

@@ -31,12 +31,13 @@ class EvictionPolicy:
       group_reduce: how the query heads of a KV head agree on one score, "mean" or "max".
       while_generating: holds the cache at `budget` slots while tokens are generated, each new pair taking the slot of
         least importance, a moving average of the scorer's error over the generated queries; without it the cache
-        grows by one slot per token. For ReST-KV's scorer only.
+        grows by one slot per token. A prompt that with `max_new_tokens` needs fewer slots gets as many as it needs,
+        and stays at these. For ReST-KV's scorer only.
       allocation: how the budget is shared among layers and KV heads. Other shares than equal ones are held in pages.
       candidates: with such shares, how many of the `P` keys before the window each layer and KV head carries until
         all layers are scored: `4 * budget` by default, and never more than the allocation can give a head. With `P` or
         more the selection is exact; with fewer, a head whose share would be larger keeps its best `candidates`, and
-        others get what it leaves.
+        others get what it leaves, but for a pyramid's, whose shares are given.
       page_size: slots of a page; shrinks with a budget that is smaller, down to 8, which changes no result.
       refit: corrects the kept values, and keys, so that queries get what they got from the whole prompt; None leaves
         them as they are.

@@ -53,7 +53,7 @@ class LeastSquares:
     Minimises `||A (V + X) - O||^2 + lambda ||X||^2` per KV head, with `A` [r, N] the attention of the group's `r`
     queries renormalised over the `N` kept keys, `O` their outputs over all keys, and `lambda` equal to `ridge`, at
     least `N` float32 roundings, times the mean diagonal of `A^T A`: the less a key is attended to, the less it changes,
-    however many are kept. The error of these queries' output never grows.
+    however many are kept. From what the keys give by then the error of these queries' output never grows.
 
     What is evicted leaves the softmax too, so that sinks, the window and tokens to come get more than their share. With
     a `mass_ridge` the kept keys carry the mass of all first (Attention Matching, arXiv 2602.16284): of all weights,

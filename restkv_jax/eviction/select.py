@@ -16,7 +16,7 @@ UNREACHABLE = float(jnp.finfo(jnp.float32).min)
 """Score of keys that no later token can see: kept only where there is room for all."""
 
 LARGEST = 1e30
-"""Score of the policy's sinks, and of keys whose scores overflowed; sums of them do not."""
+"""Score of keys whose scores overflowed, less than that of the policy's sinks; sums of them do not overflow."""
 
 
 class Scores(NamedTuple):
@@ -80,7 +80,8 @@ def judge(policy: EvictionPolicy, view: LayerView, pairs: Pairs, known: dict) ->
 def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores: Scores | None) -> Array:
     """The smoothed scores, reduced over each KV head's query heads: float32 [B, K, T - w], -inf on padding.
 
-    The policy's sinks have the score `LARGEST`.
+    The policy's sinks have more than `LARGEST`, the earlier the more: where heads share a budget that has no room for
+    all, each keeps as many.
 
     Args:
       policy: its pooling smooths.
@@ -101,7 +102,7 @@ def prefix_scores(policy: EvictionPolicy, view: LayerView, pairs: Pairs, scores:
     reduced = pooled.mean(axis=2) if policy.group_reduce == "mean" else pooled.max(axis=2)
     is_seen = within_reach(view.queries, positions)
     reduced = jnp.nan_to_num(reduced, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
-    reduced = jnp.where(positions < policy.sinks, LARGEST, reduced)
+    reduced = jnp.where(positions < policy.sinks, LARGEST * (2 - positions / max(policy.sinks, 1)), reduced)
     return jnp.where(is_token, jnp.where(is_seen, reduced, UNREACHABLE), -jnp.inf)
 
 

@@ -56,6 +56,37 @@ def test_sinks_leave_room_for_the_window_alone_where_the_budget_is_small():
     np.testing.assert_array_equal(ev.positions[0, 0], [0, 1, *range(LENGTH - 6, LENGTH)])
 
 
+@pytest.mark.parametrize("allocation", [rk.ModelWide(), rk.AdaptiveHeads(floor=0.0), rk.Pyramid(), rk.Uniform()])
+def test_every_head_keeps_the_sinks_that_its_share_has_room_for(allocation):
+    model, params = random_model()
+    tokens = np.random.default_rng(19).integers(0, 64, (1, 100))
+    _, cache = rk.prefill(model, params, tokens, None, rk.laprox(12, 8).replace(sinks=8, allocation=allocation))
+    kept = np.asarray(rk.kept_positions(cache))[:, 0]
+    counts = (kept >= 0).sum(-1)
+    for layer, head in np.ndindex(kept.shape[:2]):
+        np.testing.assert_array_equal(kept[layer, head, : counts[layer, head] - 8], np.arange(counts[layer, head] - 8))
+    if not isinstance(allocation, rk.Pyramid):
+        assert (counts == 12).all()
+
+
+@pytest.mark.parametrize("preset", [rk.expected_attention, rk.compactor])
+def test_sinks_of_a_method_are_kept_and_score_nothing(preset):
+    arrays = arrays_of(20)
+    every = np.random.default_rng(20).standard_normal((1, HEADS, LENGTH, DIM)).astype(np.float32)
+    ev = rk.evict_layer(preset(BUDGET, sinks=3), every, *arrays[1:])
+    np.testing.assert_array_equal(ev.positions[..., :3], np.broadcast_to(np.arange(3), (1, KV_HEADS, 3)))
+    assert (ev.scores[..., :3] > LARGEST).all() and (np.abs(ev.scores[..., 3:]) < 1e3).all()
+
+
+def test_one_budget_for_the_model_does_not_depend_on_the_size_of_a_layers_values():
+    """Sinks that count in the sums of the scores would tell large values from small ones."""
+    _, keys, values, projection = arrays_of(21)
+    every = np.random.default_rng(21).standard_normal((1, HEADS, LENGTH, DIM)).astype(np.float32)
+    policy = rk.expected_attention(BUDGET, sinks=4).replace(allocation=rk.ModelWide())
+    small, large = (rk.evict_layer(policy, every, keys, size * values, projection) for size in (0.1, 10.0))
+    np.testing.assert_array_equal(small.positions, large.positions)
+
+
 def random_model():
     model = rk.build_model(CONFIG)
     return model, rk.init_params(model, jax.random.key(0), dtype=jnp.float32)
@@ -85,12 +116,13 @@ def test_scores_are_those_of_the_window_and_of_queries_to_come():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("future", [64, 512])  # less and more than the padded prompts have
 @pytest.mark.parametrize("allocation", [rk.AdaptiveHeads(), rk.Uniform(), rk.ModelWide()])
-def test_a_model_reads_and_reads_on_with_fewer_tokens_than_are_asked_again(allocation):
+def test_a_model_reads_and_reads_on_with_fewer_tokens_than_are_asked_again(allocation, future):
     model, params = random_model()
     tokens = jnp.asarray(np.random.default_rng(16).integers(0, 64, (2, 100)), jnp.int32)
     mask = jnp.arange(100)[None] >= jnp.array([[0], [30]])
-    policy = rk.best(24, future=64).replace(allocation=allocation)
+    policy = rk.best(24, future=future).replace(allocation=allocation)
     _, cache = rk.prefill(model, params, tokens, mask, policy)
     logits, cache = rk.extend(model, params, tokens[:, :20], None, cache, policy)
     assert np.isfinite(logits).all()

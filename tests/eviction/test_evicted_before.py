@@ -140,7 +140,7 @@ def test_random_scores_depend_on_head_and_position_only():
 def test_sinks_are_known_by_their_positions():
     view, pairs = arrays_of(5)
     sinks = (pairs.positions >= 0) & (pairs.positions < 40)
-    scores = scores_of(rk.expected_attention(20, WINDOW, sinks=40), view, pairs)
+    scores = scores_of(rk.expected_attention(40 + WINDOW, WINDOW, sinks=40), view, pairs)
     others = ~sinks & (pairs.positions >= 0)
     assert sinks[..., :-WINDOW].any(-1).all() and others[..., :-WINDOW].any(-1).all()
     lowest = jnp.where(sinks[..., :-WINDOW], scores, jnp.inf).min()

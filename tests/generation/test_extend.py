@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import restkv_jax as rk
 from restkv_jax.eviction.select import places_to_keep, prefix_scores, score
+from restkv_jax.generation.reading import cache_shapes
 from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.models.decoder import Hooks, read
 
@@ -287,6 +288,14 @@ def test_segments_of_rows_of_unequal_length():
         if alone.shape[1] > 64:
             assert_close(scores[row], expected[0])
             np.testing.assert_array_equal(cache.positions[:, row], one.positions[:, 0])
+
+
+@pytest.mark.parametrize("size", [64, 100, 300])
+def test_a_percentage_is_of_the_prompts_bucket_whatever_the_segments(size):
+    tokens, mask = texts((250,), seed=6)
+    assert rk.bucket_length(250) == 256
+    shapes = cache_shapes(MODEL, weights(), tokens, mask, rk.snapkv("25%", window=8), 4, segment_size=size)
+    assert shapes == cache_shapes(MODEL, weights(), tokens, mask, rk.snapkv(64, window=8), 4, segment_size=size)
 
 
 def test_segments_of_a_full_cache_equal_one_reading():

@@ -230,6 +230,30 @@ def test_while_generating_holds_the_budget_and_keeps_the_recent_window():
     assert (np.asarray(out.cache.importance) >= 0).all()
 
 
+@pytest.mark.parametrize(("sinks", "kept"), [(2, 2), (6, 4), (30, 4)])
+@pytest.mark.parametrize("cache_dtype", [None, "int8(group_size=4, residual=4)"])
+def test_while_generating_keeps_the_window_and_the_sinks_that_it_leaves_room_for(sinks, kept, cache_dtype):
+    model, params = tiny()
+    policy = rk.restkv(8, window=4, while_generating=True).replace(sinks=sinks)
+    out = rk.generate(model, params, *prompts((6,)), policy, max_new_tokens=14, cache_dtype=cache_dtype)
+    positions = np.sort(out.cache.slot_positions(), axis=-1)
+    last = 6 + 14 - 2
+    expected = [*range(kept), *range(last - 3, last + 1)]
+    assert all(set(expected) <= set(head) for head in positions.reshape(-1, 8).tolist())
+
+
+def test_while_generating_in_fewer_slots_than_the_window_keeps_the_most_recent():
+    model, params = tiny()
+    policy = rk.restkv(200, window=100, while_generating=True)
+    _, cache = rk.prefill(model, params, *prompts((6,)), policy, max_new_tokens=4)
+    assert cache.num_slots < 100
+    for _ in range(cache.num_slots + 5):
+        _, cache = rk.decode_step(model, params, np.array([1]), cache)
+    last = int(cache.next_positions[0])
+    recent = np.arange(last - cache.num_slots, last)
+    np.testing.assert_array_equal(np.sort(cache.positions, -1), np.broadcast_to(recent, cache.positions.shape))
+
+
 @pytest.mark.slow
 def test_while_generating_replaces_the_slot_of_least_importance():
     model, params = tiny(num_hidden_layers=1)

@@ -26,8 +26,8 @@ class LeverageAndAttention:
     """`blending` times the leverage of the keys before RoPE plus attention without causal order, both standardised.
 
     Each has mean 0 and standard deviation 1 over the KV heads and keys of a row that are judged: those before the
-    window and beyond the first `sinks`, which are kept before all others. One random sketch, drawn from `seed`, serves
-    all layers and heads.
+    window and beyond the first `sinks`, which score 0: who keeps them sets the policy's `sinks`. One random sketch,
+    drawn from `seed`, serves all layers and heads.
     """
 
     sinks: int = 8
@@ -39,7 +39,7 @@ class LeverageAndAttention:
     additive: ClassVar[bool] = False
 
     def __post_init__(self):
-        check_integer("sinks", self.sinks, 0, "first tokens of the prompt, always kept")
+        check_integer("sinks", self.sinks, 0, "first tokens of the prompt, which do not count")
         check_integer("chunk_size", self.chunk_size, 1, "tokens that attend to each other")
         if self.sketch_dimension is not None:
             check_integer("sketch_dimension", self.sketch_dimension, 1, "dimensions of the sketched keys")
@@ -53,8 +53,7 @@ class LeverageAndAttention:
         leverage = standardised(leverages(view, pairs, counted, self.sketch(dim)), counted)
         attention = standardised(non_causal_attention(view.queries, pairs, counted, self.chunk_size), counted)
         scores = self.blending * leverage + attention
-        best = jnp.max(scores, axis=(1, 2), keepdims=True, where=counted, initial=0.0)
-        return jnp.where(counted, scores, best)[:, :, None]
+        return jnp.where(counted, scores, 0.0)[:, :, None]
 
     def sketch(self, dim: int) -> Array:
         """float32 [D, S], normally distributed with variance `1 / S`; without a sketch the identity."""
@@ -198,4 +197,4 @@ def compactor(
       seed: of the random projection.
     """
     scorer = LeverageAndAttention(sinks, chunk_size, sketch_dimension, blending, seed)
-    return EvictionPolicy(budget=budget, window=window, scorer=scorer)
+    return EvictionPolicy(budget=budget, window=window, scorer=scorer, sinks=sinks)

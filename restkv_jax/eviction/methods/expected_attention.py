@@ -24,7 +24,8 @@ class ExpectedAttention:
 
     `mu` and `Sigma` are mean and covariance of the queries before RoPE, those of the first `sinks` tokens left out, and
     `k' = R^T k` with `R` the mean rotation of the `future` positions that follow: if queries to come are normally
-    distributed like these, the exponential is the mean of theirs. The first `sinks` keys are kept before all others.
+    distributed like these, the exponential is the mean of theirs. The first `sinks` keys do not count and score 0: who
+    keeps them sets the policy's `sinks`.
     """
 
     future: int = 512
@@ -37,7 +38,7 @@ class ExpectedAttention:
 
     def __post_init__(self):
         check_integer("future", self.future, 1, "positions of queries to come")
-        check_integer("sinks", self.sinks, 0, "first tokens of the prompt, always kept")
+        check_integer("sinks", self.sinks, 0, "first tokens of the prompt, which do not count")
         check_choice("use_covariance", self.use_covariance, (False, True))
         check_choice("use_value_norm", self.use_value_norm, (False, True))
         check_number("epsilon", self.epsilon, "added to the attention before it counts by the values' norms")
@@ -60,8 +61,7 @@ class ExpectedAttention:
         scores = attention.mean(2)
         if self.use_value_norm:
             scores = (scores + self.epsilon) * jnp.linalg.norm(pairs.values.astype(jnp.float32), axis=-1)
-        best = jnp.where(counted, scores, 0.0).max((1, 2), keepdims=True) + 1
-        return jnp.where(counted, scores, best)[:, :, None, : pairs.keys.shape[2] - window]
+        return jnp.where(counted, scores, 0.0)[:, :, None, : pairs.keys.shape[2] - window]
 
 
 def query_moments(queries: Queries, rope: Rope | None, sinks: int) -> tuple[Array, Array]:
@@ -116,4 +116,4 @@ def expected_attention(
       epsilon: added to the attention before it is multiplied by that norm.
     """
     scorer = ExpectedAttention(future, sinks, use_covariance, use_value_norm, epsilon)
-    return EvictionPolicy(budget=budget, window=window, scorer=scorer)
+    return EvictionPolicy(budget=budget, window=window, scorer=scorer, sinks=sinks)
