@@ -43,6 +43,8 @@ def run(args: Sequence[str]) -> None:
     with as_usage_error():
         note = read_header(options.cache).note
     note = note if isinstance(note, dict) else {}
+    if "messages" in note:
+        raise UsageError(f"{str(options.cache)!r} holds a chat; `restkv chat --resume` goes on with it")
     with as_usage_error(), show_while("loading the model and the cache"):
         dtype = note.get("dtype", "auto") if options.dtype == "auto" else options.dtype
         mesh = chosen_mesh(options.model_parallel, options.data_parallel)

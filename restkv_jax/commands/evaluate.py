@@ -139,6 +139,8 @@ def _sweep(options: EvaluateOptions, grid: Grid, settings: RunSettings) -> None:
     mesh = chosen_mesh(options.model_parallel, options.data_parallel)
     with show_while("loading the model", quiet=options.quiet):
         loaded = load_checkpoint(grid.model, grid.dtype, dense=grid.dense, mesh=mesh)
+    if options.errors and loaded.model.sharing is not None:
+        raise UsageError("--errors is for models that do not share keys; leave it out, or give --dense")
     check_sweep(loaded, grid)
     _open(options.output, grid, checksum(loaded.params))
     # a batch may take minutes, and the time left is estimated from several
@@ -273,7 +275,9 @@ def _settings(options: EvaluateOptions) -> RunSettings:
 
 def _join(options: EvaluateOptions) -> None:
     """Joins the other processes, if there are any; one that ends is missed after a while."""
+    processes = options.coordinator, options.num_processes, options.process_id
+    if not options.distributed and processes != (None, None, None):
+        raise UsageError("--coordinator, --num-processes and --process-id go with --distributed, which is missing")
     if options.distributed:
-        processes = options.coordinator, options.num_processes, options.process_id
         with as_usage_error("--distributed: "):
             jax.distributed.initialize(*processes, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)

@@ -65,6 +65,9 @@ def _mesh_options(args: Sequence[str]) -> tuple[dict[str, int], list[str]]:
 
 def _set_model(parsed: argparse.Namespace, mesh: dict[str, int]) -> None:
     """Fills in the default model and checks its arguments; a file of settings says itself which model it is for."""
+    if mesh and (parsed.config is not None or parsed.model not in (None, "restkv")):
+        given = " and ".join(f"--{name.replace('_', '-')}" for name in mesh)
+        raise UsageError(f"{given}: only for the model restkv without --config; give it as model_args there")
     if parsed.config is None:
         parsed.model = parsed.model or "restkv"
         if parsed.model == "restkv":

@@ -41,8 +41,8 @@ class AdaptOptions:
       groups: the layers that share keys, the file or its directory, as `restkv pod groups` writes them; a model that
         was adapted before goes on with its own.
       dense: train the ordinary model instead, to compare.
-      sink: first tokens whose keys are not shared.
-      recent: last tokens whose keys are not shared.
+      sink: first tokens whose keys are not shared, with --groups; 16 if left out.
+      recent: last tokens whose keys are not shared, with --groups; 4080 if left out.
       model_parallel: devices among which the weights are divided; the others are data-parallel.
       save_dtype: of the weights in model/.
       checkpoint_every: steps between checkpoints.
@@ -54,8 +54,8 @@ class AdaptOptions:
     model: str | None = None
     groups: pathlib.Path | None = None
     dense: bool = False
-    sink: int = 16
-    recent: int = 4080
+    sink: int | None = None
+    recent: int | None = None
     model_parallel: int = 1
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpoint_every: int = 100
@@ -83,6 +83,9 @@ def run_adapt(args: Sequence[str]) -> None:
     options, adaptation = parse_adapt(args)
     if options.dense and options.groups is not None:
         raise UsageError("give either --groups FILE, to share keys, or --dense, to train the ordinary model")
+    proximal = {name: getattr(options, name) for name in ("sink", "recent") if getattr(options, name) is not None}
+    if proximal and options.groups is None:
+        raise UsageError(f"--{' and --'.join(proximal)} without --groups FILE: a model that shares keys has its own")
     with as_usage_error():
         mesh = make_mesh(model=options.model_parallel)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with its stack what it raises anyway
@@ -91,7 +94,7 @@ def run_adapt(args: Sequence[str]) -> None:
             model, params, tokenizer = load_checkpoint(options.model, "float32", dense=options.dense)
         sharing = None
         if options.groups is not None:
-            sharing = Sharing(LayerGroups.load(options.groups, model), options.sink, options.recent)
+            sharing = Sharing(LayerGroups.load(options.groups, model), **proximal)
         elif model.sharing is None and not options.dense:
             raise UsageError("give --groups FILE, to share keys, or --dense, to train the ordinary model")
         adapt(

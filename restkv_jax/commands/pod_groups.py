@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from restkv_jax.commands.options import ModelOptions, UsageError, as_usage_error, parse
+from restkv_jax.commands.options import UsageError, as_usage_error, parse
 from restkv_jax.commands.plot import check_picture
 from restkv_jax.commands.progress import show_while
-from restkv_jax.loading import Loaded, load_checkpoint
+from restkv_jax.loading import DType, Loaded, load_checkpoint
 from restkv_jax.models.key_groups import FILE, LayerGroups
 from restkv_jax.pod.adaptation.data import Sequences, check_vocabulary, read_sequences
 from restkv_jax.pod.plot import plot_groups
@@ -29,11 +29,14 @@ COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupsOptions(ModelOptions):
+class GroupsOptions:
     """Finds the layers that attend alike on sample texts, and writes them for `restkv pod adapt --groups`.
 
     Args:
       data: text files or one array of token ids, as `restkv pod adapt` takes them.
+      model: directory of a checkpoint in Hugging Face's layout, a GGUF file, or id of a model on the hub; the model
+        that comes with the package if left out. Sharing that it was adapted to does not count.
+      dtype: of the weights; "auto" is bfloat16, on a CPU float32.
       output: the file to write, or a checkpoint's directory, which gets a layer_groups.json.
       threshold: least similarity to the lowest layer of a block, 1 minus the Jensen-Shannon divergence of attention;
         lower makes larger blocks.
@@ -49,6 +52,8 @@ class GroupsOptions(ModelOptions):
     """
 
     data: tuple[pathlib.Path, ...]
+    model: str | None = None
+    dtype: DType = "auto"
     output: pathlib.Path = pathlib.Path(FILE)
     threshold: float = 0.5
     samples: int = 16

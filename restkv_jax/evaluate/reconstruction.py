@@ -60,6 +60,11 @@ def reconstruction_errors(
       TypeError: tokens that are not integers, policies that are not an `EvictionPolicy`.
     """
     policies = tuple(policies)
+    if model.sharing is not None:
+        raise ValueError(
+            "model shares keys, so that its layers do not read distant tokens by their own, whose error is measured; "
+            "give model.clone(sharing=None)"
+        )
     tokens, mask = check_tokens(model, tokens, mask)
     check_integer("num_following", num_following, 1, "the tokens that are measured")
     length = tokens.shape[1] - num_following

@@ -76,8 +76,8 @@ def start_conversation(
 class Answer:
     """The next answer of a conversation: iterating gives its text as it comes, in whole characters.
 
-    `end()` ends it after the piece that was given last. Once the iteration is over, `conversation` is the next one and
-    `text` the whole answer.
+    `end()` ends it after the piece that was given last, from a signal handler too. Once the iteration is over,
+    `conversation` is the next one and `text` the whole answer.
     """
 
     def __init__(self, conversation: Conversation, question: str, stream: TextStream, ends: Sequence[int]):
@@ -94,7 +94,8 @@ class Answer:
         assert last is not None
         self.text = row.text
         said = {"role": "user", "content": self._question}, {"role": "assistant", "content": row.text}
-        unread = () if row.tokens[-1] in self._ends else (row.tokens[-1],)
+        chosen = row.tokens[int(last.lengths[0]) - 1 :]  # not fed yet, and said: none if the end came in between
+        unread = tuple(token for token in chosen if token not in self._ends)
         self.conversation = Conversation((*self.conversation.messages, *said), last.cache, unread)
 
     def end(self) -> None:
@@ -138,7 +139,7 @@ def answer(
         raise ValueError(
             "the tokenizer has no chat template, which a conversation needs; restkv_jax.extend reads texts"
         )
-    tokens = [*conversation.unread, *_turn_tokens(tokenizer, conversation.messages, question)]
+    tokens = [*conversation.unread, *_turn_tokens(tokenizer, conversation, question)]
     stream = decode_text(
         model,
         params,
@@ -154,7 +155,7 @@ def answer(
     return Answer(conversation, question, stream, check_eos(model, eos_token_ids))
 
 
-def _turn_tokens(tokenizer: Any, messages: Sequence[Mapping[str, str]], question: str) -> list[int]:
-    if messages and messages[-1]["role"] == "assistant":
-        return encode_next_turn(tokenizer, messages, question)
-    return encode_messages(tokenizer, [*messages, {"role": "user", "content": question}])
+def _turn_tokens(tokenizer: Any, conversation: Conversation, question: str) -> list[int]:
+    if conversation.num_tokens:
+        return encode_next_turn(tokenizer, conversation.messages, question)
+    return encode_messages(tokenizer, [*conversation.messages, {"role": "user", "content": question}])

@@ -79,8 +79,8 @@ def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]], name:
 
     Raises:
       TypeError: messages or contents of the wrong type.
-      ValueError: no messages, an unknown role, an empty turn of the user or the assistant, no chat template, or one
-        that refuses the messages.
+      ValueError: no messages, an unknown role, an empty turn of the user, no chat template, or one that refuses the
+        messages.
     """
     _check_messages(messages, name)
     goes_on = messages[-1]["role"] == "assistant"

@@ -69,9 +69,9 @@ def sample(
 ) -> Array:
     """Draws one token per row from the tempered, truncated softmax; without keys, takes the best.
 
-    `top_k` keeps the `k` best tokens (ties kept); `top_p` then keeps the smallest set of best tokens whose
-    probabilities reach `p` (nucleus sampling, Holtzman et al. 2020), always at least one; `min_p` keeps the tokens that
-    are at least `p` times as probable as the best (Nguyen et al. 2024).
+    `top_k` keeps the `k` best tokens; `top_p` then keeps the smallest set of best tokens whose probabilities reach `p`
+    (nucleus sampling, Holtzman et al. 2020), always at least one; both keep ties. `min_p` keeps the tokens that are at
+    least `p` times as probable as the best (Nguyen et al. 2024).
 
     Args:
       logits: float32 [B, V].

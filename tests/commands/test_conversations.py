@@ -154,6 +154,12 @@ def test_what_was_read_without_the_models_sharing_goes_on_without(capsys, monkey
     assert said.endswith(resumed) and resumed and err == ""
 
 
+def test_a_chat_is_not_asked_as_a_document(capsys, monkeypatch, model, tmp_path):
+    chat(capsys, monkeypatch, model, f"Hello\n/save {tmp_path / 'a.cache'}\n", "--quiet")
+    code, out, err = run(capsys, "ask", tmp_path / "a.cache", "What?")
+    assert (code, out) == (2, "") and "holds a chat; `restkv chat --resume` goes on with it" in err
+
+
 def test_turns_that_cannot_be_answered_leave_the_chat_as_it_is(capsys, monkeypatch, model):
     code, out, err = chat(capsys, monkeypatch, model, "/save x.cache\nHello\n", "--quiet")
     assert code == 0 and "/save: nothing was said yet" in err and out
@@ -177,5 +183,6 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(tmp_path):
     assert process.returncode == 0, err
     assert "1 turns," in err
     header = read_header(tmp_path / "a.cache")
-    assert header.note["messages"][-1]["role"] == "assistant" and len(header.note["unread"]) == 1
+    assert header.note["messages"][-1]["role"] == "assistant"
+    assert len(header.note["unread"]) <= 1, "a token that was chosen after the end is not part of the answer"
     assert int(rk.load_cache(tmp_path / "a.cache", endless).most_held()) < 100_000

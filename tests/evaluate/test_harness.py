@@ -315,6 +315,16 @@ def test_unknown_tasks_are_one_line(tasks, capsys, monkeypatch):
     assert capsys.readouterr().err == "restkv: error: --tasks: 'choise' is unknown; did you mean choice?\n"
 
 
+@pytest.mark.parametrize("options", [["--model", "hf"], ["--config", "run.yaml"]])
+def test_a_mesh_that_would_not_count_is_refused(tasks, tmp_path, capsys, options):
+    config = tmp_path / "run.yaml"
+    config.write_text("model: restkv\ntasks: [choice]\n")
+    options = [str(config) if option == "run.yaml" else option for option in options]
+    command = ["lm-eval", "run", "--include_path", str(tasks), "--tasks", "choice", "--model-parallel", "2"]
+    assert main([*command, *options]) == 2
+    assert "--model-parallel: only for the model restkv without --config" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_percentages_are_of_each_prompts_bucket(directory):
     model = RestKV(pretrained=directory, method="snapkv", budget="25%", batch_size=2)

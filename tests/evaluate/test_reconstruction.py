@@ -149,3 +149,11 @@ def test_impossible_requests_are_named(options, message):
         reconstruction_errors(
             *build(), tokens, mask, **{"policies": (rk.full(),), "num_following": FOLLOWING} | options
         )
+
+
+def test_a_model_that_shares_keys_is_refused():
+    """Its layers do not read distant tokens by their own keys."""
+    model, params = build()
+    shared = model.clone(sharing=rk.pod.Sharing(rk.pod.LayerGroups.dense(2, 2)))
+    with pytest.raises(ValueError, match="model shares keys"):
+        reconstruction_errors(shared, params, *texts(), (rk.full(),), FOLLOWING)

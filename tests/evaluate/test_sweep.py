@@ -14,6 +14,7 @@ import time
 import filelock
 import numpy as np
 import pytest
+import tiny
 from emulated import environment
 
 pytest.importorskip("wonderwords")
@@ -176,6 +177,21 @@ def test_a_full_disk_is_one_line_and_the_sweep_goes_on_from_there(sweep, tmp_pat
     assert "the same command goes on" in err and err.count("\n") == 1
     assert evaluate(tmp_path, "--tasks", "single", "multikey") == 0
     assert said(tmp_path) == said(sweep)
+
+
+def test_options_that_would_not_count_are_refused(tmp_path, capsys):
+    dense, params, tokenizer = rk.load_model(str(tiny.write_model(tmp_path / "model")))
+    shared = dense.clone(sharing=rk.pod.Sharing(rk.pod.LayerGroups([[0, 0], [0, 0]]), 4, 32))
+    rk.save_model(tmp_path / "adapted", shared, params, tokenizer)
+    for options, words in {
+        ("--coordinator", "localhost:1"): "go with --distributed, which is missing",
+        ("--process-id", "1"): "go with --distributed, which is missing",
+        ("--model", str(tmp_path / "adapted"), "--errors"): "--errors is for models that do not share keys",
+    }.items():
+        assert evaluate(tmp_path / "out", "--tasks", "single", *options) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_results_that_another_process_writes_are_one_line(tmp_path, capsys):

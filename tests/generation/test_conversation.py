@@ -86,6 +86,53 @@ def test_an_answer_can_be_ended_and_the_chat_goes_on():
     assert text and conversation.num_tokens > held
 
 
+class EndedAt:
+    """Steps of an answer that is ended while the one of a number runs, as by a signal."""
+
+    def __init__(self, answer, number):
+        self.answer, self.steps, self.number = answer, answer._stream._states, number
+        answer._stream._states = self
+
+    def __next__(self):
+        return next(self.steps)
+
+    def send(self, going):
+        self.number -= 1
+        if not self.number:
+            self.answer.end()
+        return self.steps.send(going)
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_an_answer_that_is_ended_while_a_step_runs_is_held_as_it_was_said(step):
+    start = rk.start_conversation(*tiny())
+    answer = rk.answer(*tiny(), chat_tokenizer(), start, "Hello", None, 12)
+    whole, _ = say(start, "Hello")
+    if step:
+        EndedAt(answer, step)
+    else:
+        answer.end()
+    "".join(answer)
+    assert whole.startswith(answer.text) and len(answer._stream.rows[0].tokens) == step
+    history = [{"role": "user", "content": "Hello"}]
+    tokens = encode_messages(chat_tokenizer(), history) + answer._stream.rows[0].tokens
+    assert answer.conversation.num_tokens == len(tokens)
+    tokens += encode_next_turn(chat_tokenizer(), answer.conversation.messages, "Go on")
+    out = rk.generate(*tiny(), np.array([tokens]), max_new_tokens=12)
+    text, _ = say(answer.conversation, "Go on")
+    given = np.asarray(out.tokens[0, : out.lengths[0]]).tolist()
+    assert text == chat_tokenizer().decode(given, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("policy", [None, POLICY])
+def test_turns_that_were_said_before_are_read_with_the_first(policy):
+    history = [{"role": "user", "content": "My name is Bob."}, {"role": "assistant", "content": "Hi Bob."}]
+    start = rk.start_conversation(*tiny(), policy, system="Be brief.")
+    _, conversation = say(start._replace(messages=(*start.messages, *history)), "Who am I?", policy, 1)
+    whole = [*start.messages, *history, {"role": "user", "content": "Who am I?"}]
+    assert int(conversation.cache.next_positions[0]) == len(encode_messages(chat_tokenizer(), whole))
+
+
 def test_a_conversation_may_be_answered_twice():
     _, conversation = say(rk.start_conversation(*tiny(), POLICY), "Hello", POLICY)
     assert say(conversation, "Once", POLICY)[0] == say(conversation, "Once", POLICY)[0]

@@ -179,6 +179,7 @@ BAD = {
     "no data": (dense(), "--data requires an argument"),
     "neither groups nor dense": (["--data", "text.txt", "--output", "run"], "give --groups FILE"),
     "both": (dense("--groups", "groups.json", "--data", "text.txt"), "give either --groups FILE"),
+    "proximal without groups": (dense("--data", "text.txt", "--recent", "64"), "--recent without --groups FILE"),
     "unknown option": (dense("--data", "text.txt", "--rate", "1"), "--rate is not an option"),
     "missing data": (dense("--data", "absent.txt"), "data 'absent.txt' does not exist"),
     "directory": (dense("--data", "."), "data '.' is a directory"),

@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -90,6 +91,12 @@ def test_arrays_are_mapped_and_what_is_left_is_not_used(tmp_path):
     rows = read_sequences(str(tmp_path / "rows.npy"), None, 100)
     np.testing.assert_array_equal(rows[3]["tokens"], ids[30:40])
     assert rows[3]["tokens"].dtype == np.int32 and (rows[3]["weights"] == 1).all()
+
+
+def test_arrays_of_jax_are_arrays():
+    tokens = np.arange(40).reshape(4, 10)
+    for data in (jnp.asarray(tokens), {"tokens": jnp.asarray(tokens), "weights": jnp.ones((4, 10))}):
+        np.testing.assert_array_equal(read_sequences(data, None, 100)[2]["tokens"], tokens[2])
 
 
 def test_weights_of_tokens(tmp_path):

@@ -24,7 +24,8 @@ TASKS: dict[str, Task] = {
     "frequent_words": FrequentWords(),
 }
 """The tasks by name: RULER's niah_single_1, niah_multikey (8 keys in noise, and all needles), niah_single_2 and
-niah_multikey_1 (essays, with one and four keys), niah_multivalue, niah_multiquery, vt, cwe, fwe.
+niah_multikey_1 (essays, with one and four keys), niah_multivalue and niah_multiquery (in noise, not in essays), vt
+(without its solved example), cwe, fwe.
 """
 
 

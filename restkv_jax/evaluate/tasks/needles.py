@@ -157,7 +157,7 @@ def _mix(sentences: list[str], fillers: list[str], rng: random.Random) -> list[s
 
 def _noise(room: int, count: Callable[[str], int]) -> list[str]:
     """Lines of noise that fill `room` tokens."""
-    return [NOISE] * (room // max(1, count("\n" + NOISE) - count("")))
+    return [NOISE] * (room // max(1, count(NOISE + "\n" + NOISE) - count(NOISE)))
 
 
 def _sentences_of_essays(room: int, count: Callable[[str], int], rng: random.Random) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from restkv_jax.pod.adaptation.recipe import Adaptation
@@ -120,8 +121,8 @@ def check_vocabulary(tokens: np.ndarray, vocabulary: int) -> None:
 
 def _read(data: Any, tokenizer: Any, directory: pathlib.Path | None) -> tuple[np.ndarray, np.ndarray | None, str]:
     """Tokens, weights, and the name of the data for messages."""
-    if isinstance(data, np.ndarray):
-        return data, None, "data"
+    if isinstance(data, np.ndarray | jax.Array):
+        return _on_host(data), None, "data"
     if isinstance(data, Mapping):
         return _members(data, "data")
     paths = [pathlib.Path(data)] if isinstance(data, (str, os.PathLike)) else [pathlib.Path(path) for path in data]
@@ -157,8 +158,13 @@ def _load_array(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None, str]
 def _members(arrays: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray | None, str]:
     if "tokens" not in arrays or set(arrays) - {"tokens", "weights"}:
         raise ValueError(f"{name} holds {sorted(arrays)}; expected 'tokens' and, if you like, 'weights'")
-    weights = arrays.get("weights")
-    return arrays["tokens"], weights, name
+    tokens, weights = arrays["tokens"], arrays.get("weights")
+    return _on_host(tokens), None if weights is None else _on_host(weights), name
+
+
+def _on_host(array: np.ndarray | jax.Array) -> np.ndarray:
+    """An array of NumPy's, which may be mapped from a file."""
+    return array if isinstance(array, np.ndarray) else np.asarray(array)
 
 
 def _check_arrays(tokens: np.ndarray, weights: np.ndarray | None, name: str) -> None:

@@ -20,7 +20,7 @@ class Adaptation:
         Left out, it is 1, on a CPU as many as leave each at least 1,024 tokens, which keep it busy.
       learning_rate: the highest; AdamW's.
       warmup: share of the steps over which the rate rises to it; then it falls to zero along a cosine.
-      weight_decay: AdamW's, of matrices.
+      weight_decay: AdamW's, of matrices but a mixture's router.
       clip_norm: largest norm of the gradient over all parameters.
       train: regular expression; parameters whose dotted name has a match are trained, such as
         "query_projection|key_projection".
