@@ -104,7 +104,10 @@ def project_back(equation: str, x: Array, weight: Array) -> Array:
     names = tuple(name for name in EVERY if name in sizes)
     terms = [" ".join(term) for term in equation.partition("->")[0].split(",")]
     length = x.shape[terms[0].split().index("q")]
-    if not names or "repeat" in names or length % layer_parts():
+    specs = tuple(spec_of(axes, array.shape, sizes) for axes, array in zip(terms, (x, weight), strict=True))
+    divided = {name for part in specs[0] if part is not None for name in ((part,) if isinstance(part, str) else part)}
+    is_whole = any(sizes[name] > 1 and name not in divided for name in names)  # each device then has the sum already
+    if not names or "repeat" in names or length % layer_parts() or is_whole:
         return on_mesh(jnp.einsum(equation, x, weight), "b t m")
 
     def alone(x: Array, weight: Array) -> Array:
@@ -113,7 +116,6 @@ def project_back(equation: str, x: Array, weight: Array) -> Array:
             sums = jax.lax.psum_scatter(sums, names, scatter_dimension=1, tiled=True, axis_index_groups=groups)
         return sums
 
-    specs = tuple(spec_of(axes, array.shape, sizes) for axes, array in zip(terms, (x, weight), strict=True))
     out = spec_of("b t m", (x.shape[0], length, weight.shape[-1]), sizes)
     return jax.shard_map(alone, in_specs=specs, out_specs=out, check_vma=False)(x, weight)
 

@@ -47,13 +47,15 @@ read_quantised = Dispatched(
 def read_codes(queries: Queries, stored: QuantisedPairs, seen: Array) -> Softmax:
     """The softmax of one block of quantised pairs: `read_keys` of the dequantised ones, to rounding.
 
-    The weights are multiplied by the scales of the values, which lie along the same axis, instead of the values.
+    The weights are multiplied by the scales of the values, which lie along the same axis, instead of the values: by
+    each one's part of the largest, since small products are nothing in float16.
     """
     dtype = queries.vectors.dtype
     peak, weights = weights_of(queries, stored.keys.dequantised(dtype), seen)
     codes, scales = stored.values.by_part(dtype)
-    scaled = (weights[..., None, :, :, :] * scales[..., None, None, :]).astype(dtype)
-    weighted = wide_einsum("...cgtn,...cnd->...cgtd", scaled, codes)
+    largest = jnp.maximum(scales.max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)[..., None, None]
+    scaled = (weights[..., None, :, :, :] * (scales[..., None, None, :] / largest)).astype(dtype)
+    weighted = wide_einsum("...cgtn,...cnd->...cgtd", scaled, codes) * largest
     return Softmax(peak, weights.sum(-1), einops.rearrange(weighted, "... c g t d -> ... g t (c d)"))
 
 

@@ -102,7 +102,7 @@ def refusal(queries: Queries, parts: tuple[Pairs, ...], *_: Any, spans: tuple[Sp
         return f"the head dimension {dim} is not a multiple of 8"
     if len({queries.vectors.dtype, *(x.dtype for pairs in parts for x in pairs[:2])}) > 1:
         return "queries, keys and values have different dtypes"
-    most = Code.of(longest).every
+    most = Code.of(-(-longest // LANES) * LANES).every  # of the places with padding
     for span in spans:
         width = widest(span, queries)
         if longest > most and (width is None or width >= most):

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from restkv_jax.models.rope_parameters import freeze_rope, thaw_rope
+from restkv_jax.models.rope_parameters import ROPE_KEYS, freeze_rope, thaw_rope
 
 if TYPE_CHECKING:
     from restkv_jax.models.config import ModelConfig
@@ -168,6 +168,11 @@ def _read_ministral3(hf: Any, rope: Fields) -> Fields:
         raise ValueError(
             f"rope_parameters of model_type='ministral3' have llama_4_scaling_beta={reprlib.repr(beta)} and "
             f"original_max_position_embeddings={reprlib.repr(original)}; numbers of at least 0 are needed"
+        )
+    if "original_max_position_embeddings" not in ROPE_KEYS[rope["rope_type"]]:
+        raise ValueError(
+            f"rope_type={rope['rope_type']!r} of model_type='ministral3' is not supported: queries grow by the "
+            "original length, which is kept of other scalings, such as yarn"
         )
     return {"llama_4_scaling_beta": beta}
 

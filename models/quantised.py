@@ -137,7 +137,7 @@ def _scaled(name: str, weight: StoredTensor, near: Tensors, block: tuple[int, in
     zeros = near.get("weight_zero_point")
 
     def read(part: slice) -> np.ndarray:
-        place = np.ix_(_indices(part, rows) // tall, np.arange(columns) // wide)
+        place = np.ix_(_indices(part, rows) // tall, _groups_of_columns(name, near, columns, grid[1], wide))
         values = weight.read(part).astype(np.float32)
         if zeros is not None:
             values -= _whole(zeros).reshape(grid)[place]
@@ -146,13 +146,22 @@ def _scaled(name: str, weight: StoredTensor, near: Tensors, block: tuple[int, in
     return StoredTensor(weight.shape, "F32", read)
 
 
+def _groups_of_columns(name: str, near: Tensors, columns: int, groups: int, wide: int) -> np.ndarray:
+    """Which scale of a row each column has: neighbours share one, unless an order is stored (-1 where it never was)."""
+    if "weight_g_idx" not in near or (order := _whole(near["weight_g_idx"]).astype(int)).min(initial=0) < 0:
+        return np.arange(columns) // wide
+    if order.shape != (columns,) or order.max(initial=0) >= groups:
+        raise ValueError(f"tensor {name!r} has a weight_g_idx of shape {order.shape} that does not fit {groups} groups")
+    return order
+
+
 def _unpacked(name: str, packed: StoredTensor, near: Tensors) -> StoredTensor:
     """Integers from -2^(bits-1), packed along rows, with one scale each row or group of columns."""
     missing = [part for part in ("weight_scale", "weight_shape") if part not in near]
     if packed.dtype != "I32" or missing:
         raise ValueError(f"tensor {name!r} is packed as {packed.dtype}, {missing or 'which'} is not supported")
     rows, columns = (int(size) for size in _whole(near["weight_shape"]))
-    groups, zeros, order = near["weight_scale"].shape[-1], near.get("weight_zero_point"), near.get("weight_g_idx")
+    groups, zeros = near["weight_scale"].shape[-1], near.get("weight_zero_point")
     bits = _bits(name, packed.shape[-1], columns)
     _check_shapes(name, (rows, groups), scales=near["weight_scale"].shape)
     _check_shapes(name, (rows, math.ceil(columns * bits / 32)), values=packed.shape)
@@ -160,7 +169,7 @@ def _unpacked(name: str, packed: StoredTensor, near: Tensors) -> StoredTensor:
         _check_shapes(name, (math.ceil(rows * bits / 32), groups), zeros=zeros.shape)
 
     def read(part: slice) -> np.ndarray:
-        group = np.arange(columns) // (columns // groups) if order is None else _whole(order).astype(int)
+        group = _groups_of_columns(name, near, columns, groups, columns // groups)
         values = _unpack(packed.read(part), bits)[:, :columns].astype(np.float32)
         if zeros is None:
             values -= 2 ** (bits - 1)

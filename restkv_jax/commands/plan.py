@@ -177,8 +177,9 @@ def _print(options: PlanOptions, work: Work, topology: Topology, found: dict[str
 WHAT = {"prefill": "the prefill", "step": "a step of decoding"}
 CAPTION = (
     "Counted from the compiled programs: nothing ran. A step cannot read less than the weights, without the embedding "
-    "that it looks up, and the cache; nor send less than Megatron-LM, two sums of activations per layer and one for "
-    "the embedding. Times are bounds by the chip's peaks for HBM, matrix products and links."
+    "that it looks up and experts beyond those that its tokens can choose, and the cache; nor send less than "
+    "Megatron-LM, two sums of activations per layer and one for the embedding. Times are bounds by the chip's peaks "
+    "for HBM, matrix products and links."
 )
 
 

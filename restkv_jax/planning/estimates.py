@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -26,7 +26,8 @@ class Estimate(NamedTuple):
     Attributes:
       work: what is done.
       weights: bytes.
-      embedding: bytes, of the weights, that a step only looks rows up in.
+      unread: bytes, of the weights, that a step does not read: an embedding in which it looks rows up, and experts
+        beyond as many as its tokens can choose.
       cache: bytes.
       slots: of a layer, row and KV head, on the average.
       programs: `prefill` and `step`, or how much they lack.
@@ -34,7 +35,7 @@ class Estimate(NamedTuple):
 
     work: Work
     weights: int
-    embedding: int
+    unread: int
     cache: int
     slots: int
     programs: Mapping[str, Program | OutOfMemory]
@@ -42,7 +43,7 @@ class Estimate(NamedTuple):
     @property
     def floor(self) -> int:
         """Bytes that a step has to read."""
-        return self.weights - self.embedding + self.cache
+        return self.weights - self.unread + self.cache
 
 
 class Bounds(NamedTuple):
@@ -74,7 +75,6 @@ def estimate(work: Work, names: Sequence[str], show: Callable[[str], contextlib.
       ValueError: arguments that make no sense, each named.
     """
     params, cache = abstract_params(work.model, work.mesh, work.dtype), abstract_cache(work)
-    embedding = 0 if work.model.config.tie_word_embeddings else bytes_on_device(params["embedding"])
 
     def tried(name: str) -> Program | OutOfMemory:
         try:
@@ -84,7 +84,18 @@ def estimate(work: Work, names: Sequence[str], show: Callable[[str], contextlib.
             return error
 
     programs = {name: tried(name) for name in names}
-    return Estimate(work, bytes_on_device(params), embedding, bytes_on_device(cache), cache.num_slots, programs)
+    weights, unread = bytes_on_device(params), _unread(work, params)
+    return Estimate(work, weights, unread, bytes_on_device(cache), cache.num_slots, programs)
+
+
+def _unread(work: Work, params: Any) -> int:
+    config = work.model.config
+    unread = 0 if config.tie_word_embeddings else bytes_on_device(params["embedding"])
+    if config.num_experts is not None:
+        chosen = min(1.0, work.rows // work.data_parallel * config.num_experts_per_tok / config.num_experts)
+        experts = {name: x for name, x in params["layers"].items() if name.startswith("expert_")}
+        unread += round((1 - chosen) * bytes_on_device(experts))
+    return unread
 
 
 def bounds(program: Program, chip: Chip) -> Bounds:

@@ -45,6 +45,21 @@ def test_bytes_are_those_of_the_arrays_that_generation_makes(capsys, config):
         assert found["prefill"]["operations"] > found["step"]["operations"] * LENGTH / 4
 
 
+@pytest.mark.parametrize(("rows", "chosen"), [(1, 2), (3, 6), (9, 8)])
+def test_a_step_reads_the_experts_that_its_tokens_can_choose(capsys, tmp_path, rows, chosen):
+    moe = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG | moe))
+    code, out, _ = run(
+        capsys, "--model", tmp_path / "config.json", *SHORT, "--dtype", "float32", "--json", "--batch-size", rows
+    )
+    found = json.loads(out)["full"]
+    experts = (
+        4 * 8 * 3 * tiny.CONFIG["num_hidden_layers"] * tiny.CONFIG["hidden_size"] * tiny.CONFIG["intermediate_size"]
+    )
+    assert code == 0
+    assert found["step"]["floor"] == found["weights"] + found["cache"] - experts * (8 - chosen) // 8
+
+
 @pytest.mark.slow
 def test_a_table_sets_the_method_beside_the_full_cache(capsys, config, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")

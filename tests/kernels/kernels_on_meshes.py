@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from restkv_jax.kernels import scores
 from restkv_jax.kernels.pairs import Pairs, Queries
+from restkv_jax.kernels.partition import project_back
 from restkv_jax.kernels.quantised import Quantisation, quantise
 from restkv_jax.kernels.quantised_attention import read_quantised
 
@@ -43,3 +44,12 @@ for kernel, arrays in (score, (queries, pairs, gram, weights)), (read, (one, sto
     for x, expected in zip(jax.tree.leaves(divided), jax.tree.leaves(alone), strict=True):
         assert x.sharding.spec == PartitionSpec(*AXES), x.sharding
         np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-6)
+
+# of 3 KV heads none is divided, so that every device has the whole sum already
+product = functools.partial(project_back, "bkgqd,kgdm->bqm")
+for heads in (K, 3):
+    arrays = draw(7, B, heads, G, 8, D), draw(8, heads, G, D, 16)
+    alone = product(*arrays)
+    with jax.set_mesh(mesh):
+        divided = jax.jit(product)(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
+    np.testing.assert_allclose(divided, alone, rtol=1e-4, atol=1e-4)

@@ -137,6 +137,21 @@ def test_tiles_give_the_attention_over_dequantised_pairs(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_small_values_are_kept_in_float16_beside_a_sink(dtype):
+    """A sink's weight is 1 and those of the others e^-10: times a scale of 1e-4 they are below what float16 holds."""
+    normal = np.random.default_rng(9).standard_normal
+    keys, values = 0.01 * normal((1, 1, 1, 1024, 16)), 0.05 + 0.01 * normal((1, 1, 1, 1024, 16))
+    keys[..., 0, :], values[..., 0, :] = 10 / 16, 1e-4
+    stored = quantise(jnp.asarray(keys, jnp.float16), jnp.asarray(values, jnp.float16), Quantisation(dtype, 16))
+    positions = jnp.arange(1024)[None, None]
+    queries = Queries(jnp.ones((1, 1, 1, 1, 16), jnp.float16), jnp.array([[1023]]), 2**30)
+    pairs = Pairs(*jax.tree.map(lambda x: x[0], stored).dequantised(jnp.float32), positions)
+    exact = attend(queries.replace(vectors=queries.vectors.astype(jnp.float32)), pairs)
+    found = read_quantised(queries, stored, jnp.int32(0), positions).context()
+    assert jnp.linalg.norm(found - exact) < 0.005 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_pieces_of_distant_tokens_give_the_softmax_over_dequantised_ones(dtype, monkeypatch):
     """Three blocks of distant keys for two KV heads in four layers, read 40 slots at a time: two groups of 16."""
     monkeypatch.setattr("restkv_jax.kernels.distant.SLOTS_AT_ONCE", 40)

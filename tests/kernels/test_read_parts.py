@@ -165,8 +165,9 @@ def refused(length, **options):
 
 
 def test_what_the_kernels_cannot_take():
-    assert refused(65535) is None and refused(131072, widest=0) is None and refused(131072, widest=4096) is None
+    assert refused(65408) is None and refused(131072, widest=0) is None and refused(131072, widest=4096) is None
     assert "windows of unknown size over 131072 keys are not below 16383" in refused(131072)
+    assert "over 65472 keys are not below 32767" in refused(65472, widest=40000), "they are padded to 65536"
     assert "windows of 32768 over 131072 keys" in refused(131072, widest=32768)
     assert "windows of 20000 over" in refused(131072, widest=0, span=Span(4, 20000, True))
     assert "128 queries and 64 keys are less than a block" in refused(64)

@@ -236,3 +236,11 @@ def test_shared_keys_of_one_layer_each_and_with_eviction(name, loaded):
     np.testing.assert_array_equal(alone.tokens, generate(model, params, tokens, mask).tokens)
     evicted = generate(model, params, tokens, mask, sharing=sharing_of(model, 2), policy=rk.snapkv(20, window=8))
     assert (evicted.lengths == NEW).all()
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic"])
+def test_ministral_3_needs_a_scaling_with_an_original_length(kind):
+    rope = {"rope_theta": 2000.0, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 16}
+    config = FAMILIES["ministral 3"] | {"rope_parameters": rope | {"rope_type": kind, "factor": 2.0}}
+    with pytest.raises(ValueError, match=f"rope_type='{kind}' of model_type='ministral3' is not supported"):
+        read_config(config)

@@ -49,6 +49,11 @@ MODELS = {
         newer_spelling(LLAMA, {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
         {"llama.rope.scale_linear": 3.0},
     ),
+    "llama, linear without a type": (
+        newer_spelling(LLAMA, {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
+        {SCALING + "factor": 3.0},
+    ),
+    "llama, factor 0": (LLAMA, {SCALING + "factor": 0.0}),
     "llama, yarn": (
         newer_spelling(
             LLAMA,

@@ -114,7 +114,7 @@ def packed(values, bits):
     return words
 
 
-def integers(bits, group, symmetric=True, shuffled=False):
+def integers(bits, group, symmetric=True, shuffled=False, unordered=False):
     def quantise(weight):
         group_size = group or weight.shape[1]
         order = torch.arange(weight.shape[1]) // group_size
@@ -132,6 +132,8 @@ def integers(bits, group, symmetric=True, shuffled=False):
             parts["weight_zero_point"] = torch.from_numpy(packed((zeros - low).T, bits).view(np.int32).T.copy())
         if shuffled:
             parts["weight_g_idx"] = order.int()
+        if unordered:
+            parts["weight_g_idx"] = torch.full_like(order, -1).int()
         return parts, (values - zeros[:, order]) * scale[:, order]
 
     return quantise
@@ -142,7 +144,7 @@ PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "con
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [None, 32])
-@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"shuffled": True}])
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"shuffled": True}, {"unordered": True}])
 def test_packed_integers(tmp_path, model, bits, group, options):
     agree(tmp_path, write(tmp_path, model, integers(bits, group, **options), PACKED))
 
@@ -152,6 +154,20 @@ def test_integers_of_8_bits_that_are_not_packed(tmp_path, model):
         scale = weight.abs().amax(1, keepdim=True) / 127
         values = (weight / scale).round()
         return {"weight": values.to(torch.int8), "weight_scale": scale}, values * scale
+
+    agree(tmp_path, write(tmp_path, model, quantise, PACKED | {"format": "int-quantized"}))
+
+
+@pytest.mark.parametrize("order", ["plain", "shuffled", "never stored"])
+def test_integers_of_8_bits_with_a_scale_for_each_group_of_columns(tmp_path, model, order):
+    def quantise(weight):
+        groups = torch.arange(weight.shape[1]) // 32
+        groups = groups[torch.randperm(len(groups))] if order == "shuffled" else groups
+        scale = torch.rand(weight.shape[0], weight.shape[1] // 32) * 0.002 + 0.001
+        values = (weight / scale[:, groups]).round().clamp(-128, 127)
+        stored = {"shuffled": groups.int(), "never stored": torch.full_like(groups, -1).int()}
+        parts = {"weight": values.to(torch.int8), "weight_scale": scale}
+        return parts | ({"weight_g_idx": stored[order]} if order in stored else {}), values * scale[:, groups]
 
     agree(tmp_path, write(tmp_path, model, quantise, PACKED | {"format": "int-quantized"}))
 
