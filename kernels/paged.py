@@ -1,5 +1,6 @@
 """Attention of one query per row over keys in pages, as many as each KV head holds."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,10 @@ MIN_PAGE_SIZE = 8
 
 LANES = 128
 """The TPU's kernel copies rows of whole vector registers."""
+
+
+SCALAR_BYTES = 2**19
+"""Largest table of pages that a TPU kernel is given: half of the scalar memory, where other numbers are too."""
 
 
 class Pages(NamedTuple):
@@ -164,8 +169,8 @@ def _attend_pages_tpu(queries: Queries, pages: Pages, *, is_windowed: bool) -> A
 
     def one_part(queries: Queries, pages: Pages) -> Array:
         vectors, table, lengths = _as_sequences(queries, pages, block)
-        context = kernel(
-            vectors, pages.keys[None], pages.values[None], lengths, table,
+        context = kernel(  # which adds up in the dtype of the queries
+            vectors.astype(jnp.float32), pages.keys[None], pages.values[None], lengths, table,
             pages_per_compute_block=block, attn_logits_soft_cap=queries.soft_cap,
         )  # fmt: skip
         return _as_heads(context, lengths, queries)
@@ -194,12 +199,16 @@ def _refusal_tpu(queries: Queries, pages: Pages, *, is_windowed: bool) -> str | 
     if is_windowed:
         return "the kernel knows no sliding window"
     dim = pages.keys.shape[-1]
-    return f"the head dimension {dim} does not fill registers of {LANES}" if dim % LANES else None
+    if dim % LANES:
+        return f"the head dimension {dim} does not fill registers of {LANES}"
+    return _refusal_of_table(pages)
 
 
 def _refusal_gpu(queries: Queries, pages: Pages, *, is_windowed: bool, interpret: bool = False) -> str | None:
     if is_windowed:
         return "the kernel knows no sliding window"
+    if queries.vectors.dtype == jnp.float16:
+        return "the kernel keeps sums of values in the dtype of the queries, which float16 may not hold"
     page_size, dim = pages.keys.shape[3:]
     if dim & (dim - 1) or dim < 16:
         return f"the head dimension {dim} is not a power of two from 16 on"
@@ -245,9 +254,17 @@ attend_pages = Dispatched(
 read_quantised_pages = Dispatched(
     _read_pages,
     pallas_tpu=Implementation(
-        _read_quantised_pages_tpu, "tpu", lambda queries, pages, **_: refusal(queries, pages.stored.keys)
+        _read_quantised_pages_tpu,
+        "tpu",
+        lambda queries, pages, **_: refusal(queries, pages.stored.keys) or _refusal_of_table(pages),
     ),
 )
+
+
+def _refusal_of_table(pages: AnyPages) -> str | None:
+    """Why the kernels for TPU cannot take a table of pages: they hold that of a part in scalar memory."""
+    size = pages.table.size * pages.table.dtype.itemsize // math.prod(pages.positions.shape[:2])
+    return f"a table of {size:,} bytes does not fit into scalar memory" if size > SCALAR_BYTES else None
 
 
 def page_size_within(slots: int, page_size: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
@@ -167,17 +168,21 @@ def undivide(x: Array, before: str = "") -> Array:
 
 
 def each_part(function: Callable, *trees: Any) -> Any:
-    """Applies a function of one part to pytrees whose leaves begin with [A, M], every device to its own part."""
-    parts = Parts(*jax.tree.leaves(trees)[0].shape[:2])
+    """Applies a function of one part to pytrees whose leaves begin with [A, M], every device to its own part.
 
-    def alone(*trees: Any) -> Any:
-        result = function(*jax.tree.map(lambda x: x.squeeze((0, 1)), trees))
-        return jax.tree.map(lambda x: x[None, None], result)
+    Parts of another number than the mesh has, those of a cache from elsewhere, are on every device, one after the
+    other: kernels can neither be divided by the compiler nor always mapped.
+    """
 
-    if parts == Parts():
-        return alone(*trees)
-    mesh = jax.sharding.get_abstract_mesh()
-    spec = PartitionSpec(*(name if n > 1 else None for name, n in zip(("data", "model"), parts, strict=True)))
-    if parts == Parts(*(mesh.shape.get(name, 1) if name else 1 for name in spec)):
-        return jax.shard_map(alone, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*trees)
-    return jax.vmap(jax.vmap(function))(*trees)  # a cache from a mesh, read without it
+    def of_each(*trees: Any) -> Any:
+        num_rows, num_heads = jax.tree.leaves(trees)[0].shape[:2]
+        results = [
+            function(*jax.tree.map(lambda x, a=a, m=m: x[a, m], trees)) for a, m in np.ndindex(num_rows, num_heads)
+        ]
+        return jax.tree.map(lambda *x: jnp.stack(x).reshape(num_rows, num_heads, *x[0].shape), *results)
+
+    if not (sizes := mesh_sizes()):
+        return of_each(*trees)
+    parts = zip(("data", "model"), jax.tree.leaves(trees)[0].shape, strict=False)
+    spec = PartitionSpec(*(name if n > 1 and n == sizes.get(name) else None for name, n in parts))
+    return jax.shard_map(of_each, in_specs=spec, out_specs=spec, check_vma=False)(*trees)

@@ -121,8 +121,9 @@ def _cost_table(
         "tokens per second", f"{rest / timing.rest:.1f} ({rest} after the first)" if rest else "one token only"
     )
     table.add_row("device", jax.devices()[0].device_kind)
+    reserved = "" if policy.while_generating else f", with {options.max_new_tokens:,} for new tokens"
     table.caption = (
-        f"Slots are allocated per layer and KV head{on_average}, with {options.max_new_tokens:,} for new tokens; "
+        f"Slots are allocated per layer and KV head{on_average}{reserved}; "
         f"the full cache holds the prompt padded to {bucket_length(length):,} tokens."
     )
     return table

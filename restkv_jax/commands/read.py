@@ -55,8 +55,9 @@ def run(args: Sequence[str]) -> None:
         note |= {"raw": options.raw, "tokens": tokens.shape[1]}
         size = save_cache(options.output, cache, model, params, note)
     if not options.quiet:
+        num_slots = cache.num_slots - (0 if policy.while_generating else 1)  # one is for a new token
         Console(highlight=False).print(
-            f"wrote {options.output}: {tokens.shape[1]:,} tokens, {cache.num_slots - 1:,} slots per layer and KV head, "
+            f"wrote {options.output}: {tokens.shape[1]:,} tokens, {num_slots:,} slots per layer and KV head, "
             f"{size:,} bytes",
             soft_wrap=True,
         )

@@ -51,9 +51,11 @@ def traffic(
         if any(f'custom_call_target="{name}"' in instruction.attributes for name in MOVES_NOTHING):
             return Traffic()
         written = _sum(results)
+        read = sum(_moved(shape) * kernel_reads(shape) for shape in sources)
         if said := instruction.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"'):
-            return Traffic(max(0.0, int(said) - written), written)
-        return Traffic(sum(_moved(shape) * kernel_reads(shape) for shape in sources), written)
+            claimed = max(0.0, int(said) - written)  # of pages, as if each head had as many as one can have
+            return Traffic(min(claimed, read) if any(kernel_reads(x) < 1 for x in sources) else claimed, written)
+        return Traffic(read, written)
     if opcode in SLICES:
         return Traffic(sum(x.bytes for x in results) if sources and sources[0].in_hbm else 0.0, _sum(results))
     if opcode in UPDATES:

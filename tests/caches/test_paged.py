@@ -86,6 +86,13 @@ def test_implementations_are_forced_by_name_and_refused_by_reason():
         attend_pages.force("pallas_gpu")(*small, is_windowed=False)
     with pytest.raises(ValueError, match="pages of 8 slots are less than 16"):
         attend_pages.force("pallas_gpu")(*wide, is_windowed=False)
+    queries, pages = ragged_pool(0, dim=128, page_size=16)
+    with pytest.raises(ValueError, match="a table of 1,050,624 bytes does not fit into scalar memory"):
+        large = pages._replace(table=jnp.zeros((114, 8, 288), jnp.int32))
+        attend_pages.force("pallas_tpu")(queries, large, is_windowed=False)
+    with pytest.raises(ValueError, match="sums of values in the dtype of the queries, which float16 may not hold"):
+        half = queries.replace(vectors=queries.vectors.astype(jnp.float16))
+        attend_pages.force("pallas_gpu")(half, pages, is_windowed=False)
     for name in ("pallas_tpu", "pallas_gpu"):
         with pytest.raises(ValueError, match=r"'pallas_.pu'.* no sliding window; take 'reference'"):
             attend_pages.force(name)(*ragged_pool(0, dim=128, page_size=16), is_windowed=True)

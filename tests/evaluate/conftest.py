@@ -8,7 +8,7 @@ from restkv_jax.evaluate.tasks import essays
 SENTENCES = [f"Essay {i} says in so many words that nothing is written." for i in range(400)]
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def essay_file(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cache")
     (directory / essays.FILE).write_text("\n".join(SENTENCES))

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from restkv_jax.kernels import scores
+from restkv_jax.kernels import dispatch, scores
+from restkv_jax.kernels.paged import Pages, attend_pages
 from restkv_jax.kernels.pairs import Pairs, Queries
 from restkv_jax.kernels.partition import project_back
 from restkv_jax.kernels.quantised import Quantisation, quantise
 from restkv_jax.kernels.quantised_attention import read_quantised
+from restkv_jax.models.experts import Experts, mix_experts
 
 B, K, G, W, T, D = 2, 2, 2, 3, 140, 8
 AXES = "data", "model", "group"
@@ -53,3 +56,32 @@ for heads in (K, 3):
     with jax.set_mesh(mesh):
         divided = jax.jit(product)(*jax.device_put(arrays, NamedSharding(mesh, PartitionSpec())))
     np.testing.assert_allclose(divided, alone, rtol=1e-4, atol=1e-4)
+
+# a cache is read wherever it was made: its parts need not be those of the mesh
+page_size, places = 16, 4
+for num_rows, num_heads in (2, 2), (1, 1), (2, 1), (1, 2):
+    held = (num_rows, num_heads, B * K * places // (num_rows * num_heads))
+    pool = draw(9, *held, page_size, 128), draw(10, *held, page_size, 128), jnp.zeros((*held, page_size), jnp.int32)
+    table = jnp.arange(held[2]).reshape(B // num_rows, K // num_heads, places)
+    pages = Pages(*pool, jnp.tile(table, (num_rows, num_heads, 1)), jnp.array([[50, 64], [1, 17]]))
+    asked = Queries(draw(11, B, K, 4, 1, 128), jnp.full((B, 1), 99), 100)
+    attend = functools.partial(attend_pages, is_windowed=False)
+    alone = jax.jit(attend)(asked, pages)
+    with jax.set_mesh(mesh):
+        divided = jax.jit(attend)(asked, pages)
+        dispatch.target_platform, before = (lambda: "tpu"), dispatch.target_platform
+        program = jax.jit(functools.partial(attend)).trace(asked, pages).lower(lowering_platforms=("tpu",))
+        dispatch.target_platform = before
+    np.testing.assert_allclose(divided, alone, rtol=1e-5, atol=1e-5)
+    assert "tpu_custom_call" in program.as_text(), (num_rows, num_heads)
+
+# of a mixture of experts a device multiplies the tokens of its own rows
+mix = functools.partial(mix_experts, per_token=2, normalise=True, activation=jax.nn.silu)
+x, experts = draw(12, B, T, 16), Experts(draw(13, 16, 4), draw(14, 4, 16, 24), draw(15, 4, 16, 24), draw(16, 4, 24, 16))
+with jax.set_mesh(mesh):
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    program = jax.jit(mix).lower(x, experts).compile()
+    divided = program(x, experts)
+np.testing.assert_allclose(divided, mix(x, experts), rtol=1e-4, atol=1e-4)
+products = re.findall(r"= f32\[(\d+),\d+\]\S* dot\(", program.as_text())
+assert max(map(int, products)) == 2 * T, products
