@@ -154,6 +154,17 @@ def test_what_was_read_without_the_models_sharing_goes_on_without(capsys, monkey
     assert said.endswith(resumed) and resumed and err == ""
 
 
+def test_slots_that_are_said_to_hold_the_document_are_those_there_are(capsys, model, tmp_path):
+    for options in (
+        [],
+        ["--while-generating"],
+        ["--while-generating", "--cache-dtype", "int8(group_size=8,residual=16)"],
+    ):
+        args = ["--model", model, "--budget", 64, "--output", tmp_path / "a.cache"]
+        code, out, _ = run(capsys, "read", TEXT, *args, *options)
+        assert code == 0 and "64 slots per layer" in out
+
+
 def test_a_chat_is_not_asked_as_a_document(capsys, monkeypatch, model, tmp_path):
     chat(capsys, monkeypatch, model, f"Hello\n/save {tmp_path / 'a.cache'}\n", "--quiet")
     code, out, err = run(capsys, "ask", tmp_path / "a.cache", "What?")

@@ -16,7 +16,7 @@ pytest.importorskip("yaml")
 
 import restkv_jax as rk
 from restkv_jax.commands.cli import main
-from restkv_jax.evaluate.grid import Grid, policies
+from restkv_jax.evaluate.grid import CacheConfig, Grid, policies
 from restkv_jax.evaluate.report.plots import plot_divergence
 from restkv_jax.evaluate.report.summary import rank_divergences
 from restkv_jax.evaluate.results import read_lines, read_results
@@ -123,12 +123,18 @@ def test_table_has_means_and_standard_errors_and_the_lowest_is_best(sweep, capsy
     assert expected in capsys.readouterr().out
     report = (sweep / "report.md").read_text()
     assert expected in report and "nats per token" in report and "## Scores" not in report
-    by_config = {
-        cell.config: dict(enumerate(values.nats)) for cell, values in results.divergences.items() if cell.config.budget
-    }
+
+
+def test_the_lowest_divergence_is_best_and_what_is_surely_higher_differs():
+    random = np.random.default_rng(0).random
+    nats = {"laprox": 1 + 0.1 * random(12), "h2o": 0.5 + 0.1 * random(12)}
+    nats["snapkv"] = nats["h2o"] + 0.001 + 0.05 * (-1.0) ** np.arange(12)
+    by_config = {CacheConfig(name, "64"): dict(enumerate(values)) for name, values in nats.items()}
     standings = rank_divergences(by_config, list(by_config))
-    best = min(by_config, key=lambda config: nats[config.label].mean())
-    assert [config for config, standing in standings.items() if standing.is_best] == [best]
+    assert [config.method for config, standing in standings.items() if standing.is_best] == ["h2o"]
+    assert [config.method for config, standing in standings.items() if standing.differs_from_best] == ["laprox"]
+    for config, standing in standings.items():
+        assert standing.estimate.mean == pytest.approx(nats[config.method].mean())
 
 
 def test_picture_has_means_by_budget_with_standard_errors(sweep):

@@ -344,6 +344,45 @@ def test_h2o_sums_causal_attention_over_all_queries():
     np.testing.assert_allclose(ev.scores[0], expected, rtol=1e-4)
 
 
+def test_knorm_keeps_the_keys_of_smallest_norm():
+    arrays = arrays_of(30)
+    ev = evict(policy_of("knorm"), *arrays)
+    norms = np.linalg.norm(arrays[1][0, :, :-WINDOW], axis=-1)
+    np.testing.assert_allclose(ev.scores[0], -norms, rtol=1e-5)
+    best = np.sort(np.argsort(norms, axis=-1)[:, : BUDGET - WINDOW], axis=-1)
+    np.testing.assert_array_equal(ev.positions[0, :, : BUDGET - WINDOW], best)
+
+
+def test_tova_looks_at_the_last_query_alone_and_at_all_heads():
+    queries, keys, values, projection = arrays_of(31)
+    ev = evict(policy_of("tova"), queries, keys, values, projection)
+    logits = np.einsum("hd,hnd->hn", queries[0, :, -1], np.repeat(keys[0], HEADS // KV_HEADS, axis=0)) / DIM**0.5
+    attention = np.asarray(jax.nn.softmax(logits)).mean(0)[:-WINDOW]
+    np.testing.assert_allclose(ev.scores[0], np.tile(attention, (KV_HEADS, 1)), rtol=1e-4)
+
+
+def test_random_scores_differ_by_seed_layer_and_head():
+    view = LayerView(0, Queries(jnp.zeros((1, 2, 1, 1, 8)), jnp.array([[39]]), UNLIMITED), jnp.zeros((2, 1, 8, 4)))
+    pairs = Pairs(*jnp.zeros((2, 1, 2, 40, 8)), jnp.arange(40)[None, None])
+    of = lambda seed, layer: np.asarray(rk.random(seed=seed).scorer(view._replace(index=layer), pairs, 4))  # noqa: E731
+    drawn = [of(0, 0), of(1, 0), of(0, 1)]
+    assert len({float(x[0, head, 0, 0]) for x in drawn for head in range(2)}) == 6
+    np.testing.assert_array_equal(drawn[0], of(0, 0))
+    assert all(((x >= 0) & (x < 1)).all() for x in drawn)
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_in_bfloat16_scores_are_computed_in_float32(name):
+    normal, dim = np.random.default_rng(32).standard_normal, 16  # of which the scale of logits is a power of two
+    shapes = (1, HEADS, LENGTH, dim), (1, KV_HEADS, LENGTH, dim), (1, KV_HEADS, LENGTH, dim), (HEADS, dim, MODEL_DIM)
+    arrays = [jnp.asarray(normal(shape), jnp.bfloat16) for shape in shapes]
+    found = evict(policy_of(name), *arrays)
+    expected = evict(policy_of(name), *(x.astype(jnp.float32) for x in arrays))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4 if name in CROSSES_ZERO else 0}
+    np.testing.assert_allclose(found.scores, expected.scores, **tolerance)
+    np.testing.assert_array_equal(found.positions, expected.positions)
+
+
 def test_streaming_llm_keeps_sinks_and_the_most_recent():
     ev = evict(rk.streaming_llm(12, sinks=4), *arrays_of(9))
     np.testing.assert_array_equal(ev.positions[0, 0], [0, 1, 2, 3, *range(LENGTH - 8, LENGTH)])

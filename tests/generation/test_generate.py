@@ -317,6 +317,18 @@ def test_sampling_is_reproducible_and_greedy_at_zero_temperature():
     np.testing.assert_array_equal(draw(key=jax.random.PRNGKey(1)).tokens, first)
 
 
+def test_rows_and_steps_are_drawn_independently():
+    model, params = tiny()
+    tokens = np.tile(prompts((30,))[0], (2, 1))
+    key = jax.random.key(5)
+    draw = functools.partial(rk.generate, model, params, tokens, None, None, 30, temperature=1e6)
+    out = np.asarray(draw(key=key).tokens)
+    assert (out[0] != out[1]).any()
+    by_row = jnp.stack([jax.random.fold_in(key, row) for row in range(2)])
+    np.testing.assert_array_equal(out, draw(key=by_row).tokens)
+    assert all(len(set(row)) > 10 for row in out.tolist()), "a step that drew as the one before would repeat its token"
+
+
 @given(seed=st.integers(0, 999), top_k=st.integers(1, 8), top_p=st.floats(0.05, 1.0))
 @settings(max_examples=30, deadline=None)
 def test_truncated_sampling_draws_only_allowed_tokens(seed, top_k, top_p):
