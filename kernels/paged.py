@@ -26,7 +26,6 @@ MIN_PAGE_SIZE = 8
 LANES = 128
 """The TPU's kernel copies rows of whole vector registers."""
 
-
 SCALAR_BYTES = 2**19
 """Largest table of pages that a TPU kernel is given: half of the scalar memory, where other numbers are too."""
 
@@ -204,6 +203,12 @@ def _refusal_tpu(queries: Queries, pages: Pages, *, is_windowed: bool) -> str | 
     return _refusal_of_table(pages)
 
 
+def _refusal_of_table(pages: AnyPages) -> str | None:
+    """Why the kernels for TPU cannot take a table of pages: they hold that of a part in scalar memory."""
+    size = pages.table.size * pages.table.dtype.itemsize // math.prod(pages.positions.shape[:2])
+    return f"a table of {size:,} bytes does not fit into scalar memory" if size > SCALAR_BYTES else None
+
+
 def _refusal_gpu(queries: Queries, pages: Pages, *, is_windowed: bool, interpret: bool = False) -> str | None:
     if is_windowed:
         return "the kernel knows no sliding window"
@@ -259,12 +264,6 @@ read_quantised_pages = Dispatched(
         lambda queries, pages, **_: refusal(queries, pages.stored.keys) or _refusal_of_table(pages),
     ),
 )
-
-
-def _refusal_of_table(pages: AnyPages) -> str | None:
-    """Why the kernels for TPU cannot take a table of pages: they hold that of a part in scalar memory."""
-    size = pages.table.size * pages.table.dtype.itemsize // math.prod(pages.positions.shape[:2])
-    return f"a table of {size:,} bytes does not fit into scalar memory" if size > SCALAR_BYTES else None
 
 
 def page_size_within(slots: int, page_size: int) -> int:

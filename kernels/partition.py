@@ -106,7 +106,7 @@ def project_back(equation: str, x: Array, weight: Array) -> Array:
     terms = [" ".join(term) for term in equation.partition("->")[0].split(",")]
     length = x.shape[terms[0].split().index("q")]
     specs = tuple(spec_of(axes, array.shape, sizes) for axes, array in zip(terms, (x, weight), strict=True))
-    divided = {name for part in specs[0] if part is not None for name in ((part,) if isinstance(part, str) else part)}
+    divided = jax.tree.leaves(tuple(specs[0]))
     is_whole = any(sizes[name] > 1 and name not in divided for name in names)  # each device then has the sum already
     if not names or "repeat" in names or length % layer_parts() or is_whole:
         return on_mesh(jnp.einsum(equation, x, weight), "b t m")

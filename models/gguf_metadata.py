@@ -109,8 +109,7 @@ def _own_fields(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
 
 def _rope(own: Mapping[str, Any], divisors: np.ndarray | None, head_dim: int) -> dict[str, Any]:
-    older = own.get("rope.scale_linear", 1.0)
-    factor = own.get("rope.scaling.factor", older) or 1.0  # 0 is none, as in llama.cpp
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear")) or 1.0  # 0 is none, as in llama.cpp
     kind = own.get("rope.scaling.type", "none" if factor == 1 else "linear")
     for name in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
         if own.get(f"rope.scaling.{name}", 1.0) != 1.0:

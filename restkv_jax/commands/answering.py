@@ -1,11 +1,13 @@
-"""What commands that answer share: how tokens are drawn, and the options of it."""
+"""What commands that answer share: how tokens are drawn, the options of it, and what a file of theirs says."""
 
 import dataclasses
+import pathlib
 from typing import Annotated, Any
 
 import jax
 from cyclopts import Parameter
 
+from restkv_jax.caches.stored import read_header
 from restkv_jax.commands.options import UsageError, as_usage_error, print_notice
 from restkv_jax.generation.checks import check_sampling
 from restkv_jax.generation.detokenising import check_stop
@@ -59,6 +61,16 @@ def check_answer(options: AnswerOptions) -> dict[str, Any]:
     with as_usage_error():
         check_sampling(key, *(given.get(name) for name in SAMPLING))
     return given | {"key": key, "stop": stop}
+
+
+def read_note(path: pathlib.Path) -> dict[str, Any]:
+    """What `restkv read` or `restkv chat` noted in a file of a cache; nothing in one that was written otherwise.
+
+    Raises:
+      ValueError, OSError: no such file.
+    """
+    note = read_header(path).note
+    return note if isinstance(note, dict) else {}
 
 
 def with_own(own: SamplingDefaults, given: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from restkv_jax.caches.base import repeat_rows
-from restkv_jax.caches.stored import load_cache, read_header
-from restkv_jax.commands.answering import AnswerOptions, check_answer, with_own
+from restkv_jax.caches.stored import load_cache
+from restkv_jax.commands.answering import AnswerOptions, check_answer, read_note, with_own
 from restkv_jax.commands.options import MeshOptions, UsageError, as_usage_error, chosen_mesh, parse
 from restkv_jax.commands.progress import show_while
 from restkv_jax.generation.encoding import encode_continuation, encode_question, pad_left
@@ -41,8 +41,7 @@ def run(args: Sequence[str]) -> None:
     if not options.questions:
         raise UsageError("no question; give one or several, each in quotes, after the file")
     with as_usage_error():
-        note = read_header(options.cache).note
-    note = note if isinstance(note, dict) else {}
+        note = read_note(options.cache)
     if "messages" in note:
         raise UsageError(f"{str(options.cache)!r} holds a chat; `restkv chat --resume` goes on with it")
     with as_usage_error(), show_while("loading the model and the cache"):

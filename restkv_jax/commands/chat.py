@@ -12,8 +12,8 @@ import jax
 from rich.console import Console
 
 from restkv_jax.caches.base import cache_bytes
-from restkv_jax.caches.stored import load_cache, read_header, save_cache
-from restkv_jax.commands.answering import AnswerOptions, check_answer, with_own
+from restkv_jax.caches.stored import load_cache, save_cache
+from restkv_jax.commands.answering import AnswerOptions, check_answer, read_note, with_own
 from restkv_jax.commands.method_options import parse_with_method
 from restkv_jax.commands.options import (
     CacheOptions,
@@ -98,8 +98,8 @@ class Chat:
 
     def resume(self, path: pathlib.Path) -> None:
         """Goes on with the conversation of a file."""
-        note = read_header(path).note
-        if not isinstance(note, dict) or not isinstance(note.get("messages"), list):
+        note = read_note(path)
+        if not isinstance(note.get("messages"), list):
             raise UsageError(f"--resume {str(path)!r} holds a cache, but not a chat; `restkv ask` reads it")
         cache = load_cache(path, self.loaded.model, self.loaded.params)
         self.conversation = Conversation(tuple(note["messages"]), cache, tuple(map(int, note.get("unread", ()))))
@@ -122,8 +122,7 @@ def run(args: Sequence[str]) -> None:
     if options.resume is not None and options.system is not None:
         raise UsageError("--resume and --system are both given; the chat that goes on has its own beginning")
     with as_usage_error(), show_while("loading the model", quiet=options.quiet):
-        note = {} if options.resume is None else read_header(options.resume).note
-        note = note if isinstance(note, dict) else {}
+        note = {} if options.resume is None else read_note(options.resume)
         name, dense = options.model or note.get("model"), options.dense or note.get("dense", False)
         mesh = chosen_mesh(options.model_parallel, options.data_parallel)
         loaded = load_checkpoint(name, options.dtype, dense=dense, mesh=mesh)

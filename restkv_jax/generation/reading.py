@@ -87,9 +87,8 @@ def prefill(
         distant tokens, of which a block and KV head keeps one set, by the sum of its layers' scores; in percent it is
         of the bucket all the same.
       segment_size: reads the prompt in segments of so many tokens and evicts after each, so that memory follows the
-        segment and the budget, not the prompt; later segments see what was kept of earlier ones. One of more than
-        `chunk_size` should be a multiple of 64, or be divided by another large number: its chunks are of one size.
-        None reads all at once.
+        segment and the budget, not the prompt; later segments see what was kept of earlier ones. Chunks are the
+        largest divisor of it that `chunk_size` allows, so that a prime number is slow. None reads all at once.
       cache_dtype: what keys and values are stored in: "int8", "int4" or "float8_e4m3fn", or with the sizes of groups
         and residual window "int4(group_size=32, residual=64)", or a `Quantisation`; None stores them as they are. They
         are judged in full precision, before.
@@ -225,13 +224,13 @@ def check_and_pad(
     quantisation = check_cache_dtype(cache_dtype, model, cache)
     if segment_size is not None:
         check_segments(segment_size, cache, kept)
-    length = bucket_length(tokens.shape[1])
+    length = bucket = bucket_length(tokens.shape[1])
     if segment_size is not None and segment_size < length:
         length = segment_size * _rounded_up(-(-tokens.shape[1] // segment_size))
     else:
         segment_size = None
     if cache is None:
-        kept = tuple(policy.resolved(bucket_length(tokens.shape[1])) for policy in kept)
+        kept = tuple(policy.resolved(bucket) for policy in kept)
         check_residual(quantisation, kept, model.sharing)
         plan = Plan(kept, max_new_tokens, chunk_size, length, segment_size=segment_size, quantisation=quantisation)
         return Prompt(model, *pad_left(tokens, mask, length), None, plan)

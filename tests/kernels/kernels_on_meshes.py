@@ -1,4 +1,7 @@
-"""What each device's own rows and heads give by kernels for TPU, interpreted: `python kernels_on_meshes.py` asserts."""
+"""What devices of a mesh give with rows and heads of their own, and of caches from elsewhere; kernels interpreted.
+
+`python kernels_on_meshes.py` asserts.
+"""
 
 import functools
 import os
