@@ -241,8 +241,9 @@ def read(
 ) -> tuple[Array, Any]:
     """Runs the layers over whole sequences with the model's own attention, that of its sharing if it has one.
 
-    Differentiable. With `checkpoint` a backward pass stores a layer's input, and the leaders' keys, and recomputes what
-    is in the layer; attention within it stores no probabilities.
+    Differentiable. Of parameters on a mesh of TPUs or GPUs call it under `jax.set_mesh(mesh)`, by which attention
+    kernels are divided among devices. With `checkpoint` a backward pass stores a layer's input, and the leaders' keys,
+    and recomputes what is in the layer; attention within it stores no probabilities.
 
     Args:
       model: a `Decoder`.

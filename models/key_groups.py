@@ -124,8 +124,9 @@ class LayerGroups:
           name: of the model, such as its id on the hub; `load` compares it.
 
         Raises:
-          ValueError: groups that cannot be of this model.
+          ValueError: groups that cannot be of this model; a file that says how an adapted model shares keys.
         """
+        check_groups_file(path)
         _write(path, self, model, {"name": name})
 
     @classmethod
@@ -217,6 +218,20 @@ class Sharing:
 
 SIZES = "sink", "recent", "skip_threshold"
 """What a file of an adapted model says besides its groups."""
+
+
+def check_groups_file(path: str | os.PathLike) -> None:
+    """Refuses to write groups over what `Sharing.save` wrote: the model beside it would share no keys any more.
+
+    Raises:
+      ValueError: such a file.
+    """
+    try:
+        fields = json.loads(_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(fields, dict) and fields.keys() >= set(SIZES):
+        raise ValueError(f"{_file(path)} says how an adapted model shares keys, and would be lost; give another file")
 
 
 def _write(path: str | os.PathLike, groups: LayerGroups, model: "Decoder", fields: dict[str, Any]) -> None:

@@ -13,14 +13,15 @@ from safetensors.numpy import save_file
 from restkv_jax.models.config import to_hugging_face
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.files import write_json
-from restkv_jax.models.key_groups import FILE
+from restkv_jax.models.key_groups import FILE as GROUPS_FILE
 from restkv_jax.models.mesh import fetched, spans_processes
 from restkv_jax.models.sampling_defaults import GENERATION_CONFIG, SamplingDefaults, sampling_fields
 from restkv_jax.models.tensors import Tensor, checkpoint_tensors, flatten, fused_names, parameter_shapes, to_checkpoint
+from restkv_jax.models.tokenizer import FILES as TOKENIZER_FILES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MODEL_FILES = ("model*.safetensors", INDEX, "config.json", GENERATION_CONFIG, FILE)
+MODEL_FILES = ("model*.safetensors", INDEX, "config.json", GENERATION_CONFIG, GROUPS_FILE)
 """What `save_model` replaces in a directory that exists."""
 
 
@@ -34,7 +35,8 @@ def save_model(
     """Writes a checkpoint that `load_model` and `transformers` load: configuration, weights, tokenizer, sharing.
 
     The files are written into a temporary directory beside, which then takes the place of `directory`: it is never
-    seen half-written. Of a directory that exists the model's files are replaced and all others kept.
+    seen half-written. Of a directory that exists the model's files, and with a tokenizer the tokenizer's, are replaced
+    and all others kept.
 
     Args:
       directory: made if it does not exist.
@@ -59,9 +61,10 @@ def save_model(
     try:
         fields = to_hugging_face(model.config) | {"dtype": str(params["embedding"].dtype)}
         write_json(unfinished / "config.json", fields)
-        if model.config.sampling != SamplingDefaults():
+        sampling = sampling_fields(model.config.sampling)
+        if sampling != sampling_fields(SamplingDefaults()):
             ids = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            write_json(unfinished / GENERATION_CONFIG, ids | sampling_fields(model.config.sampling))
+            write_json(unfinished / GENERATION_CONFIG, ids | sampling)
         _write_weights(
             unfinished, model.config.model_type, checkpoint_tensors(model), params, max_shard_bytes, is_first
         )
@@ -70,7 +73,7 @@ def save_model(
         if model.sharing is not None:
             model.sharing.save(unfinished, model)
         if is_first:
-            _replace_directory(unfinished, directory)
+            _replace_directory(unfinished, directory, MODEL_FILES + (() if tokenizer is None else TOKENIZER_FILES))
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -136,8 +139,8 @@ def _write_weights(
         write_json(directory / INDEX, {"metadata": {"total_size": sum(map(size, stored))}, "weight_map": weight_map})
 
 
-def _replace_directory(new: pathlib.Path, directory: pathlib.Path) -> None:
-    """Renames `new` to `directory`, keeping those files of a directory there that do not belong to a model."""
+def _replace_directory(new: pathlib.Path, directory: pathlib.Path, replaced: tuple[str, ...]) -> None:
+    """Renames `new` to `directory`, keeping those files of a directory there that match none of `replaced`."""
     if not directory.exists():
         new.rename(directory)
         return
@@ -145,6 +148,6 @@ def _replace_directory(new: pathlib.Path, directory: pathlib.Path) -> None:
     directory.rename(old)
     new.rename(directory)
     for path in old.iterdir():
-        if not (directory / path.name).exists() and not any(path.match(pattern) for pattern in MODEL_FILES):
+        if not (directory / path.name).exists() and not any(path.match(pattern) for pattern in replaced):
             path.rename(directory / path.name)
     shutil.rmtree(old)

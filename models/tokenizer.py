@@ -10,6 +10,8 @@ from restkv_jax.models.files import one_line, read_json, refuse_pointer
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES = (*VOCABULARIES, *SETTINGS, "merges.txt", "chat_template.*", "additional_chat_templates")
+"""Patterns of all that a tokenizer may be in."""
 SENTENCEPIECE = 'install what reads it with `pip install "transformers[sentencepiece,tiktoken]"`'
 
 

@@ -327,7 +327,7 @@ def training_memory(options: Options) -> list[str]:
         peaks = []
         for sharing in (None, rk.pod.Sharing(groups, recent=1008)):
             program = make_program(model.clone(sharing=sharing), training, make_mesh())
-            compiled = program.step.lower(program.state, program.frozen, program.batch).compile()
+            compiled = program.lower().compile()
             peaks.append(memory_of(compiled)[0])
         own, shared = peaks
         rows.append(f"| {options.lengths[0]:,} | {dtype} | {own:.0f} MiB | {shared:.0f} MiB | {shared / own:.2f} |")

@@ -168,9 +168,8 @@ def report(results: pathlib.Path) -> None:
             selection = select(combined.grid, pairs, [method for method in DRAWN if method in methods])
             title = f"SmolLM2-135M-Instruct, {folder.name}"
             with tempfile.TemporaryDirectory() as temporary:
-                written = pathlib.Path(temporary) / folder.name  # which the report names
-                written.mkdir()
-                write_report(written, title=title, results=combined, selection=selection)
+                written = pathlib.Path(temporary)
+                write_report(written, None, title, combined, selection, command="make report-real")
                 for path in written.iterdir():
                     _keep(path, folder / path.name)
 

@@ -50,6 +50,9 @@ from restkv_jax.progress import make_progress
 HEARTBEAT_SECONDS = 30
 """Without a sign of life from a process after which the others end."""
 
+LOG_WIDTH = 1000
+"""Most characters of a line where no terminal limits it."""
+
 COLUMNS = (
     TextColumn("evaluating"),
     BarColumn(),
@@ -141,6 +144,8 @@ def _sweep(options: EvaluateOptions, grid: Grid, settings: RunSettings) -> None:
         loaded = load_checkpoint(grid.model, grid.dtype, dense=grid.dense, mesh=mesh)
     if options.errors and loaded.model.sharing is not None:
         raise UsageError("--errors is for models that do not share keys; leave it out, or give --dense")
+    if options.errors and grid.cache_dtype is not None:
+        raise UsageError("--errors is of caches in the model's dtype; leave it out, or --cache-dtype")
     check_sweep(loaded, grid)
     _open(options.output, grid, checksum(loaded.params))
     # a batch may take minutes, and the time left is estimated from several
@@ -174,8 +179,17 @@ def _report(options: EvaluateOptions, quiet: bool = False) -> None:
     report = write_report(options.output, plot_example(options.output))
     if not (options.quiet or quiet):
         for table in score_tables(read_results(options.output)):
-            Console().print(table)
+            _print(table)
         print(f"wrote {report}")
+
+
+def _print(table: Table) -> None:
+    """Prints a table, in a file or a pipe as wide as it is."""
+    console = Console()
+    if not console.is_terminal:
+        wide = console.options.update(max_width=LOG_WIDTH)
+        console.width = max(console.width, console.measure(table, options=wide).maximum)
+    console.print(table)
 
 
 def measure_once(options: EvaluateOptions, loaded: Loaded, grid: Grid, settings: RunSettings) -> bool:
@@ -253,7 +267,10 @@ def score_tables(results: Results) -> list[Table]:
 def _table(grid: Grid, scenario: Scenario, count: int, texts: dict[CacheConfig, str], unit: str = "") -> Table:
     columns = [None, *grid.budgets]
     title = f"{scenario.task}, {scenario.length:,} tokens, {count} prompts{unit}"
-    table = Table("method", *(budget or "" for budget in columns), title=title)
+    table = Table(title=title)
+    table.add_column("method", overflow="fold")
+    for budget in columns:
+        table.add_column(budget or "", no_wrap=True, overflow="fold")
     for method in grid.methods:
         table.add_row(method, *(texts.get(CacheConfig(method, budget), "") for budget in columns))
     return table

@@ -50,6 +50,8 @@ class PlanOptions:
       dtype: of weights and cache.
       cache_dtype: as of `restkv generate`.
       pod_groups: file of the layers that share keys, as `restkv pod` writes it.
+      sink: tokens at the beginning whose keys each layer keeps; what the file says, or 16, if left out.
+      recent: tokens at the end whose keys each layer keeps; what the file says, or 4,080, if left out.
       dense: leave out the sharing of keys that the model was adapted to.
       only: compile the prefill, which takes minutes for a long prompt, or the step of decoding alone.
       max: find the most prompts that fit, too; this compiles several times.
@@ -67,6 +69,8 @@ class PlanOptions:
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     cache_dtype: str | None = None
     pod_groups: pathlib.Path | None = None
+    sink: int | None = None
+    recent: int | None = None
     dense: bool = False
     only: Literal["prefill", "step"] | None = None
     max: bool = False
@@ -111,9 +115,14 @@ def _works(options: PlanOptions, policy: EvictionPolicy) -> tuple[dict[str, Work
 def _model(options: PlanOptions) -> Decoder:
     model = build_model(options.model)
     if options.pod_groups is not None:
-        return model.clone(sharing=Sharing(LayerGroups.load(options.pod_groups, model)))
-    adapted = None if options.dense or not options.model.is_dir() else Sharing.load(options.model, model)
-    return model.clone(sharing=adapted)
+        sharing = Sharing.load(options.pod_groups, model) or Sharing(LayerGroups.load(options.pod_groups, model))
+    else:
+        directory = options.model if options.model.is_dir() else options.model.parent
+        sharing = None if options.dense else Sharing.load(directory, model)
+    sizes = {name: getattr(options, name) for name in ("sink", "recent") if getattr(options, name) is not None}
+    if sizes and sharing is None:
+        raise ValueError(f"--{' and --'.join(sizes)} without shared keys; give --pod-groups FILE")
+    return model.clone(sharing=sharing and dataclasses.replace(sharing, **sizes))
 
 
 def _mesh(options: PlanOptions, model: Decoder, topology: Topology) -> Mesh:
@@ -127,7 +136,7 @@ def _mesh(options: PlanOptions, model: Decoder, topology: Topology) -> Mesh:
 def _parts(model: Decoder, chips: int, rows: int) -> int:
     """How many chips share the weights: as many as KV heads can be divided among, more where rows are too few."""
     config = model.config
-    features = math.gcd(chips, config.intermediate_size, config.vocab_size)
+    features = math.gcd(chips, config.intermediate_size)
     able = [n for n in range(1, features + 1) if features % n == 0 and rows % (chips // n) == 0]
     return max(able, key=lambda n: (config.num_key_value_heads % n == 0, n), default=features)
 

@@ -91,7 +91,7 @@ def run_adapt(args: Sequence[str]) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs with its stack what it raises anyway
     with as_usage_error():
         with show_while("loading the model", quiet=options.quiet):
-            model, params, tokenizer = load_checkpoint(options.model, "float32", dense=options.dense)
+            model, params, tokenizer = load_checkpoint(options.model, "float32", dense=options.dense, mesh=mesh)
         sharing = None
         if options.groups is not None:
             sharing = Sharing(LayerGroups.load(options.groups, model), **proximal)

@@ -11,7 +11,7 @@ from restkv_jax.commands.options import UsageError, as_usage_error, parse
 from restkv_jax.commands.plot import check_picture
 from restkv_jax.commands.progress import show_while
 from restkv_jax.loading import DType, Loaded, load_checkpoint
-from restkv_jax.models.key_groups import FILE, LayerGroups
+from restkv_jax.models.key_groups import FILE, LayerGroups, check_groups_file
 from restkv_jax.pod.adaptation.data import Sequences, check_vocabulary, read_sequences
 from restkv_jax.pod.plot import plot_groups
 from restkv_jax.pod.similarity import attention_similarity, group_layers
@@ -87,6 +87,8 @@ def run(args: Sequence[str]) -> None:
 def _check(options: GroupsOptions) -> None:
     if not options.output.resolve().parent.is_dir():
         raise UsageError(f"--output {str(options.output)!r}: its directory does not exist; create it first")
+    with as_usage_error("--output: "):
+        check_groups_file(options.output)
     if options.samples < 1:
         raise UsageError(f"--samples {options.samples} must be at least 1")
     if not options.threshold >= 0:

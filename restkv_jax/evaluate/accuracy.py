@@ -14,6 +14,8 @@ from restkv_jax.generation.generating import generate_each
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.models.key_groups import Sharing
 
+LIST_NUMBER = re.compile(r"(?:^|\s)\d{1,2}\.\s")
+
 
 class Accuracy(NamedTuple):
     """`correct` of `total` prompts answered exactly, and the limits of the share's 95 % Wilson interval."""
@@ -91,9 +93,16 @@ def generate_texts(
 
 
 def is_exact(text: str, answers: Sequence[str]) -> bool:
-    """Whether the words and numbers of the text are those of the answers, in any order, upper or lower case alike."""
-    said, expected = (sorted(re.findall(r"\w+", each.lower())) for each in (text, " ".join(answers)))
-    return said == expected
+    """Whether the words and numbers of the text are those of the answers, in any order, upper or lower case alike.
+
+    The numbers of a list, "1. ", do not count.
+    """
+    expected = _words(" ".join(answers))
+    return expected in (_words(text), _words(LIST_NUMBER.sub(" ", text)))
+
+
+def _words(text: str) -> list[str]:
+    return sorted(re.findall(r"\w+", text.lower()))
 
 
 def match_share(text: str, answers: Sequence[str]) -> float:

@@ -1,11 +1,12 @@
 """Several sweeps of the same prompts as one, of all their tasks, methods, budgets and lengths."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from restkv_jax.evaluate.grid import Grid
-from restkv_jax.evaluate.results import Cell, Divergences, Results, Scores
+from restkv_jax.evaluate.results import Cell, Divergences, File, Results, Scores
 from restkv_jax.eviction.budgets import budget_slots, parse_budget
 
 UNITED = ("tasks", "methods", "budgets", "lengths")
@@ -17,12 +18,22 @@ Values = TypeVar("Values", Scores, Divergences)
 def combine(sweeps: Sequence[Results]) -> Results:
     """Sweeps as one; of a cell that several have, the one with most prompts. Costs and errors are those of the first.
 
+    The times in which prompts were read for all configurations are left out where sweeps have other configurations.
+
     Raises:
       ValueError: sweeps of other models or prompts, by name what differs.
     """
     grid = _unite([sweep.grid for sweep in sweeps])
+    if len({sweep.weights for sweep in sweeps}) > 1:
+        raise ValueError("the model's weights are not the same in all sweeps; report on each by itself")
+    files: dict[str, File] = {}
+    for path, file in itertools.chain.from_iterable(sweep.files.items() for sweep in sweeps):
+        if files.setdefault(path, file).digest != file.digest:
+            raise ValueError(f"the file {path!r} is not the same in all sweeps; report on each by itself")
+    alike = len({(sweep.grid.methods, sweep.grid.budgets) for sweep in sweeps}) == 1
     cells, divergences = (_most([getattr(sweep, name) for sweep in sweeps]) for name in ("cells", "divergences"))
-    return sweeps[0]._replace(grid=grid, cells=cells, divergences=divergences)
+    seconds = sweeps[0].read_seconds if alike else {}
+    return sweeps[0]._replace(grid=grid, cells=cells, divergences=divergences, read_seconds=seconds, files=files)
 
 
 def _unite(grids: Sequence[Grid]) -> Grid:

@@ -16,7 +16,7 @@ from restkv_jax.evaluate.results import Cost, Costs, Rate
 from restkv_jax.evaluate.sweep import PromptSet, encode_prompts, prompt_sets
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.generating import decode_step, generate
+from restkv_jax.generation.generating import decode_step
 from restkv_jax.generation.reading import cache_shapes, prefill, prefill_each
 from restkv_jax.loading import Loaded
 from restkv_jax.models.mesh import divisible, fetched
@@ -56,7 +56,7 @@ def measure_costs(
         first = encoded.batches(settings.batch_size)[0]
         tokens, mask = pad_batch([encoded.tokens[i] for i in first], divisible(len(first), loaded.params))
         found += _costs_at(loaded, grid, length, tokens, mask, settings.together, timed)
-    rates = _rates(loaded, grid, by_length[min(by_length)], settings.batch_size) if by_length and timed else ()
+    rates = _rates(loaded, grid, by_length[min(by_length)], settings) if by_length and timed else ()
     return Costs(jax.devices()[0].device_kind, tuple(found), rates)
 
 
@@ -118,37 +118,28 @@ def _step_seconds(loaded: Loaded, token: Array, cache: Any, policy: EvictionPoli
     return float(np.median(times))
 
 
-def _rates(loaded: Loaded, grid: Grid, prompt_set: PromptSet, batch_size: int) -> tuple[Rate, ...]:
+def _rates(loaded: Loaded, grid: Grid, prompt_set: PromptSet, settings: RunSettings) -> tuple[Rate, ...]:
     """Prompts per second in a batch, one at a time, and one at a time for each method."""
     encoded = encode_prompts(grid, loaded.tokenizer, prompt_set)
-    batch = encoded.batches(batch_size)[0]
+    batch = encoded.batches(settings.batch_size)[0]
     first: dict[str, tuple[CacheConfig, EvictionPolicy]] = {}
     for config, policy in policies(grid, prompt_set.length).items():
         first.setdefault(config.method, (config, policy))
     configs = dict(list(first.values())[:MOST_RATED])
-    lengths = {i: pad_batch([encoded.tokens[i]], divisible(1, loaded.params)) for i in batch}
 
     def one_by_one():
         for i in batch:
-            measure_batch(loaded, configs, encoded, [i], RunSettings(1), grid.cache_dtype)
+            measure_batch(loaded, configs, encoded, [i], settings._replace(batch_size=1), grid.cache_dtype)
 
     def one_by_one_for_each():
-        for policy in configs.values():
-            for tokens, mask in lengths.values():
-                generate(
-                    loaded.model,
-                    loaded.params,
-                    tokens,
-                    mask,
-                    policy,
-                    encoded.max_new_tokens,
-                    cache_dtype=grid.cache_dtype,
-                ).tokens.block_until_ready()
+        for config, policy in configs.items():
+            for i in batch:
+                measure_batch(loaded, {config: policy}, encoded, [i], settings._replace(batch_size=1), grid.cache_dtype)
 
     names = f"{len(configs)} methods"
     ways = {
         f"batches of {len(batch)}, {names} from one prefill": lambda: measure_batch(
-            loaded, configs, encoded, batch, RunSettings(len(batch)), grid.cache_dtype
+            loaded, configs, encoded, batch, settings._replace(batch_size=len(batch)), grid.cache_dtype
         ),
         f"one prompt at a time, {names} from one prefill": one_by_one,
         f"one prompt and one method at a time, {names}": one_by_one_for_each,

@@ -111,6 +111,9 @@ def check_grid(grid: Grid) -> None:
     for depth in grid.depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"depth {depth} must be between 0, the beginning of the prompt, and 1, its end")
+    if grid.depths and not any(map(has_depths, grid.tasks)):
+        asked = ", ".join(filter(has_depths, TASKS))
+        raise ValueError(f"depths are only for tasks that ask for one needle ({asked}); add one, or leave depths out")
     cache_configs(grid)
     for length in grid.lengths if conditions(grid) else ():
         if length < 1:
@@ -128,9 +131,14 @@ def conditions(grid: Grid) -> list[tuple[str, int, float | None]]:
     found = []
     for task in grid.tasks:
         if not is_file(task):
-            depths = grid.depths if getattr(TASKS.get(task), "asks_one", False) else ()
+            depths = grid.depths if has_depths(task) else ()
             found += itertools.product([task], grid.lengths, depths or (None,))
     return found
+
+
+def has_depths(task: str) -> bool:
+    """Whether a task asks for one needle, which can stand at a depth."""
+    return getattr(TASKS.get(task), "asks_one", False)
 
 
 def cache_configs(grid: Grid) -> list[CacheConfig]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from restkv_jax.evaluate.accuracy import is_exact, match_share
 from restkv_jax.evaluate.grid import CacheConfig, Grid, cache_configs, check_grid, conditions, is_file
+from restkv_jax.evaluate.tasks.files import read_prompts
 from restkv_jax.models.files import written_whole
 
 SWEEP = "sweep.json"
@@ -116,10 +117,18 @@ class LayerErrors(NamedTuple):
     layers: tuple[float, ...]
 
 
+class File(NamedTuple):
+    """A file that a sweep reads: a hash of its bytes, and how many prompts it has; None where that is not known."""
+
+    digest: str | None
+    num_prompts: int | None = None
+
+
 class Results(NamedTuple):
     """A sweep as read from its directory; `costs` is None and `errors` empty where they were not measured.
 
-    `read_seconds` are the medians of the prompts' times of reading for all configurations, by length.
+    `read_seconds` are the medians of the prompts' times of reading for all configurations, by length; `weights` the
+    checksum of the model's parameters; `files` what is known of the files that were read, by path.
     """
 
     grid: Grid
@@ -128,6 +137,8 @@ class Results(NamedTuple):
     errors: tuple[LayerErrors, ...] = ()
     read_seconds: Mapping[int, float] = types.MappingProxyType({})
     divergences: Mapping[Cell, Divergences] = types.MappingProxyType({})
+    weights: str = ""
+    files: Mapping[str, File] = types.MappingProxyType({})
 
 
 @contextlib.contextmanager
@@ -174,7 +185,9 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     texts = [] if grid.text is None else [grid.text]
     files = {path: _digest(pathlib.Path(path)) for path in [*filter(is_file, grid.tasks), *texts]}
-    ours = json.loads(json.dumps({"grid": dataclasses.asdict(grid), "weights": weights, "files": files}))
+    prompts = {path: _count(path) for path in grid.tasks if is_file(path)}
+    described = {"grid": dataclasses.asdict(grid), "weights": weights, "files": files, "prompts": prompts}
+    ours = json.loads(json.dumps(described))
     path = directory / SWEEP
     if not path.is_file():
         replace_text(path, json.dumps(ours, indent=1) + "\n")
@@ -200,7 +213,8 @@ def open_sweep(directory: pathlib.Path, grid: Grid, weights: str) -> None:
 def _read_sweep(path: pathlib.Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
-        return {"grid": dict(values["grid"]), "weights": values["weights"], "files": values.get("files", {})}
+        found = {"grid": dict(values["grid"]), "weights": str(values["weights"])}
+        return found | {name: dict(values.get(name, {})) for name in ("files", "prompts")}
     except DAMAGED as error:
         raise ValueError(f"{str(path)!r} does not describe a sweep ({error!r}); give the directory of one") from error
 
@@ -216,6 +230,14 @@ def _digest(path: pathlib.Path) -> str | None:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError:
+        return None
+
+
+def _count(path: str) -> int | None:
+    """How many prompts a file has; None for one that is left out."""
+    try:
+        return len(read_prompts(path))
+    except (OSError, ValueError):
         return None
 
 
@@ -294,7 +316,8 @@ def read_results(directory: pathlib.Path) -> Results:
     Raises:
       ValueError: no sweep, or broken lines.
     """
-    values = _read_sweep(directory / SWEEP)["grid"]
+    sweep = _read_sweep(directory / SWEEP)
+    values = sweep["grid"]
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     try:
         grid = Grid(**values)
@@ -306,7 +329,8 @@ def read_results(directory: pathlib.Path) -> Results:
     lines = read_lines(directory).values()
     extras = read_costs(directory), read_errors(directory)
     cells, divergences = score_lines(grid, lines)
-    return Results(grid, cells, *extras, median_read_seconds(lines), divergences)
+    files = {path: File(digest, sweep["prompts"].get(path)) for path, digest in sweep["files"].items()}
+    return Results(grid, cells, *extras, median_read_seconds(lines), divergences, sweep["weights"], files)
 
 
 def write_errors(directory: pathlib.Path, errors: Iterable[LayerErrors]) -> None:

@@ -114,14 +114,20 @@ class EvictionPolicy:
         if window < self.window:
             said = f"budget={budget} is too small for window={self.window}, which shrinks to {window}"
             warnings.warn(said, stacklevel=5)
-            object.__setattr__(self, "window", window)
+            self._shrink("window", window)
         if not self.allocation.uniform:
             if self.candidates is not None and self.candidates < budget:
                 raise ValueError(
                     f"candidates={self.candidates} must be at least budget={budget}, the mean of what is kept; "
                     "None takes 4 times the budget"
                 )
-            object.__setattr__(self, "page_size", page_size_within(budget, self.page_size))
+            self._shrink("page_size", page_size_within(budget, self.page_size))
+
+    def _shrink(self, name: str, size: int):
+        """Sets a field; `replace` goes on from what was asked for."""
+        asked = {name: getattr(self, name)} | getattr(self, "_asked", {})
+        object.__setattr__(self, "_asked", asked)
+        object.__setattr__(self, name, size)
 
     def resolved(self, length: int) -> "EvictionPolicy":
         """The policy for prompts of `length` tokens, padding included: a percentage becomes a number of slots.
@@ -182,8 +188,8 @@ class EvictionPolicy:
         return length if self.scorer is not None and self.scorer.all_queries else self.window_of(length)
 
     def replace(self, **changes) -> "EvictionPolicy":
-        """Returns the policy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        """Returns the policy with some fields changed; what a small budget has shrunk is as asked for again."""
+        return dataclasses.replace(self, **(getattr(self, "_asked", {}) | changes))
 
     def slots(self, length: int) -> int:
         """Slots kept of a prompt of `length` tokens."""

@@ -13,6 +13,7 @@ from restkv_jax.kernels.pairs import Pairs
 from restkv_jax.models.decoder import Decoder, Hooks, read
 from restkv_jax.models.key_groups import LayerGroups
 from restkv_jax.models.memory import SharedMemory, follow
+from restkv_jax.models.mesh import beside
 from restkv_jax.pod.adaptation.loss import next_token_loss
 
 
@@ -54,15 +55,19 @@ def merge_layers(
     weights = jnp.ones(tokens.shape) if weights is None else jnp.asarray(weights, jnp.float32)
     config = model.config
     is_leader = np.ones((config.num_hidden_layers, config.num_key_value_heads), bool)
-    measure = functools.partial(_shared_loss, model, params, tokens=tokens, weights=weights, sink=sink, recent=recent)
-    loss = float(measure(is_leader=is_leader))
+
+    def measure(is_leader: np.ndarray) -> float:
+        with beside(params) as placed:
+            return float(_shared_loss(model, placed, is_leader, tokens, weights, sink, recent))
+
+    loss = measure(is_leader)
     while True:
         yield Merged(_groups(is_leader), loss)
         borders = np.add(np.argwhere(is_leader[1:]), [1, 0])
         if not len(borders):
             return
         merged = [_without(is_leader, *border) for border in borders]
-        losses = [float(measure(is_leader=candidate)) for candidate in merged]
+        losses = [measure(candidate) for candidate in merged]
         loss, is_leader = min(losses), merged[int(np.argmin(losses))]
 
 

@@ -16,6 +16,7 @@ from restkv_jax.models.arguments import check_integer
 from restkv_jax.models.decoder import Decoder, Hooks, LayerView, positions_of, read
 from restkv_jax.models.key_groups import LayerGroups
 from restkv_jax.models.memory import PairMemory
+from restkv_jax.models.mesh import beside
 from restkv_jax.models.rules import with_usual_promotion
 
 
@@ -63,7 +64,8 @@ def attention_similarity(
     for batch in batches:
         tokens, mask = batch if isinstance(batch, tuple) else (batch, None)
         tokens, mask = check_tokens(model, tokens, mask)
-        sums, queries = _sum_similarity(model, params, tokens, mask, last_queries, chunk_size, sink, recent)
+        with beside(params) as placed:
+            sums, queries = _sum_similarity(model, placed, tokens, mask, last_queries, chunk_size, sink, recent)
         total, count = total + np.asarray(sums, np.float64), count + int(queries)
     if not count:
         raise ValueError("batches is empty; give at least one text")

@@ -10,6 +10,7 @@ import tiny
 
 import restkv_jax as rk
 from restkv_jax.commands.cli import main
+from restkv_jax.commands.plan import PlanOptions, _model, _parts
 from restkv_jax.generation.reading import cache_shapes
 
 LENGTH, BUDGET, NEW = 128, 64, 8
@@ -70,6 +71,33 @@ def test_a_table_sets_the_method_beside_the_full_cache(capsys, config, monkeypat
     assert "time by" not in out  # nothing is known of an emulated device's peaks
 
 
+def test_shared_keys_are_those_of_the_file(tmp_path):
+    groups = rk.pod.LayerGroups([[0, 0], [0, 0]])
+    model, params, tokenizer = rk.load_model(tiny.write_model(tmp_path / "model"))
+    rk.save_model(tmp_path / "adapted", model.clone(sharing=rk.pod.Sharing(groups, 4, 112)), params, tokenizer)
+    groups.save(tmp_path / "groups.json", model)
+    adapted, config, alone = tmp_path / "adapted", tmp_path / "adapted" / "config.json", tmp_path / "groups.json"
+    for options, sizes in (
+        ({"model": adapted}, (4, 112)),
+        ({"model": config}, (4, 112)),
+        ({"model": config, "recent": 50}, (4, 50)),
+        ({"model": tmp_path / "model", "pod_groups": adapted}, (4, 112)),
+        ({"model": tmp_path / "model", "pod_groups": alone}, (16, 4080)),
+        ({"model": tmp_path / "model", "pod_groups": alone, "sink": 1, "recent": 50}, (1, 50)),
+    ):
+        sharing = _model(PlanOptions(**options)).sharing
+        assert (sharing.sink, sharing.recent) == sizes, options
+    assert _model(PlanOptions(model=adapted, dense=True)).sharing is None
+
+
+def test_a_vocabulary_that_chips_do_not_divide_does_not_keep_weights_whole(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(tiny.CONFIG | {"vocab_size": 32001, "num_key_value_heads": 4, "num_attention_heads": 8})
+    )
+    assert _parts(rk.build_model(tmp_path / "config.json"), chips=8, rows=1) == 8
+    assert _parts(rk.build_model(tmp_path / "config.json"), chips=8, rows=8) == 4  # as many as KV heads
+
+
 WITHOUT_LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 
 
@@ -86,6 +114,7 @@ WITHOUT_LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is not No
         ([*SHORT, "--budget", "much"], "budget='much'"),
         ([*SHORT, "--model", "no/such"], "no/such"),
         ([*SHORT, "--pod-groups", "no-such.json"], "no-such.json"),
+        ([*SHORT, "--recent", 8], "--recent without shared keys; give --pod-groups FILE"),
     ],
 )
 def test_bad_input_is_said_in_one_line(capsys, config, args, said):

@@ -32,6 +32,7 @@ from restkv_jax.evaluate.report.units import BYTES, SECONDS, text_of
 from restkv_jax.evaluate.results import (
     Cost,
     Costs,
+    File,
     LayerErrors,
     PromptId,
     PromptResult,
@@ -214,6 +215,22 @@ def test_variants_compare_the_prompts_that_both_have(results):
     }
     compared = compare(fewer, variants(GRID), GRID.budgets, [scenario])
     assert [c.difference.count for c in compared.values()] == [36, 5]
+
+
+def test_p_values_are_of_the_mean_over_scenarios_whatever_their_prompts():
+    many, few = Scenario("single", 256), Scenario("multivalue", 256)
+    a, b = CacheConfig("restkv(temporal=mean)", "64"), CacheConfig("restkv", "64")
+
+    def scores(scenario, count, value):
+        return {PromptId(scenario.task, 256, None, i): value for i in range(count)}
+
+    found = compare(
+        {many: {a: scores(many, 400, 0.75), b: scores(many, 400, 0.5)},
+         few: {a: scores(few, 20, 0.5), b: scores(few, 20, 0.75)}},
+        variants(GRID), ["64"], [many, few],
+    )  # fmt: skip
+    ((difference, p),) = found.values()
+    assert difference.mean == 0 and p == pytest.approx(1)
 
 
 def test_errors_of_layers_are_in_their_tables(tmp_path):
@@ -458,6 +475,43 @@ def test_sweeps_of_other_methods_and_budgets_are_one(tmp_path, results):
     assert set(both.cells) == set(other.cells) | set(results.cells)
     for cell, scores in both.cells.items():
         assert scores is (other if cell.config.method == "h2o" else results).cells[cell]
-    fresh = dataclasses.replace(results.grid, seed=1)
-    with pytest.raises(ValueError, match="seed is not the same in all sweeps"):
-        combine([results, results._replace(grid=fresh)])
+    timed, other = (sweep._replace(read_seconds={256: 2.0}) for sweep in (results, other))
+    assert combine([timed, timed]).read_seconds == {256: 2.0}
+    assert not combine([timed, other]).read_seconds  # of other configurations
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": dataclasses.replace(GRID, seed=1)}, "seed is not the same in all sweeps"),
+        ({"weights": "another"}, "the model's weights are not the same"),
+        ({"files": {"mine.jsonl": File("another")}}, "the file 'mine.jsonl' is not the same"),
+    ],
+)
+def test_sweeps_of_other_prompts_and_models_are_not_one(results, change, message):
+    results = results._replace(files={"mine.jsonl": File("one")})
+    with pytest.raises(ValueError, match=message):
+        combine([results, results._replace(**change)])
+
+
+def test_prompts_of_ones_own_are_counted(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "a", "answers": ["b"]}\n' * 3)
+    grid = dataclasses.replace(SMALL, tasks=(str(path),))
+    directory = make_sweep(tmp_path / "sweep", grid, costs=False, stop_after=2)
+    assert missing_prompts(read_results(directory)) == [f"{path}: 2 of 3 prompts"]
+    write_report(directory)
+    text = (directory / "report.md").read_text()
+    assert f"- Prompts of {path}: 2." in text and "per task and length" not in text
+
+
+def test_reports_of_quantised_caches_say_so(tmp_path):
+    grid = dataclasses.replace(SMALL, tasks=("divergence",), methods=("full", "restkv"), cache_dtype="int4")
+    lines = [PromptResult(PromptId("divergence", 256, None, i), 256, (), {}, None, {"full": 0.25, "restkv 64": 0.5})
+             for i in range(3)]  # fmt: skip
+    directory = make_sweep(tmp_path, grid, costs=False, stop_after=0)
+    results_path(directory, 0).write_text("".join(map(line_text, lines)))
+    page = Page(write_report(directory).read_text(encoding="utf-8"))
+    assert "All caches store keys and values in int4" in (directory / "report.md").read_text()
+    (table,) = (rows for (_, title), rows in page.tables.items() if title.startswith("divergence"))
+    assert [row[0] for row in table[1:]] == ["full", "restkv"] and table[1][1].startswith("0.2500")

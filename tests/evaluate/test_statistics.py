@@ -111,6 +111,19 @@ def test_groups_count_the_same_whatever_their_size():
     assert low < (many.mean() + few.mean()) / 2 < high and high - low < 0.02
 
 
+def test_a_group_of_one_score_counts_as_a_group():
+    rng = np.random.default_rng(4)
+    many = rng.random(500) * 0.1
+    low, high = bootstrap_interval(many, np.ones(1))
+    assert low < (many.mean() + 1) / 2 < high
+    np.testing.assert_allclose(high - low, np.ptp(bootstrap_interval(many)) / 2, rtol=0.1)
+
+
+def test_interval_of_equal_scores_without_limits_holds_them():
+    low, high = bootstrap_interval(np.full(1, 3.0), limits=(-1, 1))
+    assert low < 3 <= high
+
+
 def test_intervals_cover_as_often_as_said():
     rng = np.random.default_rng(5)
     for share in (0.3, 0.9):

@@ -491,6 +491,12 @@ def test_fewer_queries_than_the_window_are_refused():
 def test_replace_changes_one_field():
     policy = rk.restkv(budget=128)
     assert policy.replace(budget=256) == rk.restkv(budget=256)
+    with pytest.warns(UserWarning, match="window=32, which shrinks to 8"):
+        small = rk.restkv(16)
+    assert small.replace(sinks=1).replace(budget=256) == rk.restkv(256).replace(sinks=1)
+    assert small.replace(window=4, budget=256) == rk.restkv(256, window=4)
+    with pytest.warns(UserWarning, match="window=32, which shrinks to 6"):
+        assert rk.laprox(12).replace(budget=1024) == rk.laprox(1024)
     assert hash(policy) == hash(rk.restkv(budget=128))
 
 

@@ -55,6 +55,15 @@ def test_they_are_read_from_a_directory_and_saved_again(tmp_path):
     assert (theirs.eos_token_id, theirs.pad_token_id) == ([2, 5], 0)
 
 
+def test_what_nothing_here_uses_is_kept_in_place(tmp_path):
+    tiny.write_model(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"repetition_penalty": 1.1, "max_new_tokens": 2048}')
+    rk.save_model(tmp_path, *rk.load_model(tmp_path))
+    kept = json.loads(file.read_text())
+    assert (kept["repetition_penalty"], kept["max_new_tokens"]) == (1.1, 2048)
+
+
 def test_a_value_that_is_not_a_number_names_the_file(tmp_path):
     tiny.write_model(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"top_p": "most"}')

@@ -133,3 +133,17 @@ def test_an_end_that_the_model_cannot_choose_is_left_out(tmp_path):
     assert tokenizer.eos_token_id >= model.config.vocab_size
     rk.save_model(tmp_path, model, params, tokenizer)
     assert rk.load_model(tmp_path)[0].config.eos_token_ids == (2,)
+
+
+def test_a_tokenizer_replaces_all_of_the_one_before(tmp_path):
+    tiny.write_model(tmp_path)
+    model, params, tokenizer = rk.load_model(tmp_path)
+    tokenizer.chat_template = "{{ messages }}"
+    rk.save_model(tmp_path, model, params, tokenizer)
+    (tmp_path / "notes.txt").write_text("mine")
+    tokenizer.chat_template = None
+    rk.save_model(tmp_path, model, params)
+    assert rk.load_model(tmp_path)[2].chat_template == "{{ messages }}"
+    rk.save_model(tmp_path, model, params, tokenizer)
+    assert rk.load_model(tmp_path)[2].chat_template is None
+    assert (tmp_path / "notes.txt").read_text() == "mine"

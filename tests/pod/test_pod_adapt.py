@@ -112,7 +112,7 @@ def test_the_gradient_exists_once_whatever_the_parts(train):
     model = rk.build_model(tiny.CONFIG | {"hidden_size": 512, "head_dim": 512, "num_hidden_layers": layers})
     adaptation = Adaptation(1, 4, sequence_length=8, accumulation=4, train=train, compute_dtype="float32")
     program = make_program(model, adaptation, make_mesh())
-    compiled = program.step.lower(program.state, program.frozen, program.batch).compile()
+    compiled = program.lower().compile()
     gradient, frozen = (
         sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
         for leaves in (program.state.params, program.frozen)
@@ -167,7 +167,7 @@ def test_no_array_of_all_pairs_of_tokens(model):
     length = 2**14
     adaptation = Adaptation(1, batch_size=1, sequence_length=length, compute_dtype="float32", loss_chunk=64)
     program = make_program(model.clone(sharing=Sharing(GROUPS, 16, 240)), adaptation, make_mesh())
-    compiled = program.step.lower(program.state, program.frozen, program.batch).compile()
+    compiled = program.lower().compile()
     assert compiled.memory_analysis().temp_size_in_bytes < length**2 / 2
 
 
@@ -254,6 +254,7 @@ def test_model_that_the_mesh_does_not_divide(model):
         ({"save_dtype": "float16"}, "save_dtype='float16' is not supported; supported: bfloat16, float32"),
         ({"checkpoint_every": 0}, "checkpoint_every=0 must be at least 1"),
         ({"sharing": Sharing(LayerGroups.dense(3, 2))}, "groups are of a model with 3 layers"),
+        ({"sharing": Sharing(GROUPS)}, "sequence_length=24 is all proximal with sink=16 and recent=4080"),
         ({"adaptation": dataclasses.replace(SHORT, train="q_proj")}, "train='q_proj' matches no parameter"),
     ],
 )

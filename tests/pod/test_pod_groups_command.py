@@ -69,6 +69,7 @@ BAD = {
     "samples": (("--data", "text.txt", "--samples", "0"), "--samples 0 must be at least 1"),
     "threshold": (("--data", "text.txt", "--threshold", "-1"), "--threshold -1.0 must not be negative"),
     "picture": (("--data", "text.txt", "--plot", "groups.txt"), "--plot 'groups.txt' does not end in the suffix"),
+    "no sequences": (("--data", "rows.npy", "--sequence-length", "0"), "sequence_length=0 must be at least 2"),
     "little text": (("--data", "text.txt"), "fewer than sequence_length=2048"),
     "missing data": (("--data", "absent.txt"), "data 'absent.txt' does not exist"),
     "queries": (("--data", "rows.npy", "--last-queries", "0"), "last_queries=0 must be at least 1"),
@@ -80,3 +81,14 @@ def test_bad_input_is_one_line(capsys, files, args, message):
     code, out, err = run(capsys, *args, "--quiet")
     assert (code, out) == (2, "") and err.startswith("restkv: error: ") and err.count("\n") == 1
     assert message in err and not (files / "layer_groups.json").exists()
+
+
+def test_what_an_adapted_model_shares_is_not_written_over(capsys, files):
+    model, params, tokenizer = rk.load_model("model")
+    shared = model.clone(sharing=rk.pod.Sharing(LayerGroups([[0, 0], [0, 0]]), 4, 112))
+    rk.save_model("adapted", shared, params, tokenizer)
+    code, out, err = run(capsys, "--data", "rows.npy", "--output", "adapted", "--quiet")
+    assert (code, out) == (2, "") and "says how an adapted model shares keys" in err
+    with pytest.raises(ValueError, match="adapted model"):
+        shared.sharing.groups.save("adapted", model)
+    assert rk.load_model("adapted")[0].sharing == shared.sharing

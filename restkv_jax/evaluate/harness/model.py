@@ -143,6 +143,7 @@ class RestKV(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         items = [self._fit(Scored(i, *request)) for i, request in enumerate(requests)]
+        self._try_policy(item.context for item in items)
         batches = self._batches(items, lambda item: (padded_length(item),), lambda item: item.context)
         results: list[Any] = [None] * len(items)
         for batch in self._progress(batches, len(items), disable_tqdm):
@@ -203,6 +204,7 @@ class RestKV(TemplateLM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Texts that follow the prompts, up to a stop string, the end of the text or `max_gen_toks` tokens."""
         items = [self._prompted(i, *request.args) for i, request in enumerate(requests)]
+        self._try_policy(item.tokens for item in items)
         batches = self._batches(items, lambda item: (item.max_new_tokens, repr(item.options)), lambda item: item.tokens)
         texts = [""] * len(items)
         for batch in self._progress(batches, len(items), disable_tqdm):
@@ -254,12 +256,15 @@ class RestKV(TemplateLM):
         cut = postprocess_generated_text(text, until, None)
         return cut, bool(places.size) or cut != text
 
+    def _try_policy(self, prompts: Iterable[list[int]]) -> None:
+        """Refuses a policy that some prompt's length refuses, before anything runs."""
+        for length in sorted({bucket_length(len(tokens)) for tokens in prompts}):
+            self.parsed.policy.resolved(length)
+
     def _batches(
         self, items: Sequence[Any], also: Callable[[Any], tuple], tokens_of: Callable[[Any], list[int]]
     ) -> Iterator[Batch]:
-        """As `make_batches`; the policy is tried on all before anything runs."""
-        for length in sorted({bucket_length(len(tokens_of(item))) for item in items}):
-            self.parsed.policy.resolved(length)
+        """As `make_batches`, of sizes that the devices divide."""
         for batch in make_batches(items, also, tokens_of, self._size_for):
             yield batch._replace(size=divisible(batch.size, self.params))
 

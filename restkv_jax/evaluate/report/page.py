@@ -85,6 +85,7 @@ def write_report(
     title: str = TITLE,
     results: Results | None = None,
     selection: Selection = Selection(),  # noqa: B008
+    command: str | None = None,
 ) -> pathlib.Path:
     """Writes report.html, which needs no other file, report.md and the pictures into the directory of a sweep.
 
@@ -95,6 +96,7 @@ def write_report(
       title: of the report.
       results: to report on; those of the directory if left out.
       selection: what to show of them.
+      command: that measures all again; `restkv evaluate` with the grid if left out.
 
     Returns:
       the path of report.html.
@@ -110,7 +112,7 @@ def write_report(
     with writing(directory):
         content = _content(results, estimates, selection.pairs)
         content |= _draw(directory, results, estimates, kept, selection.drawn)
-    content |= {"title": title, "command": rerun_command(results.grid, directory)}
+    content |= {"title": title, "command": command or rerun_command(results.grid, directory)}
     templates = jinja2.Environment(
         loader=jinja2.FunctionLoader(
             lambda name: (importlib.resources.files("restkv_jax.evaluate.report") / name).read_text("utf-8")
@@ -152,8 +154,24 @@ def missing_prompts(results: Results) -> list[str]:
         for (task, length), number in expected.items()
         if found[task, length] < number
     ]
-    begun = {task for task, _, _ in counts}
-    return missing + [f"{task}: no prompts yet" for task in results.grid.tasks if is_file(task) and task not in begun]
+    of_files = count_own_prompts(results)
+    for task, count in of_files.items():
+        file = results.files.get(task)
+        if file is not None and file.num_prompts is not None and count < file.num_prompts:
+            missing.append(f"{task}: {count:,} of {file.num_prompts:,} prompts")
+        elif not count:
+            missing.append(f"{task}: no prompts yet")
+    return missing
+
+
+def count_own_prompts(results: Results) -> dict[str, int]:
+    """How many prompts of each file of one's own are measured."""
+    counts = count_prompts(results)
+    return {
+        task: sum(count for condition, count in counts.items() if condition[0] == task)
+        for task in results.grid.tasks
+        if is_file(task)
+    }
 
 
 def data_uri(path: pathlib.Path) -> str:
@@ -179,6 +197,8 @@ def _content(results: Results, estimates: Estimates, pairs: Sequence[Pair]) -> d
         "grid": grid,
         "tasks": {task: describe(task) for task in grid.tasks},
         "missing": missing_prompts(results),
+        "makes_prompts": bool(conditions(grid)),
+        "own_prompts": count_own_prompts(results),
         "has_full": any(config.budget is None for by_config in scores.values() for config in by_config),
         "has_percentages": any(budget.endswith("%") for budget in grid.budgets),
         "has_slots": any(not budget.endswith("%") for budget in grid.budgets),

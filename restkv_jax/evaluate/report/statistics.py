@@ -41,7 +41,8 @@ def bootstrap_interval(
       confidence: of the interval, between 0 and 1.
       num_resamples: bootstrap samples.
       seed: of the resampling.
-      limits: lowest and highest possible score; -1 and 1 for differences of shares.
+      limits: lowest and highest possible score, -1 and 1 for differences of shares; those of scores without limits are
+        the mean where it is beyond.
 
     Raises:
       ValueError: no group, an empty one or one of another shape; `confidence` out of range.
@@ -53,6 +54,8 @@ def bootstrap_interval(
         raise ValueError(f"confidence={confidence} must be between 0 and 1")
     if all(np.ptp(sample) == 0 for sample in samples):
         return _interval_of_equal_scores(samples, confidence, limits)
+    # scipy takes no group of one score: twice the same has no spread either.
+    samples = [np.repeat(sample, 2) if sample.size == 1 else sample for sample in samples]
     found = scipy.stats.bootstrap(
         samples,
         _mean_of_means,
@@ -74,7 +77,8 @@ def _interval_of_equal_scores(
 ) -> Interval:
     mean = float(_mean_of_means(*samples))
     different = wilson_interval(0, sum(sample.size for sample in samples), confidence)[1]
-    return Interval(*(mean + different * (limit - mean) for limit in limits))
+    low, high = min(limits[0], mean), max(limits[1], mean)
+    return Interval(*(mean + different * (limit - mean) for limit in (low, high)))
 
 
 def paired_test(a: np.ndarray, b: np.ndarray) -> float:

@@ -267,9 +267,14 @@ def compare(
         both = [scenario for scenario in scenarios if {a, b} <= scores[scenario].keys()]
         samples = [shared for s in both if (shared := pair(scores[s][a], scores[s][b]))[0].size]
         if samples:
-            difference = estimate(*(ours - theirs for ours, theirs in samples), limits=(-1.0, 1.0))
-            ours, theirs = (np.concatenate(values) for values in zip(*samples, strict=True))
-            found[compared, budget] = (difference, paired_test(ours, theirs))
+            differences = [ours - theirs for ours, theirs in samples]
+            # A mean of means: in the sum that is tested a scenario of few prompts has the weight of the others.
+            most = max(each.size for each in differences)
+            weighed = np.concatenate([each * (most / each.size) for each in differences])
+            found[compared, budget] = (
+                estimate(*differences, limits=(-1.0, 1.0)),
+                paired_test(weighed, np.zeros_like(weighed)),
+            )
     p_values = holm([p for _, p in found.values()])
     return {key: Comparison(d, float(p)) for (key, (d, _)), p in zip(found.items(), p_values, strict=True)}
 

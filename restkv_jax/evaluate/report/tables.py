@@ -18,6 +18,7 @@ from restkv_jax.evaluate.report.summary import (
     compare,
     rank_divergences,
     rank_within,
+    standard_error,
 )
 from restkv_jax.evaluate.report.units import BYTES, SECONDS, Unit, text_of
 from restkv_jax.evaluate.results import Cost, Costs, LayerErrors
@@ -79,12 +80,21 @@ def score_tables(
 def divergence_tables(
     grid: Grid, divergences: Mapping[Scenario, Mapping[CacheConfig, ByPrompt]], columns: Sequence[CacheConfig]
 ) -> list[Table]:
-    """A table per task and length: the divergence from the full cache, methods × budgets."""
+    """A table per task and length: the divergence from the full cache, methods × budgets.
+
+    Of a sweep with quantised caches the full one, which is quantised too, has a line.
+    """
     tables = []
+    full = [config for config in columns if config.budget is None and grid.cache_dtype is not None]
     for scenario, by_config in divergences.items():
         sized = [config for config in columns if config.budget is not None]
         standings = rank_divergences(by_config, sized)
         rows = [
+            Row(config.method, [TableCell(nats_text(float(np.mean(nats)), standard_error(nats)))], spans=True)
+            for config in full
+            if (nats := [*by_config.get(config, {}).values()])
+        ]
+        rows += [
             _row(method, own, {e: _nats_cell(standings[e]) for e in own if e in standings}, grid.budgets)
             for method, own in _by_method(sized).items()
         ]

@@ -13,6 +13,7 @@ import grain
 import jax
 import numpy as np
 
+from restkv_jax.models.arguments import check_integer
 from restkv_jax.pod.adaptation.recipe import Adaptation
 from restkv_jax.pod.adaptation.text import tokenize_files
 from restkv_jax.pod.adaptation.training import Batch
@@ -69,12 +70,13 @@ def read_sequences(
 
     Raises:
       FileNotFoundError: a path that does not exist.
-      ValueError: a length above `longest`, or above that of the data; data that is empty or of another kind.
+      ValueError: a length below 2 or above `longest`, or above that of the data; data that is empty or of another kind.
     """
     tokens, weights, name = _read(data, tokenizer, directory)
     _check_arrays(tokens, weights, name)
     default = tokens.shape[1] if tokens.ndim == 2 else min(longest, LONGEST_DEFAULT)
     size = default if length is None else length
+    check_integer("sequence_length", size, 2, "tokens")
     if size > longest:
         raise ValueError(f"sequence_length={size} exceeds the model's maximum of {longest} positions")
     if tokens.ndim == 2 and tokens.shape[1] != size:

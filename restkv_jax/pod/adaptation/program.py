@@ -1,7 +1,7 @@
 """The training step on a mesh: one program for one device and for many."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +21,23 @@ from restkv_jax.pod.adaptation.training import Batch, Metrics, TrainState, make_
 class Program(NamedTuple):
     """A jitted step `(state, frozen, batch) -> (state, metrics)` and what it takes, as shapes with shardings.
 
-    `step.lower(state, frozen, batch).compile()` allocates nothing; its `memory_analysis()` says what a step needs.
+    `step` is compiled for the `mesh` that all of these lie on.
     """
 
-    step: Callable[[TrainState, dict[str, Array], Batch], tuple[TrainState, Metrics]]
+    step: jax.stages.Wrapped
     state: TrainState
     frozen: dict[str, Any]
     batch: Batch
+    mesh: Mesh
+
+    def lower(self, **options: Any) -> jax.stages.Lowered:
+        """The step as `step.lower` gives it: compiled it allocates nothing, and `memory_analysis()` says what it needs.
+
+        Args:
+          options: of `jax.stages.Traced.lower`.
+        """
+        with jax.set_mesh(self.mesh):  # by which kernels are divided among devices
+            return self.step.trace(self.state, self.frozen, self.batch).lower(**options)
 
 
 def make_program(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> Program:
@@ -52,7 +62,7 @@ def make_program(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> Program:
     replicated = NamedSharding(mesh, PartitionSpec())
     out = jax.tree.map(lambda leaf: leaf.sharding, state), Metrics(replicated, replicated)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
-    return Program(jitted, state, frozen, _batch_shapes(adaptation, mesh))
+    return Program(jitted, state, frozen, _batch_shapes(adaptation, mesh), mesh)
 
 
 def _state_shapes(model: Decoder, adaptation: Adaptation, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:

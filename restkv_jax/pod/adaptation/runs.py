@@ -99,6 +99,7 @@ def adapt(
     if sharing is not None:
         sharing.groups.check_model(model.config)
         model = model.clone(sharing=sharing)
+    _check_distant(model, adaptation)
     program = make_program(model, adaptation, mesh)
     configuration = describe(model, params, sequences, adaptation)
     trained = _train(program, params, sequences, adaptation, configuration, output, checkpoint_every, donate, quiet)
@@ -106,6 +107,16 @@ def adapt(
     if output is not None:
         _export(output / MODEL, model, result, tokenizer, save_dtype)
     return result
+
+
+def _check_distant(model: Decoder, adaptation: Adaptation) -> None:
+    """Refuses sequences in which no key is shared."""
+    sharing, length = model.sharing, adaptation.sequence_length
+    if sharing is not None and length is not None and length <= sharing.proximal:
+        raise ValueError(
+            f"sequence_length={length} is all proximal with sink={sharing.sink} and recent={sharing.recent}: no shared "
+            "key would be read; give longer sequences, or a smaller recent"
+        )
 
 
 def describe(model: Decoder, params: Any, sequences: Sequences, adaptation: Adaptation) -> dict[str, Any]:
@@ -145,7 +156,7 @@ def _train(
         if position.step == adaptation.steps:
             return state.params
         frozen = place_params(program.frozen, params)
-        step = program.step.lower(program.state, program.frozen, program.batch).compile()
+        step = program.lower().compile()
         log = output / "metrics.jsonl" if output and is_first_process else None
         quiet = quiet or not is_first_process
         journal = stack.enter_context(open_journal(log, adaptation, position.step, quiet))
