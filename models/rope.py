@@ -34,6 +34,10 @@ class LayerRopes(NamedTuple):
         return Rope(frequencies[which], jnp.asarray([rope.factor for rope in self.ropes], jnp.float32)[which])
 
 
+SCALED_BEYOND = ("llama3", "yarn", "longrope")
+"""Kinds of RoPE that are scaled beyond an original length, that of pretraining."""
+
+
 def layer_ropes(config: ModelConfig, sequence_length: Array) -> LayerRopes:
     """The rotations of all layers; one that turns nothing for layers without RoPE.
 
@@ -161,6 +165,19 @@ def grow_with_position(config: ModelConfig, queries: Array, positions: Array) ->
 
 def _original_length(settings: dict, config: ModelConfig) -> int:
     return settings.get("original_max_position_embeddings") or config.max_position_embeddings
+
+
+def depends_on_longest(config: ModelConfig) -> bool:
+    """Whether `max_position_embeddings` says how keys are turned, or queries grow."""
+
+    def depends(settings: dict) -> bool:
+        kind, has_original = settings["rope_type"], bool(settings.get("original_max_position_embeddings"))
+        says_factor = settings.get("factor") or settings.get("attention_factor") is not None
+        if kind == "longrope" and not says_factor:
+            return True
+        return kind == "dynamic" or (not has_original and (kind in SCALED_BEYOND or config.llama_4_scaling_beta != 0))
+
+    return any(depends(dict(rope)) for rope in {config.rope_parameters, *config.ropes} - {None})
 
 
 def _llama3(frequencies: Array, settings: dict, config: ModelConfig) -> Array:

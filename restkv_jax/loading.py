@@ -1,5 +1,6 @@
 """Checkpoints by the names that options give to them and to their dtype."""
 
+import pathlib
 import warnings
 from typing import Any, Literal, NamedTuple
 
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from restkv_jax.models.checkpoint import load_model
+from restkv_jax.models.config import ModelConfig, read_config
 from restkv_jax.models.decoder import Decoder
+from restkv_jax.models.gguf import read_gguf
 
 DType = Literal["auto", "bfloat16", "float32", "float16"]
 """Of weights and cache; "auto" is bfloat16, on a CPU float32."""
@@ -41,6 +44,8 @@ def load_checkpoint(
     Raises:
       ValueError: a model that cannot be loaded, or one without a tokenizer.
     """
+    if name is not None and not name.strip():
+        raise ValueError("model is empty; give a directory, a file or an id, or leave it out")
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"  # slow on a CPU
     try:
@@ -53,3 +58,12 @@ def load_checkpoint(
     if needs_tokenizer and loaded.tokenizer is None:
         raise ValueError(f"model {name!r} has no tokenizer; add its tokenizer.json to the directory")
     return loaded._replace(model=loaded.model.clone(sharing=None)) if dense else loaded
+
+
+def load_config(path: pathlib.Path) -> ModelConfig:
+    """The configuration of a `config.json`, of a directory that has one, or of a GGUF file; no weights are read.
+
+    Raises:
+      ValueError, OSError: an unsupported model, or a file that cannot be read.
+    """
+    return read_gguf(path)[0] if path.suffix == ".gguf" else read_config(path)

@@ -6,6 +6,7 @@ which is tiny, for what is hidden in long texts.
 
 import os
 import pathlib
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def main(
     else:
         console.print(
             "With a chat model (98 MB) this begins with questions about an essay: "
-            "[bold]python scripts/fetch_smollm2.py[/bold] downloads it.\n"
+            f"[bold]{sys.executable} scripts/fetch_smollm2.py[/bold] downloads it.\n"
         )
     show_hidden(console, task, num_tokens, percent, num_prompts, seed, model)
 

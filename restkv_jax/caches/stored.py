@@ -37,6 +37,7 @@ from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.digest import checksum
 from restkv_jax.models.files import written_whole
 from restkv_jax.models.key_groups import LayerGroups, Sharing
+from restkv_jax.models.rope import depends_on_longest
 
 FORMAT = "restkv-jax cache, version 1"
 
@@ -48,14 +49,7 @@ KINDS: dict[str, type[Cache]] = {
     )
 }  # fmt: skip
 
-IRRELEVANT = {
-    "initializer_range",
-    "bos_token_id",
-    "eos_token_ids",
-    "pad_token_id",
-    "max_position_embeddings",
-    "sampling",
-}
+IRRELEVANT = {"initializer_range", "bos_token_id", "eos_token_ids", "pad_token_id", "sampling"}
 """Fields of a model's configuration that say nothing about its keys and values."""
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -183,7 +177,8 @@ def _from_static(name: str, value: Any) -> Any:
 
 
 def _relevant(config: ModelConfig) -> dict[str, Any]:
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in IRRELEVANT}
+    irrelevant = IRRELEVANT if depends_on_longest(config) else IRRELEVANT | {"max_position_embeddings"}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in irrelevant}
     return json.loads(json.dumps(fields))  # tuples become lists, as they come back
 
 
@@ -191,7 +186,9 @@ def _relevant(config: ModelConfig) -> dict[str, Any]:
 def _opened(path: str | os.PathLike) -> Iterator[Any]:
     """A file of safetensors, open for reading; what is wrong with it is a `ValueError`."""
     if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file; `save_cache` writes one")
+        raise FileNotFoundError(
+            f"{path} is not a file; `save_cache`, `restkv read` and /save in `restkv chat` write one"
+        )
     try:
         with safe_open(path, framework="flax") as file:
             yield file

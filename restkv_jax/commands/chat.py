@@ -14,7 +14,7 @@ from rich.console import Console
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.stored import load_cache, save_cache
 from restkv_jax.commands.answering import AnswerOptions, check_answer, read_note, with_own
-from restkv_jax.commands.method_options import parse_with_method
+from restkv_jax.commands.method_options import parse_method, says_method
 from restkv_jax.commands.options import (
     CacheOptions,
     ModelOptions,
@@ -24,7 +24,7 @@ from restkv_jax.commands.options import (
     print_notice,
 )
 from restkv_jax.commands.progress import show_while
-from restkv_jax.eviction.policy import EvictionPolicy
+from restkv_jax.eviction.presets import make_policy
 from restkv_jax.generation.conversation import Conversation, answer, start_conversation
 from restkv_jax.generation.encoding import has_template
 from restkv_jax.loading import Loaded, load_checkpoint
@@ -35,14 +35,18 @@ HELP = (
 )
 
 
+NOTED = ("model", "dense", "method", "system", "cache_dtype")
+"""Options that a chat which goes on takes from its file."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatOptions(AnswerOptions, CacheOptions, ModelOptions):
-    """Chats on one cache that never exceeds its budget, however long the chat gets.
+    """Chats on one cache that never exceeds its budget and the room for an answer, however long the chat gets.
 
     Args:
       method: how to choose what the cache keeps; `restkv chat --method NAME --help` lists the method's options.
       system: what the model is told before the first turn.
-      resume: file that /save wrote, to go on with.
+      resume: file that /save wrote, to go on with; by the model, the method and the dtypes of then where none is given.
       quiet: print nothing but the answers.
     """
 
@@ -56,10 +60,11 @@ class ChatOptions(AnswerOptions, CacheOptions, ModelOptions):
 class Chat:
     """A chat at the terminal: the model, how it answers, and the conversation so far."""
 
-    def __init__(self, loaded: Loaded, policy: EvictionPolicy, options: ChatOptions, chosen: dict[str, Any]):
+    def __init__(self, loaded: Loaded, options: ChatOptions, method_options: dict[str, Any], chosen: dict[str, Any]):
         self.loaded = loaded
-        self.policy = policy
+        self.policy = make_policy(options.method, method_options)
         self.options = options
+        self.method_options = method_options
         self.chosen = chosen
         self.reset()
 
@@ -91,7 +96,8 @@ class Chat:
         cache = self.conversation.cache
         if cache is None or not self.conversation.messages:
             raise UsageError("/save: nothing was said yet")
-        note = {"model": self.options.model, "dense": self.options.dense}
+        note = {name: getattr(self.options, name) for name in NOTED}
+        note |= {"dtype": str(cache.dtype), "method_options": self.method_options}
         note |= {"messages": self.conversation.messages, "unread": self.conversation.unread}
         size = save_cache(path, cache, self.loaded.model, self.loaded.params, note)
         print_notice(f"wrote {path}: {size:,} bytes")
@@ -99,8 +105,6 @@ class Chat:
     def resume(self, path: pathlib.Path) -> None:
         """Goes on with the conversation of a file."""
         note = read_note(path)
-        if not isinstance(note.get("messages"), list):
-            raise UsageError(f"--resume {str(path)!r} holds a cache, but not a chat; `restkv ask` reads it")
         cache = load_cache(path, self.loaded.model, self.loaded.params)
         self.conversation = Conversation(tuple(note["messages"]), cache, tuple(map(int, note.get("unread", ()))))
 
@@ -117,23 +121,23 @@ class Chat:
 
 def run(args: Sequence[str]) -> None:
     """Reads turns from standard input until it ends."""
-    options, policy = parse_with_method(ChatOptions, args, "restkv chat")
+    options, method_options = parse_method(ChatOptions, args, "restkv chat")
     chosen = check_answer(options)
     if options.resume is not None and options.system is not None:
         raise UsageError("--resume and --system are both given; the chat that goes on has its own beginning")
     with as_usage_error(), show_while("loading the model", quiet=options.quiet):
-        note = {} if options.resume is None else read_note(options.resume)
-        name, dense = options.model or note.get("model"), options.dense or note.get("dense", False)
+        if options.resume is not None:
+            options, method_options = _as_before(options, method_options, says_method(ChatOptions, args))
         mesh = chosen_mesh(options.model_parallel, options.data_parallel)
-        loaded = load_checkpoint(name, options.dtype, dense=dense, mesh=mesh)
+        loaded = load_checkpoint(options.model, options.dtype, dense=options.dense, mesh=mesh)
         if not has_template(loaded.tokenizer):
             raise UsageError(
-                f"the tokenizer of model {name!r} has no chat template, which a chat needs; take a chat model, such as "
-                '--model "$(python scripts/fetch_smollm2.py)", or `restkv generate`'
+                f"the tokenizer of model {options.model!r} has no chat template, which a chat needs; take a chat "
+                'model, such as --model "$(python scripts/fetch_smollm2.py)", or `restkv generate`'
             )
         if options.sample:
             chosen = with_own(loaded.model.config.sampling, chosen)
-        chat = Chat(loaded, policy, dataclasses.replace(options, model=name, dense=dense), chosen)
+        chat = Chat(loaded, options, method_options, chosen)
         if options.resume is not None:
             chat.resume(options.resume)
     if not options.quiet:
@@ -146,6 +150,24 @@ def run(args: Sequence[str]) -> None:
             print_notice(f"error: {error}")
 
 
+def _as_before(
+    options: ChatOptions, method_options: dict[str, Any], says_method: bool
+) -> tuple[ChatOptions, dict[str, Any]]:
+    """Takes what is not given from the file that a chat goes on from."""
+    assert options.resume is not None
+    note = read_note(options.resume)
+    if not isinstance(note.get("messages"), list):
+        raise UsageError(f"--resume {str(options.resume)!r} holds a cache, but not a chat; `restkv ask` reads it")
+    default = ChatOptions()
+    given = {name for name in (*NOTED, "dtype") if getattr(options, name) != getattr(default, name)}
+    if says_method or not isinstance(note.get("method_options"), dict):
+        given.add("method")
+    elif "method" in note:
+        method_options = note["method_options"]
+    taken = {name: note[name] for name in (*NOTED, "dtype") if name in note and name not in given}
+    return dataclasses.replace(options, **taken), method_options
+
+
 def _turn(chat: Chat, line: str) -> None:
     command, _, rest = line.partition(" ")
     if command == "/reset":
@@ -156,8 +178,10 @@ def _turn(chat: Chat, line: str) -> None:
         chat.save(rest.strip())
     elif command == "/stats":
         print_notice(chat.stats())
-    elif command.startswith("/"):
+    elif command == "/help":
         print_notice(HELP)
+    elif command.startswith("/"):
+        raise UsageError(f"{command} is unknown; {HELP}")
     else:
         chat.answer(line)
 

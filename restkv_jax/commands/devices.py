@@ -14,7 +14,7 @@ from rich.table import Table
 from restkv_jax.commands.options import UsageError, as_usage_error, parse
 from restkv_jax.generation.reading import bucket_length
 from restkv_jax.kernels.dispatch import target_platform
-from restkv_jax.models.build import build_model
+from restkv_jax.loading import load_config
 from restkv_jax.models.checkpoint import EMBEDDED
 from restkv_jax.planning.uses import Use, kernel_uses
 
@@ -24,7 +24,8 @@ class DevicesOptions:
     """Lists the devices, and which implementation of every kernel a model's programs take on them.
 
     Args:
-      model: a `config.json`, or a directory that has one; the model that comes with the package if left out.
+      model: a `config.json`, a directory that has one, or a GGUF file; the model that comes with the package if left
+        out.
       length: tokens of a prompt.
       dtype: of weights and cache.
       platform: that programs are made for; that of the devices if left out.
@@ -42,7 +43,7 @@ def run(args: Sequence[str]) -> None:
     if options.length < 1:
         raise UsageError(f"--length {options.length} must be at least 1")
     with as_usage_error():
-        config = build_model(options.model).config
+        config = load_config(options.model)
     console = Console(highlight=False)
     console.print(_devices())
     platform = options.platform or target_platform()

@@ -11,7 +11,20 @@ from cyclopts import Group, Parameter
 
 from restkv_jax.commands.options import FLAT, as_usage_error, parse
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.eviction.presets import find_preset, make_policy
+from restkv_jax.eviction.presets import find_preset, make_policy, takes_budget
+
+OF_ANY: dict[str, Any] = {
+    "sinks": Annotated[int | None, Parameter(help="first tokens of the prompt, always kept.")],
+    "refit": Annotated[
+        float | None,
+        Parameter(help="ridge of a correction of the kept values for the window's queries; see the README."),
+    ],
+    "candidates": Annotated[
+        int | None, Parameter(help="keys that each layer and KV head carries to a selection over all layers.")
+    ],
+    "page_size": Annotated[int | None, Parameter(help="slots of a page, where budgets differ by layer or head.")],
+}
+"""Fields of a policy that are options of any method with a budget; `make_policy` takes them."""
 
 Options = TypeVar("Options", bound=Any)
 
@@ -24,9 +37,14 @@ def parse_with_method(
     Raises:
       UsageError: an unknown method or option, or a value that cannot be.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", nargs="?", default=command_options.method)
-    method = first.parse_known_args(list(itertools.takewhile(lambda arg: arg != "--", args)))[0].method or ""
+    options, chosen = parse_method(command_options, args, program)
+    with as_usage_error():
+        return options, make_policy(options.method, chosen)
+
+
+def parse_method(command_options: type[Options], args: Sequence[str], program: str) -> tuple[Options, dict[str, Any]]:
+    """As `parse_with_method`, with the method's options as `make_policy` takes them."""
+    method = _method_of(command_options, args)
     with as_usage_error():
         method_class = _options_of(method, command_options)
     group = Group(f"Method {method}", help=_first_line(find_preset(method)))
@@ -38,21 +56,34 @@ def parse_with_method(
         method_options: Any = method_class(),  # noqa: B008
     ) -> tuple[Options, dict[str, Any]]:
         parameters = inspect.signature(find_preset(method)).parameters
-        names = {name: _option_name(method, name, command_options) for name in parameters}
-        return options, {name: getattr(method_options, option) for name, option in names.items()}
+        names = {name: _option_name(method, name, command_options) for name in (*parameters, *_of_any(method))}
+        given = {name: getattr(method_options, option) for name, option in names.items()}
+        return options, {name: value for name, value in given.items() if name in parameters or value is not None}
 
     command.__annotations__ |= {
         "options": Annotated[command_options, FLAT],
         "method_options": Annotated[method_class, shown],
     }
     command.__doc__ = _first_line(command_options)
-    options, chosen = parse(command, args, program, f" of --method {method}")
-    with as_usage_error():
-        return options, make_policy(method, chosen)
+    return parse(command, args, program, f" of --method {method}")
+
+
+def says_method(command_options: type, args: Sequence[str]) -> bool:
+    """Whether a command line that `parse_method` took names a method or any of its options."""
+    method = _method_of(command_options, args)
+    names = {"method", *(field.name for field in dataclasses.fields(_options_of(method, command_options)))}
+    flags = {f"--{no}{name.replace('_', '-')}" for name in names for no in ("", "no-")}
+    return any(arg.partition("=")[0] in flags for arg in args)
+
+
+def _method_of(command_options: type, args: Sequence[str]) -> str:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", nargs="?", default=command_options.method)
+    return first.parse_known_args(list(itertools.takewhile(lambda arg: arg != "--", args)))[0].method or ""
 
 
 def _options_of(method: str, command_options: type) -> type:
-    """A dataclass with the parameters, defaults and docstring of a method's preset; budgets as text.
+    """A dataclass with the parameters, defaults and docstring of a method's preset and what all have; budgets as text.
 
     A parameter whose name is taken by an option of the command gets the method's as a prefix.
     """
@@ -63,8 +94,15 @@ def _options_of(method: str, command_options: type) -> type:
         if parameter.name == "budget":
             annotation, default = Annotated[str, Parameter(metavar="TOKENS|PERCENT%")], str(default)
         fields.append((_option_name(method, parameter.name, command_options), annotation, default))
+    fields += [(_option_name(method, name, command_options), kind, None) for name, kind in _of_any(method).items()]
     namespace = {"__doc__": preset.__doc__, "__module__": __name__}
     return dataclasses.make_dataclass(f"{method}_options", fields, namespace=namespace, frozen=True)
+
+
+def _of_any(method: str) -> dict[str, Any]:
+    """The options that a method has besides those of its preset, with their types."""
+    own = inspect.signature(find_preset(method)).parameters
+    return {name: kind for name, kind in OF_ANY.items() if name not in own} if takes_budget(method) else {}
 
 
 def _option_name(method: str, parameter: str, command_options: type) -> str:

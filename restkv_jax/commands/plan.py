@@ -20,7 +20,7 @@ from restkv_jax.evaluate.report.units import BYTES, SECONDS, text_of
 from restkv_jax.eviction.methods.full import full
 from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.generation.reading import bucket_length
-from restkv_jax.models.build import build_model
+from restkv_jax.loading import load_config
 from restkv_jax.models.checkpoint import EMBEDDED
 from restkv_jax.models.decoder import Decoder
 from restkv_jax.models.key_groups import LayerGroups, Sharing
@@ -38,8 +38,8 @@ class PlanOptions:
     """Compiles generation for a slice of TPUs that need not be there, and says what it holds, moves and sends.
 
     Args:
-      model: a `config.json`, or a directory that has one, whose weights are not read; the model that comes with the
-        package if left out.
+      model: a `config.json`, a directory that has one, or a GGUF file, whose weights are not read; the model that
+        comes with the package if left out.
       topology: the slice, by its chip and its shape: v5e:2x4, v6e:2x4, v5p:2x2x2, v4:2x2x1; cpu:8 for emulated devices.
       length: tokens of a prompt.
       batch_size: prompts at one time.
@@ -113,7 +113,7 @@ def _works(options: PlanOptions, policy: EvictionPolicy) -> tuple[dict[str, Work
 
 
 def _model(options: PlanOptions) -> Decoder:
-    model = build_model(options.model)
+    model = Decoder(load_config(options.model))
     if options.pod_groups is not None:
         sharing = Sharing.load(options.pod_groups, model) or Sharing(LayerGroups.load(options.pod_groups, model))
     else:

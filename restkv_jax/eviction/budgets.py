@@ -4,7 +4,7 @@ import re
 
 from restkv_jax.models.arguments import check_integer
 
-FORM = "give a number of tokens such as 128, or a percentage of the prompt above 0% and up to 100% such as 10%"
+FORM = 'give a number of tokens such as 128, or a percentage of padded prompts above 0% and up to 100% such as "10%"'
 
 
 def check_budget(budget: int | str) -> None:
@@ -15,6 +15,8 @@ def check_budget(budget: int | str) -> None:
       ValueError: a number below 1, or text that is not a percentage in (0, 100].
     """
     if not isinstance(budget, str):
+        if isinstance(budget, float):
+            raise TypeError(f"budget={budget!r} is not a budget; {FORM}")
         check_integer("budget", budget, 1, "slots per layer and KV head")
     elif not (re.fullmatch(r"\d+(\.\d+)?%", budget) and 0 < float(budget[:-1]) <= 100):
         raise ValueError(f"budget={budget!r} is not a budget; {FORM}")

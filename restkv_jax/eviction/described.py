@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from restkv_jax.eviction.allocation import ALLOCATIONS
 from restkv_jax.eviction.future import FutureQueries
 from restkv_jax.eviction.methods.restkv import Reconstruction
@@ -42,7 +44,7 @@ def describe(part: Any) -> Any:
       ValueError: a part of a class that is not this package's, which could not be made again.
     """
     if not dataclasses.is_dataclass(part):
-        return part
+        return part.item() if isinstance(part, np.generic) else part
     name = type(part).__name__
     if BY_NAME.get(name) is not type(part):
         raise ValueError(f"{name} is not among the classes that a file can name: {', '.join(BY_NAME)}")

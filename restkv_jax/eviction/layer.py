@@ -147,9 +147,9 @@ def evict(
         keep = keep_shares(policy, compared, prefix_lengths(scores)[None], jnp.asarray(view.index)[None], num_layers)[0]
         indices = jnp.sort(jnp.where(keep, indices, length), axis=-1)
     kept = gather_pairs(pairs, indices)
-    if policy.refit is not None:
+    if (refit := policy.correction) is not None:
         assert judged.asked is not None
-        correct = policy.refit if policy.allocation.uniform else policy.refit.head_by_head
+        correct = refit if policy.allocation.uniform else refit.head_by_head
         kept = correct(judged.asked, kept)
     lengths = (kept.positions >= 0).sum(-1, dtype=jnp.int32)
     return Eviction(scores, kept.positions, lengths, kept.keys, kept.values)

@@ -150,6 +150,11 @@ class EvictionPolicy:
         return self.budget
 
     @property
+    def correction(self) -> LeastSquares | None:
+        """The refit at this budget; None where nothing is corrected or evicted."""
+        return None if self.refit is None or self.budget is None else self.refit.within(self.slots_given)
+
+    @property
     def query_scorer(self) -> QueryScorer:
         """The scorer, where it scores query by query."""
         return cast(QueryScorer, self.scorer)

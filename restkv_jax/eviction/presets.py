@@ -63,7 +63,9 @@ def check_options(method: str, options: Mapping[str, Any], others: Iterable[str]
     parameters = inspect.signature(find_preset(method)).parameters
     for name, value in options.items():
         if name not in parameters and name not in POLICY_OPTIONS:
-            raise ValueError(f"{name} is not an option of method={method}; {suggest(name, [*parameters, *others])}")
+            raise ValueError(
+                f"{name} is not an option of method={method}; {suggest(name, [*parameters, *POLICY_OPTIONS, *others])}"
+            )
         is_flag = name in parameters and isinstance(parameters[name].default, bool)
         if is_flag and not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be true or false")

@@ -16,7 +16,7 @@ from restkv_jax.kernels.pairs import PAIR_AXES, Pairs, Queries, query_axes, take
 from restkv_jax.kernels.partition import by_device
 from restkv_jax.kernels.scores import Peaks, einsum, find_peaks, fold_tiles, map_tiles, probabilities, read_pairs
 from restkv_jax.kernels.solve import solve_positive_definite
-from restkv_jax.models.arguments import check_number
+from restkv_jax.models.arguments import check_integer, check_number
 from restkv_jax.models.decoder import LayerView
 
 LEAST_MASS, MOST_MASS = 0.2, 20.0
@@ -61,18 +61,27 @@ class LeastSquares:
     whole prompt to the kept keys. There a bias `log w` is stored beside the keys; here each key moves by `u log w`,
     where `u` is the direction that has a product of 1 with all queries, as nearly as can be: queries of a head have
     much in common.
+
+    What few slots lack is pressed into what they have, needles included: with a budget below `ample` slots the `ridge`
+    grows with the square of how many times fewer they are.
     """
 
     ridge: float = 0.01
     future: FutureQueries | None = None
     mass_ridge: float | None = None
+    ample: int = 1
 
     def __post_init__(self):
+        check_integer("ample", self.ample, 1, "slots from which on values are corrected by `ridge`")
         _check_ridge("ridge", self.ridge, "0.01 is usual")
         if not isinstance(self.future, FutureQueries | None):
             raise TypeError(f"future={self.future!r} must be a restkv_jax.FutureQueries(count=512), or None")
         if self.mass_ridge is not None:
             _check_ridge("mass_ridge", self.mass_ridge, "0.01 is usual, None moves no keys")
+
+    def within(self, budget: int) -> "LeastSquares":
+        """The correction with a mean budget of so many slots per layer and KV head."""
+        return dataclasses.replace(self, ridge=self.ridge * max(1.0, self.ample / budget) ** 2)
 
     @property
     def num_future(self) -> int:

@@ -1,13 +1,13 @@
 """Conversations: turn after turn is read onto one cache, which need never exceed its budget."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.checks import CacheDType, check_cache_dtype, check_eos, check_residual
+from restkv_jax.generation.checks import CacheDType, check_cache_dtype, check_residual
 from restkv_jax.generation.encoding import encode_messages, encode_next_turn, has_template
 from restkv_jax.generation.passes import empty_cache
 from restkv_jax.generation.text import TextStream, decode_text
@@ -21,7 +21,8 @@ class Conversation(NamedTuple):
     Attributes:
       messages: with "role" and "content" each, as in transformers; those before the first turn are yet to be read.
       cache: of one row; None before the first turn of a policy without budget.
-      unread: tokens of the last answer that the cache does not hold yet.
+      unread: tokens of the last answer that the cache does not hold yet. Of a stop string of several tokens, which no
+        message has, the cache holds those before the last.
     """
 
     messages: tuple[Mapping[str, str], ...] = ()
@@ -80,12 +81,11 @@ class Answer:
     `conversation` is the next one and `text` the whole answer.
     """
 
-    def __init__(self, conversation: Conversation, question: str, stream: TextStream, ends: Sequence[int]):
+    def __init__(self, conversation: Conversation, question: str, stream: TextStream):
         self.conversation = conversation
         self.text = ""
         self._question = question
         self._stream = stream
-        self._ends = ends
 
     def __iter__(self) -> Iterator[str]:
         for (piece,) in self._stream:
@@ -94,8 +94,9 @@ class Answer:
         assert last is not None
         self.text = row.text
         said = {"role": "user", "content": self._question}, {"role": "assistant", "content": row.text}
-        chosen = row.tokens[int(last.lengths[0]) - 1 :]  # not fed yet, and said: none if the end came in between
-        unread = tuple(token for token in chosen if token not in self._ends)
+        said_tokens = row.tokens[:-1] if row.leaves_out_last else row.tokens
+        chosen = said_tokens[int(last.lengths[0]) - 1 :]  # not fed yet, and said: none if the end came in between
+        unread = tuple(token for token in chosen if token not in self._stream.ends)
         self.conversation = Conversation((*self.conversation.messages, *said), last.cache, unread)
 
     def end(self) -> None:
@@ -152,7 +153,7 @@ def answer(
         eos_token_ids=eos_token_ids,
         **options,
     )
-    return Answer(conversation, question, stream, check_eos(model, eos_token_ids))
+    return Answer(conversation, question, stream)
 
 
 def _turn_tokens(tokenizer: Any, conversation: Conversation, question: str) -> list[int]:

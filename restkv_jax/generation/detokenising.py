@@ -18,6 +18,11 @@ class RowText:
         self._decoder = TokenDecoder(tokenizer)
         self._stop = StopStrings(stop)
 
+    @property
+    def leaves_out_last(self) -> bool:
+        """Whether the last token is of a stop string alone, so that nothing of it is in the text."""
+        return self._stop.cuts_all
+
     def push(self, token: int, active: bool = True) -> str:
         """The text that is settled by a token, which ends the row if it is not `active` afterwards."""
         if self.ended:
@@ -77,11 +82,11 @@ class StopStrings:
     """Lets text through up to the first stop string, and holds back what may be the beginning of one.
 
     The first is the one that is whole first; of those that end with one character, the longest. So it does not matter
-    in which pieces the text comes.
+    in which pieces the text comes. Once one is `found`, `cuts_all` says whether nothing of the last piece came through.
     """
 
     def __init__(self, stop: tuple[str, ...]):
-        self.found = False
+        self.found = self.cuts_all = False
         self._stop = stop
         self._held = ""
 
@@ -93,6 +98,7 @@ class StopStrings:
         places = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         self.found = bool(places)
         settled = min(places)[1] if places else len(text) - self._beginning(text)
+        self.cuts_all = self.found and settled <= len(self._held)
         self._held = "" if places else text[settled:]
         return text[:settled]
 

@@ -13,6 +13,9 @@ ROLES = ("system", "user", "assistant", "tool")
 MARK = "\u2402MARK\u2403"
 """Stands for a place in a conversation while a chat template is filled in; no text has it."""
 
+SPACE = "\u2581"
+"""What stands for a space in the tokens of SentencePiece."""
+
 
 def encode_prompts(tokenizer: Any, prompts: Any, goes_on: bool = False) -> tuple[Array, Array]:
     """Encodes one prompt or several, each a text or a conversation.
@@ -151,7 +154,17 @@ def has_template(tokenizer: Any) -> bool:
 
 def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text that goes on after another, without those that the tokenizer puts before every text."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not _puts_space_first(tokenizer):
+        return ids
+    before, whole = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("\n", "\n" + text))
+    return whole[len(before) :] if whole[: len(before)] == before else ids
+
+
+def _puts_space_first(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a space before every text, as SentencePiece's do, which no option leaves out."""
+    first = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    return any(token.startswith(SPACE) for token in tokenizer.convert_ids_to_tokens(first))
 
 
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:

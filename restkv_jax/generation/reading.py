@@ -254,11 +254,11 @@ def _total(cache: Cache, policies: Sequence[EvictionPolicy], longest: int, lengt
 
 
 def _room(cache: Cache, longest: int, length: int, max_new_tokens: int) -> int:
-    """Slots that a cache lacks."""
+    """Slots that a cache lacks, for each layer, row and KV head."""
     if not is_known(cache.next_positions):
         return length + max_new_tokens
     missing = longest + max_new_tokens - int(cache.room())
-    return 0 if missing <= 0 else bucket_length(cache.num_places + missing) - cache.num_places
+    return 0 if missing <= 0 else bucket_length(cache.num_slots + missing) - cache.num_slots
 
 
 def cache_shapes(

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from restkv_jax.caches.base import Cache
 from restkv_jax.eviction.policy import EvictionPolicy
-from restkv_jax.generation.checks import CacheDType
+from restkv_jax.generation.checks import CacheDType, check_eos
 from restkv_jax.generation.decoding import Decoding
 from restkv_jax.generation.detokenising import RowText, check_stop
 from restkv_jax.generation.encoding import encode_prompts, is_one_prompt
@@ -55,7 +55,7 @@ def generate_text(
         texts and conversations, which are read as one batch.
       policy: what to keep of the prompts; everything by default.
       max_new_tokens: upper bound on the tokens of an answer.
-      stop: strings that end an answer; it ends before the first of them.
+      stop: strings that end an answer; it ends before the first of them. Special tokens end it as `eos_token_ids` do.
       key: a JAX random key, folded with the prompt's index, or keys [B]; None decodes greedily.
       temperature: divides the logits; 1 by default.
       top_k: draw among the `k` best tokens.
@@ -180,23 +180,44 @@ def decode_text(
 
     Arguments as for `generate_text`, checked at the call; `tokens` and `mask` as for `generate`.
     """
-    stop = check_stop(stop)
+    stop, ends = _split_stop(tokenizer, check_stop(stop))
+    ends = (*check_eos(model, sampling.get("eos_token_ids")), *ends)
     options = max_new_tokens, chunk_size, sharing, cache, segment_size, cache_dtype
     prompt = check_and_pad(model, params, tokens, mask, (policy,), *options)
     batch = prompt.tokens.shape[0]
-    states = decode_prompt(prompt, params, make_sampling(model, batch, **sampling))
-    return TextStream(states, [RowText(tokenizer, stop) for _ in range(batch)])
+    states = decode_prompt(prompt, params, make_sampling(model, batch, **sampling | {"eos_token_ids": ends}))
+    return TextStream(states, [RowText(tokenizer, stop) for _ in range(batch)], ends)
+
+
+def _split_stop(tokenizer: Any, stop: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Stop strings that texts can have, and the ids of those that are special tokens, which texts are without.
+
+    Raises:
+      ValueError: a string that has a special token and more.
+    """
+    added = tokenizer.get_added_vocab()
+    special = {text: id_ for text, id_ in added.items() if not tokenizer.decode([id_], skip_special_tokens=True)}
+    for string in stop:
+        held = next((text for text in special if text in string), None)
+        if held is not None and string not in special:
+            raise ValueError(f"stop={string!r:.60} holds the special token {held!r}, which no text has; give it alone")
+    return (
+        tuple(string for string in stop if string not in special),
+        tuple(special[string] for string in stop if string in special),
+    )
 
 
 class TextStream:
     """Text as it is decoded: iterating gives for every step a list of the new piece of each row.
 
     `rows` hold tokens and text so far; `row.ended = True` ends a row before the next step. `last`, once the iteration
-    is over, is the final state: its cache holds each row's tokens without the last, which was not fed back.
+    is over, is the final state: its cache holds each row's tokens without the last, which was not fed back. `ends` are
+    the tokens that end a row.
     """
 
-    def __init__(self, states: Steps, rows: Sequence[RowText]):
+    def __init__(self, states: Steps, rows: Sequence[RowText], ends: tuple[int, ...]):
         self.rows = rows
+        self.ends = ends
         self.last: Decoding | None = None
         self._states = states
 

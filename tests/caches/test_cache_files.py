@@ -95,6 +95,27 @@ def test_other_models_are_refused(saved):
     rk.load_cache(saved, MODEL, weights())
 
 
+def test_keys_that_were_turned_otherwise_are_refused(saved, tmp_path):
+    dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    tokens = np.random.default_rng(0).integers(0, 61, (1, 20))
+    model = rk.build_model(CONFIG | dynamic)
+    _, cache = rk.prefill(model, weights(), tokens, None, None, 4)
+    rk.save_cache(tmp_path / "b.cache", cache, model, weights())
+    rk.load_cache(tmp_path / "b.cache", model, weights())
+    longer = {"max_position_embeddings": 2048}
+    with pytest.raises(ValueError, match="its max_position_embeddings is 512, the model's 2048"):
+        rk.load_cache(tmp_path / "b.cache", rk.build_model(CONFIG | dynamic | longer), weights())
+    rk.load_cache(saved, rk.build_model(CONFIG | longer), weights())  # which do not depend on it
+
+
+def test_a_policy_of_numpys_numbers_is_stored(tmp_path):
+    policy = rk.restkv(np.int64(40), np.int32(8), while_generating=True)
+    tokens = np.random.default_rng(0).integers(0, 61, (1, 90))
+    _, cache = rk.prefill(MODEL, weights(), tokens, None, policy, 4)
+    rk.save_cache(tmp_path / "a.cache", cache, MODEL, weights())
+    assert rk.load_cache(tmp_path / "a.cache", MODEL, weights()).policy == cache.policy
+
+
 def test_sharing_of_another_kind_is_refused(tmp_path):
     model, cache = cache_of("shared")
     rk.save_cache(tmp_path / "a.cache", cache, model)

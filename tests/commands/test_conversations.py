@@ -136,6 +136,24 @@ def test_a_chat_goes_on_from_its_file(capsys, monkeypatch, model, tmp_path):
     assert "/save needs a file" in err and "/reset begins anew" in err
 
 
+def test_a_chat_goes_on_with_the_method_that_it_began_with(capsys, monkeypatch, model, tmp_path):
+    def say(text, *args):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        code, out, err = run(capsys, "chat", "--max-new-tokens", 8, *args)
+        assert code == 0, err
+        return out, err
+
+    saved = tmp_path / "a.cache"
+    begun = "--model", model, "--method", "snapkv", "--budget", 40, "--dtype", "bfloat16", "--system", "Be brief."
+    said, _ = say(f"Hello\n/save {saved}\nAnd then?\n/stats\n/reset\nHello\n", *begun)
+    resumed, err = say("And then?\n/stats\n/reset\nHello\n", "--resume", saved)
+    assert said.endswith(resumed) and said[: len(said) - len(resumed)] == said.splitlines(keepends=True)[0]
+    assert "in 48 slots" in err
+    _, err = say("/reset\n/stats\nHello\n/stats\n", "--resume", saved, "--budget", "100")
+    assert "in 108 slots" in err
+    assert read_header(saved).note["method_options"]["budget"] == "40"
+
+
 def test_what_was_read_without_the_models_sharing_goes_on_without(capsys, monkeypatch, model, tmp_path):
     dense, params, tokenizer = rk.load_model(model, dtype="float32")
     shared = dense.clone(sharing=rk.pod.Sharing(rk.pod.LayerGroups([[0, 0], [0, 0]]), 4, 32))

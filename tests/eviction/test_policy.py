@@ -89,11 +89,14 @@ def test_removal_error_is_the_exact_change_of_a_heads_output(seed, sharpness):
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("gap", [5.0, 15.0, 30.0, 200.0])
-def test_a_key_that_takes_all_attention_is_kept(order, gap):
+@pytest.mark.parametrize(
+    "how", [{}, {"tau": 0.0}, {"tau": 0.5}, {"temporal": "last", "tau": 0.5}, {"tau": 2.0}], ids=str
+)
+def test_a_key_that_takes_all_attention_is_kept(order, gap, how):
     queries, keys, values, projection = arrays_of(0, heads=2, kv_heads=2)
     queries[..., 0], keys[..., 0] = 1.0, 0.0
     keys[:, :, 3, 0] = gap * np.sqrt(DIM)
-    policy = policy_of("restkv").replace(scorer=Reconstruction(order=order), pooling=NoPooling())
+    policy = policy_of("restkv").replace(scorer=Reconstruction(order=order, **how), pooling=NoPooling())
     ev = evict(policy, queries, keys, values, projection)
     assert np.isfinite(ev.scores).all()
     np.testing.assert_array_equal(np.asarray(ev.scores).argmax(-1), 3)

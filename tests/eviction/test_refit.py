@@ -319,3 +319,15 @@ def test_fewer_queries_than_are_asked_again_are_refused(part):
     policy, (name,) = METHODS["snapkv"].replace(**part), part
     with pytest.raises(ValueError, match=rf"policy\.{name}, which asks earlier queries again, needs 20 of a prompt"):
         rk.evict_layer(policy, queries[:, :, -WINDOW:], keys, values, projection)
+
+
+def test_with_few_slots_values_are_corrected_less():
+    refit = rk.LeastSquares(0.5, mass_ridge=0.01, ample=50)
+    assert [refit.within(budget).ridge for budget in (100, 50, 25, 5)] == [0.5, 0.5, 2.0, 50.0]
+    assert refit.within(25).mass_ridge == 0.01
+    few, plain = (rk.snapkv(20, 8).replace(refit=each) for each in (refit, rk.LeastSquares(0.5, mass_ridge=0.01)))
+    arrays = arrays_of(0)
+    expected = evict(plain.replace(refit=rk.LeastSquares(0.5 * 2.5**2, mass_ridge=0.01)), *arrays)
+    np.testing.assert_array_equal(evict(few, *arrays).values, expected.values)
+    assert not np.allclose(evict(plain, *arrays).values, expected.values)
+    assert rk.best(20).correction.ridge == 0.5 * 2.5**2 and rk.best(51).correction.ridge == 0.5

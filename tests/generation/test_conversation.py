@@ -5,10 +5,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+from test_detokenising import with_byte_fallback
 from tiny import CONFIG, tokenizer
 
 import restkv_jax as rk
 from restkv_jax.generation.encoding import (
+    encode_continuation,
     encode_messages,
     encode_next_turn,
     encode_opening,
@@ -138,6 +140,12 @@ def test_a_conversation_may_be_answered_twice():
     assert say(conversation, "Once", POLICY)[0] == say(conversation, "Once", POLICY)[0]
 
 
+@pytest.mark.parametrize("text", ["ab", " a", "b a\n", "\nb", "aab"])
+def test_a_text_goes_on_without_a_space_of_the_tokenizers(text):
+    made = with_byte_fallback()
+    assert encode_text(made, "a") + encode_continuation(made, text) == encode_text(made, "a" + text)
+
+
 def test_a_question_follows_a_document_as_one_turn():
     made = chat_tokenizer()
     opened = encode_opening(made, "A long text.", "Be brief.")
@@ -149,6 +157,18 @@ def test_a_question_follows_a_document_as_one_turn():
     assert opened + following == encode_messages(made, messages)
     plain = tokenizer()
     assert encode_opening(plain, "A text.") + encode_question(plain, " And?") == encode_text(plain, "A text. And?")
+
+
+def test_what_a_stop_string_cuts_off_is_not_read():
+    whole, ended = say(rk.start_conversation(*tiny()), "Hello")
+    place = next(i for i in range(2, len(whole)) if whole.index(whole[i]) == i)
+    said, conversation = say(rk.start_conversation(*tiny()), "Hello", stop=whole[place])
+    assert said == whole[:place] and conversation.unread == ()
+    messages, made = [{"role": "user", "content": "Hello"}], chat_tokenizer()
+    assert conversation.num_tokens == len(encode_messages(made, messages)) + len(said.encode())
+    assert np.asarray(ended.cache.next_positions) > np.asarray(conversation.cache.next_positions)
+    said, _ = say(rk.start_conversation(*tiny()), "Hello", stop="</s>", eos_token_ids=())
+    assert said == whole
 
 
 def test_bad_turns():

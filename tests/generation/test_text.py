@@ -96,6 +96,21 @@ def test_stopping_a_row_compiles_nothing():
     assert clock.seconds == 0
 
 
+def test_special_tokens_end_a_row_which_no_text_has():
+    tokenizer = tiny.tokenizer()
+    model = rk.build_model(tiny.CONFIG | {"initializer_range": 0.3, "eos_token_id": None})
+    arguments = model, rk.init_params(model, jax.random.key(0)), tokenizer, "The sky"
+    whole = rk.generate_text(*arguments, max_new_tokens=NEW)
+    prompt = np.array([tokenizer("The sky")["input_ids"]])
+    sixth = int(rk.generate(*arguments[:2], prompt, max_new_tokens=6).tokens[0, 5])
+    token = tokenizer.convert_ids_to_tokens(sixth)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    texts = rk.generate_text(*arguments, max_new_tokens=NEW, stop=token)
+    assert texts == whole[: len(texts)] and len(texts) < len(whole)
+    with pytest.raises(ValueError, match=r"stop='</s>\\n' holds the special token '</s>'"):
+        rk.generate_text(*arguments, stop="</s>\n")
+
+
 @pytest.mark.parametrize(("stop", "error", "words"), [
     ("", ValueError, "an empty string, which would end every answer"),
     (["\n", ""], ValueError, "an empty string"),

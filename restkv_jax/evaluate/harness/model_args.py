@@ -16,8 +16,8 @@ class ModelArgs:
     """The model and how it is run.
 
     Args:
-      pretrained: directory of a checkpoint in Hugging Face's layout, or id of a model on its hub; the model that comes
-        with the package if left out.
+      pretrained: directory of a checkpoint in Hugging Face's layout, a GGUF file, or id of a model on the hub; the
+        model that comes with the package if left out.
       tokenizer: directory or id of another tokenizer than the checkpoint's.
       method: how to choose what the cache keeps; the method's own options stand beside it.
       dtype: of weights and cache; "auto" is bfloat16, on a CPU float32.
@@ -63,14 +63,14 @@ def parse_model_args(given: Mapping[str, Any]) -> ParsedArgs:
       ValueError: an unknown method or option, suggesting near ones, or a value of the wrong kind or out of range.
     """
     values = {name: value for name, value in given.items() if value is not None}
-    general_names = {field.name for field in dataclasses.fields(ModelArgs)}
+    general_names = [field.name for field in dataclasses.fields(ModelArgs)]
     size = str(values.get("batch_size", ""))  # the harness's own `--batch_size` is text
     if size.isdecimal():
         values["batch_size"] = int(size)
     elif size.partition(":")[0] == "auto":  # "auto:4" asks to look anew four times; it is always looked anew
         values["batch_size"] = "auto"
     try:
-        general = ModelArgs(**{name: values.pop(name) for name in general_names & values.keys()})
+        general = ModelArgs(**{name: values.pop(name) for name in general_names if name in values})
         check_options(general.method, values, general_names)
         _check_general(general)
         return ParsedArgs(general, make_policy(general.method, values))
