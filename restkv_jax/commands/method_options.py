@@ -102,7 +102,8 @@ def _options_of(method: str, command_options: type) -> type:
 def _of_any(method: str) -> dict[str, Any]:
     """The options that a method has besides those of its preset, with their types."""
     own = inspect.signature(find_preset(method)).parameters
-    return {name: kind for name, kind in OF_ANY.items() if name not in own} if takes_budget(method) else {}
+    given = {*own, "refit"} if "ridge" in own else own  # that one has its own correction
+    return {name: kind for name, kind in OF_ANY.items() if name not in given} if takes_budget(method) else {}
 
 
 def _option_name(method: str, parameter: str, command_options: type) -> str:

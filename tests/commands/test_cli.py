@@ -13,6 +13,8 @@ import tiny
 
 import restkv_jax as rk
 from restkv_jax.commands.cli import main
+from restkv_jax.commands.generate import GenerateOptions
+from restkv_jax.commands.method_options import parse_with_method, says_method
 from restkv_jax.timing import CompilationClock
 
 PROMPT = "The sky is blue. One of the special magic numbers for quiet-fox is: 1234567. Here we go. " * 3
@@ -96,6 +98,20 @@ def test_help_lists_the_options_of_the_method(capsys, name):
         assert f"--{parameter.replace('_', '-')}" in out
     if name != "full":
         assert inspect.getdoc(rk.METHODS[name]).partition("\n")[0] in out
+
+
+@pytest.mark.parametrize(("method", "preset"), [("laprox", rk.laprox), ("best", rk.best), ("full", rk.full)])
+def test_options_of_any_method(method, preset):
+    plain = ["--method", method]
+    assert parse_with_method(GenerateOptions, ["x", *plain], "restkv generate")[1] == preset()
+    if method != "full":
+        _, policy = parse_with_method(
+            GenerateOptions, ["x", *plain, "--sinks", "4", "--page-size=8"], "restkv generate"
+        )
+        assert policy == preset().replace(sinks=4, page_size=8)
+    assert not says_method(GenerateOptions, ["x", "--quiet"])
+    for args in (["--sinks", "4"], ["--budget=5%"], ["--no-while-generating"], ["--method", "h2o"]):
+        assert says_method(GenerateOptions, ["x", *args])
 
 
 def test_methods_lists_the_registry(capsys):
@@ -194,6 +210,8 @@ BAD = {
     "missing file": (["generate", "--file", "absent.txt"], "--file 'absent.txt' cannot be read"),
     "two prompts": (generate("--file", "absent.txt"), "are both given"),
     "missing model": (generate("--model", "./absent"), "model './absent' cannot be loaded: does not exist"),
+    "empty model": (generate("--model", ""), "model is empty; give a directory"),
+    "correction of a method that corrects": (generate("--method", "best", "--refit", "1"), "--refit is not an option"),
     "dtype": (generate("--dtype", "int8"), 'Invalid value "int8" for --dtype'),
     "methods with arguments": (["methods", "restkv"], "unexpected argument 'restkv'"),
     "picture without a directory": (["plot", "x", "--output", "absent/kept.png"], "does not exist; create it first"),

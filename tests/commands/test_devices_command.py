@@ -2,8 +2,12 @@
 
 import json
 
+import gguf_files
+import jax
 import pytest
+from safetensors.numpy import load_file
 
+import restkv_jax as rk
 from restkv_jax.commands.cli import main
 
 LLAMA = dict(
@@ -30,6 +34,15 @@ def test_another_platform(capsys, tmp_path, platform, name):
     text = said(capsys, "--model", tmp_path, "--platform", platform)
     assert f"attention of a prompt {name}" in text
     assert f"attention over pages {dict(tpu='pallas_tpu', cuda='pallas_gpu', cpu='reference')[platform]}" in text
+
+
+def test_a_gguf_file_says_what_a_configuration_says(capsys, tmp_path):
+    config = LLAMA | {"max_position_embeddings": 512, "bos_token_id": 1}
+    model = rk.build_model(config)
+    rk.save_model(tmp_path / "model", model, rk.init_params(model, jax.random.key(0)))
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    path = gguf_files.write_gguf(tmp_path / "model.gguf", config, tensors)
+    assert said(capsys, "--model", path) == said(capsys, "--model", tmp_path / "model")
 
 
 def test_what_cannot_be(capsys, tmp_path):

@@ -23,6 +23,11 @@ def test_what_is_not_a_budget_is_refused(budget):
         parse_budget(budget)
 
 
+def test_a_share_is_no_budget():
+    with pytest.raises(TypeError, match=r'budget=0.1 is not a budget; .* such as "10%"'):
+        rk.snapkv(0.1)
+
+
 def test_percentages_are_rounded_to_the_nearest_slot():
     assert [budget_slots(budget, 1000) for budget in ("10%", "2.5%", "0.26%", "100%", 64)] == [100, 25, 3, 1000, 64]
 
