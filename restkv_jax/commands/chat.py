@@ -14,7 +14,7 @@ from rich.console import Console
 from restkv_jax.caches.base import cache_bytes
 from restkv_jax.caches.stored import load_cache, save_cache
 from restkv_jax.commands.answering import AnswerOptions, check_answer, read_note, with_own
-from restkv_jax.commands.method_options import parse_method, says_method
+from restkv_jax.commands.method_options import given_option, parse_method
 from restkv_jax.commands.options import (
     CacheOptions,
     ModelOptions,
@@ -24,6 +24,7 @@ from restkv_jax.commands.options import (
     print_notice,
 )
 from restkv_jax.commands.progress import show_while
+from restkv_jax.eviction.policy import EvictionPolicy
 from restkv_jax.eviction.presets import make_policy
 from restkv_jax.generation.conversation import Conversation, answer, start_conversation
 from restkv_jax.generation.encoding import has_template
@@ -35,7 +36,7 @@ HELP = (
 )
 
 
-NOTED = ("model", "dense", "method", "system", "cache_dtype")
+NOTED = ("model", "dense", "dtype", "system", "cache_dtype")
 """Options that a chat which goes on takes from its file."""
 
 
@@ -60,9 +61,16 @@ class ChatOptions(AnswerOptions, CacheOptions, ModelOptions):
 class Chat:
     """A chat at the terminal: the model, how it answers, and the conversation so far."""
 
-    def __init__(self, loaded: Loaded, options: ChatOptions, method_options: dict[str, Any], chosen: dict[str, Any]):
+    def __init__(
+        self,
+        loaded: Loaded,
+        policy: EvictionPolicy,
+        options: ChatOptions,
+        method_options: dict[str, Any],
+        chosen: dict[str, Any],
+    ):
         self.loaded = loaded
-        self.policy = make_policy(options.method, method_options)
+        self.policy = policy
         self.options = options
         self.method_options = method_options
         self.chosen = chosen
@@ -97,7 +105,7 @@ class Chat:
         if cache is None or not self.conversation.messages:
             raise UsageError("/save: nothing was said yet")
         note = {name: getattr(self.options, name) for name in NOTED}
-        note |= {"dtype": str(cache.dtype), "method_options": self.method_options}
+        note |= {"dtype": str(cache.dtype), "method": self.options.method, "method_options": self.method_options}
         note |= {"messages": self.conversation.messages, "unread": self.conversation.unread}
         size = save_cache(path, cache, self.loaded.model, self.loaded.params, note)
         print_notice(f"wrote {path}: {size:,} bytes")
@@ -121,13 +129,18 @@ class Chat:
 
 def run(args: Sequence[str]) -> None:
     """Reads turns from standard input until it ends."""
-    options, method_options = parse_method(ChatOptions, args, "restkv chat")
+    note = _note_of(args)
+    options, method_options = parse_method(ChatOptions, args, "restkv chat", note)
     chosen = check_answer(options)
     if options.resume is not None and options.system is not None:
         raise UsageError("--resume and --system are both given; the chat that goes on has its own beginning")
+    noted = {
+        name: note[name] for name in NOTED if name in note and getattr(options, name) == getattr(ChatOptions, name)
+    }
+    options = dataclasses.replace(options, **noted)
+    with as_usage_error():
+        policy = make_policy(options.method, method_options)
     with as_usage_error(), show_while("loading the model", quiet=options.quiet):
-        if options.resume is not None:
-            options, method_options = _as_before(options, method_options, says_method(ChatOptions, args))
         mesh = chosen_mesh(options.model_parallel, options.data_parallel)
         loaded = load_checkpoint(options.model, options.dtype, dense=options.dense, mesh=mesh)
         if not has_template(loaded.tokenizer):
@@ -137,7 +150,7 @@ def run(args: Sequence[str]) -> None:
             )
         if options.sample:
             chosen = with_own(loaded.model.config.sampling, chosen)
-        chat = Chat(loaded, options, method_options, chosen)
+        chat = Chat(loaded, policy, options, method_options, chosen)
         if options.resume is not None:
             chat.resume(options.resume)
     if not options.quiet:
@@ -150,22 +163,16 @@ def run(args: Sequence[str]) -> None:
             print_notice(f"error: {error}")
 
 
-def _as_before(
-    options: ChatOptions, method_options: dict[str, Any], says_method: bool
-) -> tuple[ChatOptions, dict[str, Any]]:
-    """Takes what is not given from the file that a chat goes on from."""
-    assert options.resume is not None
-    note = read_note(options.resume)
+def _note_of(args: Sequence[str]) -> dict[str, Any]:
+    """What the file says that a chat goes on from; nothing for a new one."""
+    path = given_option(args, "resume")
+    if path is None:
+        return {}
+    with as_usage_error():
+        note = read_note(pathlib.Path(path))
     if not isinstance(note.get("messages"), list):
-        raise UsageError(f"--resume {str(options.resume)!r} holds a cache, but not a chat; `restkv ask` reads it")
-    default = ChatOptions()
-    given = {name for name in (*NOTED, "dtype") if getattr(options, name) != getattr(default, name)}
-    if says_method or not isinstance(note.get("method_options"), dict):
-        given.add("method")
-    elif "method" in note:
-        method_options = note["method_options"]
-    taken = {name: note[name] for name in (*NOTED, "dtype") if name in note and name not in given}
-    return dataclasses.replace(options, **taken), method_options
+        raise UsageError(f"--resume {path!r} holds a cache, but not a chat; `restkv ask` reads it")
+    return note
 
 
 def _turn(chat: Chat, line: str) -> None:

@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from cyclopts import Group, Parameter
@@ -42,11 +43,24 @@ def parse_with_method(
         return options, make_policy(options.method, chosen)
 
 
-def parse_method(command_options: type[Options], args: Sequence[str], program: str) -> tuple[Options, dict[str, Any]]:
-    """As `parse_with_method`, with the method's options as `make_policy` takes them."""
-    method = _method_of(command_options, args)
+def parse_method(
+    command_options: type[Options],
+    args: Sequence[str],
+    program: str,
+    before: Mapping[str, Any] = types.MappingProxyType({}),
+) -> tuple[Options, dict[str, Any]]:
+    """As `parse_with_method`, with the method's options as `make_policy` takes them.
+
+    Args:
+      command_options: the dataclass.
+      args: of the command line.
+      program: the command, for help and messages.
+      before: a `method`, and its `method_options`, that count where the command line gives no other.
+    """
+    method = given_option(args, "method", before.get("method", command_options.method)) or ""
+    defaults = before.get("method_options", {}) if method == before.get("method") else {}
     with as_usage_error():
-        method_class = _options_of(method, command_options)
+        method_class = _options_of(method, command_options, defaults)
     group = Group(f"Method {method}", help=_first_line(find_preset(method)))
     shown = Parameter(name="*", group=group, parse=None if dataclasses.fields(method_class) else False)
 
@@ -65,36 +79,32 @@ def parse_method(command_options: type[Options], args: Sequence[str], program: s
         "method_options": Annotated[method_class, shown],
     }
     command.__doc__ = _first_line(command_options)
-    return parse(command, args, program, f" of --method {method}")
+    options, chosen = parse(command, args, program, f" of --method {method}")
+    return dataclasses.replace(options, method=method), chosen
 
 
-def says_method(command_options: type, args: Sequence[str]) -> bool:
-    """Whether a command line that `parse_method` took names a method or any of its options."""
-    method = _method_of(command_options, args)
-    names = {"method", *(field.name for field in dataclasses.fields(_options_of(method, command_options)))}
-    flags = {f"--{no}{name.replace('_', '-')}" for name in names for no in ("", "no-")}
-    return any(arg.partition("=")[0] in flags for arg in args)
-
-
-def _method_of(command_options: type, args: Sequence[str]) -> str:
+def given_option(args: Sequence[str], name: str, default: str | None = None) -> str | None:
+    """The value of an option that has to be known before the others are parsed."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", nargs="?", default=command_options.method)
-    return first.parse_known_args(list(itertools.takewhile(lambda arg: arg != "--", args)))[0].method or ""
+    first.add_argument(f"--{name}", nargs="?", default=default)
+    return getattr(first.parse_known_args(list(itertools.takewhile(lambda arg: arg != "--", args)))[0], name)
 
 
-def _options_of(method: str, command_options: type) -> type:
+def _options_of(method: str, command_options: type, defaults: Mapping[str, Any]) -> type:
     """A dataclass with the parameters, defaults and docstring of a method's preset and what all have; budgets as text.
 
-    A parameter whose name is taken by an option of the command gets the method's as a prefix.
+    `defaults` take the place of the preset's. A parameter whose name is taken by an option of the command gets the
+    method's as a prefix.
     """
     preset = find_preset(method)
     fields = []
     for parameter in inspect.signature(preset).parameters.values():
-        annotation, default = parameter.annotation, parameter.default
+        annotation, default = parameter.annotation, defaults.get(parameter.name, parameter.default)
         if parameter.name == "budget":
             annotation, default = Annotated[str, Parameter(metavar="TOKENS|PERCENT%")], str(default)
         fields.append((_option_name(method, parameter.name, command_options), annotation, default))
-    fields += [(_option_name(method, name, command_options), kind, None) for name, kind in _of_any(method).items()]
+    for name, kind in _of_any(method).items():
+        fields.append((_option_name(method, name, command_options), kind, defaults.get(name)))
     namespace = {"__doc__": preset.__doc__, "__module__": __name__}
     return dataclasses.make_dataclass(f"{method}_options", fields, namespace=namespace, frozen=True)
 

@@ -7,6 +7,7 @@ import docstring_parser
 from rich.console import Console
 from rich.table import Table
 
+from restkv_jax.commands.method_options import OF_ANY
 from restkv_jax.commands.options import UsageError
 from restkv_jax.eviction.methods.registry import METHODS
 
@@ -24,3 +25,8 @@ def run(args: Sequence[str]) -> None:
             text = next((p.description for p in documentation.params if p.arg_name == parameter.name), "")
             table.add_row("", f"{parameter.name}={parameter.default}", text)
         console.print(table)
+    console.print("[bold]all with a budget[/bold]  Where the method has no such option of its own.", soft_wrap=True)
+    table = Table.grid(padding=(0, 2))
+    for name, kind in OF_ANY.items():
+        table.add_row("", f"{name}=None", kind.__metadata__[0].help)
+    console.print(table)

@@ -117,8 +117,8 @@ def _model(options: PlanOptions) -> Decoder:
     if options.pod_groups is not None:
         sharing = Sharing.load(options.pod_groups, model) or Sharing(LayerGroups.load(options.pod_groups, model))
     else:
-        directory = options.model if options.model.is_dir() else options.model.parent
-        sharing = None if options.dense else Sharing.load(directory, model)
+        directory = options.model.parent if options.model.name == "config.json" else options.model
+        sharing = None if options.dense or not directory.is_dir() else Sharing.load(directory, model)
     sizes = {name: getattr(options, name) for name in ("sink", "recent") if getattr(options, name) is not None}
     if sizes and sharing is None:
         raise ValueError(f"--{' and --'.join(sizes)} without shared keys; give --pod-groups FILE")

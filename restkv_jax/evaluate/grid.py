@@ -112,9 +112,6 @@ def check_grid(grid: Grid) -> None:
     for depth in grid.depths:
         if not 0 <= depth <= 1:
             raise ValueError(f"depth {depth} must be between 0, the beginning of the prompt, and 1, its end")
-    if grid.depths and not any(map(has_depths, grid.tasks)):
-        asked = ", ".join(filter(has_depths, TASKS))
-        raise ValueError(f"depths are only for tasks that ask for one needle ({asked}); add one, or leave depths out")
     cache_configs(grid)
     for length in grid.lengths if conditions(grid) else ():
         if length < 1:

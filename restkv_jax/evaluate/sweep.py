@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from restkv_jax.evaluate.batching import even_size
 from restkv_jax.evaluate.example import has_example, save_example
-from restkv_jax.evaluate.grid import CacheConfig, Grid, conditions, is_file, policies
+from restkv_jax.evaluate.grid import CacheConfig, Grid, conditions, has_depths, is_file, policies
 from restkv_jax.evaluate.measuring import EncodedPrompts, RunSettings, measure_batch
 from restkv_jax.evaluate.results import (
     PromptId,
@@ -107,10 +107,14 @@ def check_sweep(loaded: Loaded, grid: Grid) -> None:
     """Refuses what could not be carried out to the end, before anything is written.
 
     Raises:
-      ValueError: no prompts at all, a length too small for its task or budgets, or other prompts in other processes.
+      ValueError: no prompts at all, depths for none of the tasks, a length too small for its task or budgets, or other
+        prompts in other processes.
     """
     if grid.chat and not has_template(loaded.tokenizer):
         raise ValueError("chat needs a chat template, which the model's tokenizer does not have; leave --chat out")
+    if grid.depths and not any(map(has_depths, grid.tasks)):
+        asked = ", ".join(filter(has_depths, TASKS))
+        raise ValueError(f"depths are only for tasks that ask for one needle ({asked}); add one, or leave depths out")
     found = prompt_sets(grid, loaded.tokenizer)
     if not found:
         raise ValueError("tasks: no prompts are left to measure")

@@ -151,7 +151,7 @@ class EvictionPolicy:
 
     @property
     def correction(self) -> LeastSquares | None:
-        """The refit at this budget; None where nothing is corrected or evicted."""
+        """The refit at this budget, which is resolved; None where nothing is corrected or evicted."""
         return None if self.refit is None or self.budget is None else self.refit.within(self.slots_given)
 
     @property
@@ -193,8 +193,13 @@ class EvictionPolicy:
         return length if self.scorer is not None and self.scorer.all_queries else self.window_of(length)
 
     def replace(self, **changes) -> "EvictionPolicy":
-        """Returns the policy with some fields changed; what a small budget has shrunk is as asked for again."""
-        return dataclasses.replace(self, **(getattr(self, "_asked", {}) | changes))
+        """Returns the policy with some fields changed; what a budget has shrunk is as asked for with another one."""
+        asked = {name: size for name, size in getattr(self, "_asked", {}).items() if name not in changes}
+        if "budget" in changes:
+            return dataclasses.replace(self, **asked, **changes)
+        replaced = dataclasses.replace(self, **changes)
+        object.__setattr__(replaced, "_asked", getattr(replaced, "_asked", {}) | asked)
+        return replaced
 
     def slots(self, length: int) -> int:
         """Slots kept of a prompt of `length` tokens."""

@@ -31,6 +31,8 @@ def make_policy(method: str, options: Mapping[str, Any]) -> EvictionPolicy:
     try:
         if "budget" in values:
             values["budget"] = parse_budget(values["budget"])
+        if changes.get("refit") is not None and "ridge" in parameters:
+            raise ValueError(f"{method} has a correction of its own; give its ridge, or refit=None for none")
         if "refit" in changes:
             changes["refit"] = None if changes["refit"] is None else LeastSquares(changes["refit"])
         return METHODS[method](**values).replace(**changes)

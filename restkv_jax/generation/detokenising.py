@@ -20,8 +20,8 @@ class RowText:
 
     @property
     def leaves_out_last(self) -> bool:
-        """Whether the last token is of a stop string alone, so that nothing of it is in the text."""
-        return self._stop.cuts_all
+        """Whether a stop string has cut off all of the last token."""
+        return self._stop.found and len(self.text) <= len(self._decoder.whole(self.tokens[:-1]))
 
     def push(self, token: int, active: bool = True) -> str:
         """The text that is settled by a token, which ends the row if it is not `active` afterwards."""
@@ -58,6 +58,10 @@ class TokenDecoder:
         self._tokens: list[int] = []
         self._num_given = 0
 
+    def whole(self, tokens: list[int]) -> str:
+        """The text of tokens, all at once."""
+        return self._decode(tokens)
+
     def push(self, token: int) -> str:
         """The text that is settled by a token."""
         self._tokens.append(token)
@@ -82,11 +86,11 @@ class StopStrings:
     """Lets text through up to the first stop string, and holds back what may be the beginning of one.
 
     The first is the one that is whole first; of those that end with one character, the longest. So it does not matter
-    in which pieces the text comes. Once one is `found`, `cuts_all` says whether nothing of the last piece came through.
+    in which pieces the text comes.
     """
 
     def __init__(self, stop: tuple[str, ...]):
-        self.found = self.cuts_all = False
+        self.found = False
         self._stop = stop
         self._held = ""
 
@@ -98,7 +102,6 @@ class StopStrings:
         places = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         self.found = bool(places)
         settled = min(places)[1] if places else len(text) - self._beginning(text)
-        self.cuts_all = self.found and settled <= len(self._held)
         self._held = "" if places else text[settled:]
         return text[:settled]
 

@@ -97,7 +97,8 @@ def encode_in_parts(tokenizer: Any, messages: Sequence[Mapping[str, Any]], name:
     goes_on = messages[-1]["role"] == "assistant"
     options = dict(add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False)
     rendered = _apply_template(tokenizer, messages, name, **options)
-    return [encode_continuation(tokenizer, part) for part in rendered.split(MARK)]
+    first, *others = rendered.split(MARK)
+    return [encode_beginning(tokenizer, first), *(encode_continuation(tokenizer, part) for part in others)]
 
 
 def encode_opening(tokenizer: Any, document: str, system: str | None = None) -> list[int]:
@@ -112,7 +113,7 @@ def encode_opening(tokenizer: Any, document: str, system: str | None = None) -> 
         return encode_text(tokenizer, document)
     messages = [] if system is None else [{"role": "system", "content": system}]
     opened = _render(tokenizer, [*messages, {"role": "user", "content": document + MARK}]).partition(MARK)[0]
-    return encode_continuation(tokenizer, opened)
+    return encode_beginning(tokenizer, opened)
 
 
 def encode_question(tokenizer: Any, question: str) -> list[int]:
@@ -154,16 +155,21 @@ def has_template(tokenizer: Any) -> bool:
 
 def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text that goes on after another, without those that the tokenizer puts before every text."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encode_beginning(tokenizer, text)
     if not _puts_space_first(tokenizer):
         return ids
-    before, whole = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("\n", "\n" + text))
+    before, whole = (encode_beginning(tokenizer, part) for part in ("\n", "\n" + text))
     return whole[len(before) :] if whole[: len(before)] == before else ids
+
+
+def encode_beginning(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text in which special tokens are written out, as a rendered chat template is."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _puts_space_first(tokenizer: Any) -> bool:
     """Whether a tokenizer puts a space before every text, as SentencePiece's do, which no option leaves out."""
-    first = tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    first = encode_beginning(tokenizer, "a")[:1]
     return any(token.startswith(SPACE) for token in tokenizer.convert_ids_to_tokens(first))
 
 

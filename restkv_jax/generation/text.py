@@ -180,8 +180,8 @@ def decode_text(
 
     Arguments as for `generate_text`, checked at the call; `tokens` and `mask` as for `generate`.
     """
-    stop, ends = _split_stop(tokenizer, check_stop(stop))
-    ends = (*check_eos(model, sampling.get("eos_token_ids")), *ends)
+    stop = check_stop(stop)
+    ends = (*check_eos(model, sampling.get("eos_token_ids")), *_special(tokenizer, stop, model.config.vocab_size))
     options = max_new_tokens, chunk_size, sharing, cache, segment_size, cache_dtype
     prompt = check_and_pad(model, params, tokens, mask, (policy,), *options)
     batch = prompt.tokens.shape[0]
@@ -189,22 +189,10 @@ def decode_text(
     return TextStream(states, [RowText(tokenizer, stop) for _ in range(batch)], ends)
 
 
-def _split_stop(tokenizer: Any, stop: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Stop strings that texts can have, and the ids of those that are special tokens, which texts are without.
-
-    Raises:
-      ValueError: a string that has a special token and more.
-    """
-    added = tokenizer.get_added_vocab()
-    special = {text: id_ for text, id_ in added.items() if not tokenizer.decode([id_], skip_special_tokens=True)}
-    for string in stop:
-        held = next((text for text in special if text in string), None)
-        if held is not None and string not in special:
-            raise ValueError(f"stop={string!r:.60} holds the special token {held!r}, which no text has; give it alone")
-    return (
-        tuple(string for string in stop if string not in special),
-        tuple(special[string] for string in stop if string in special),
-    )
+def _special(tokenizer: Any, stop: tuple[str, ...], vocab_size: int) -> list[int]:
+    """The ids of stop strings that are special tokens, which a text is without."""
+    known = tokenizer.added_tokens_decoder if stop else {}
+    return [id_ for id_, token in known.items() if token.special and token.content in stop and id_ < vocab_size]
 
 
 class TextStream:

@@ -14,7 +14,8 @@ import tiny
 import restkv_jax as rk
 from restkv_jax.commands.cli import main
 from restkv_jax.commands.generate import GenerateOptions
-from restkv_jax.commands.method_options import parse_with_method, says_method
+from restkv_jax.commands.method_options import parse_with_method
+from restkv_jax.eviction.presets import POLICY_OPTIONS
 from restkv_jax.timing import CompilationClock
 
 PROMPT = "The sky is blue. One of the special magic numbers for quiet-fox is: 1234567. Here we go. " * 3
@@ -109,9 +110,6 @@ def test_options_of_any_method(method, preset):
             GenerateOptions, ["x", *plain, "--sinks", "4", "--page-size=8"], "restkv generate"
         )
         assert policy == preset().replace(sinks=4, page_size=8)
-    assert not says_method(GenerateOptions, ["x", "--quiet"])
-    for args in (["--sinks", "4"], ["--budget=5%"], ["--no-while-generating"], ["--method", "h2o"]):
-        assert says_method(GenerateOptions, ["x", *args])
 
 
 def test_methods_lists_the_registry(capsys):
@@ -121,6 +119,8 @@ def test_methods_lists_the_registry(capsys):
         assert f"{name}  {inspect.getdoc(preset).partition(chr(10))[0]}" in out
         for parameter in inspect.signature(preset).parameters.values():
             assert f"{parameter.name}={parameter.default}" in out
+    for name in POLICY_OPTIONS:
+        assert f"{name}=None" in out
 
 
 @pytest.mark.slow

@@ -149,9 +149,16 @@ def test_a_chat_goes_on_with_the_method_that_it_began_with(capsys, monkeypatch, 
     resumed, err = say("And then?\n/stats\n/reset\nHello\n", "--resume", saved)
     assert said.endswith(resumed) and said[: len(said) - len(resumed)] == said.splitlines(keepends=True)[0]
     assert "in 48 slots" in err
-    _, err = say("/reset\n/stats\nHello\n/stats\n", "--resume", saved, "--budget", "100")
+    again = tmp_path / "b.cache"
+    _, err = say(f"/reset\nHello\n/stats\n/save {again}\n", "--resume", saved, "--budget", "100", "--page_size", "8")
     assert "in 108 slots" in err
-    assert read_header(saved).note["method_options"]["budget"] == "40"
+    note = read_header(again).note
+    assert (note["method"], note["dtype"], note["system"]) == ("snapkv", "bfloat16", "Be brief.")
+    expected = read_header(saved).note["method_options"] | {"budget": "100", "page_size": 8}
+    assert note["method_options"] == expected and expected["window"] == 32
+    assert (
+        run(capsys, "chat", "--resume", saved, "--budget", "much", "--model", "./absent")[2].count("budget='much'") == 1
+    )
 
 
 def test_what_was_read_without_the_models_sharing_goes_on_without(capsys, monkeypatch, model, tmp_path):

@@ -21,10 +21,6 @@ from restkv_jax.evaluate.grid import Grid, check_grid, parse_method, policies
         ({"budgets": ("much",)}, "budget='much' is not a budget"),
         ({"budgets": ("0.1%",)}, "budget=0.1% of 1,024 tokens is 1 slots: budget=1 must exceed sinks=4"),
         ({"depths": (1.5,)}, "depth 1.5 must be between 0"),
-        (
-            {"depths": (0.5,), "tasks": ("multivalue", "divergence")},
-            "depths are only for tasks that ask for one needle",
-        ),
         ({"prompts": 0}, "prompts=0 must be at least 1"),
         ({"lengths": ()}, "lengths is empty"),
     ],

@@ -186,6 +186,7 @@ def test_options_that_would_not_count_are_refused(tmp_path, capsys):
     for options, words in {
         ("--coordinator", "localhost:1"): "go with --distributed, which is missing",
         ("--process-id", "1"): "go with --distributed, which is missing",
+        ("--depths", "0.5", "--tasks", "multivalue", "divergence"): "depths are only for tasks that ask for one needle",
         ("--model", str(tmp_path / "adapted"), "--errors"): "--errors is for models that do not share keys",
     }.items():
         assert evaluate(tmp_path / "out", "--tasks", "single", *options) == 2

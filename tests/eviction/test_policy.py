@@ -439,7 +439,7 @@ def test_options_that_make_no_sense_are_named(make, words):
 
 @pytest.mark.parametrize("budget", [64.0, True])
 def test_budgets_are_integers(budget):
-    with pytest.raises(TypeError, match=f"budget={budget!r} must be an integer"):
+    with pytest.raises(TypeError, match=f"budget={budget!r} (must be an integer|is not a budget; give a number)"):
         EvictionPolicy(budget, scorer=rk.snapkv().scorer)
 
 
@@ -500,6 +500,9 @@ def test_replace_changes_one_field():
     assert small.replace(window=4, budget=256) == rk.restkv(256, window=4)
     with pytest.warns(UserWarning, match="window=32, which shrinks to 6"):
         assert rk.laprox(12).replace(budget=1024) == rk.laprox(1024)
+    with pytest.warns(UserWarning, match="shrinks") as said:
+        assert rk.adakv(16).window == 8
+    assert len(said) == 1
     assert hash(policy) == hash(rk.restkv(budget=128))
 
 

@@ -36,6 +36,7 @@ def test_options_are_those_of_the_preset_and_of_any_policy():
         ("laprox", {"budget": 2.5}, "budget='2.5' is not a budget"),
         ("restkv", {"benchmark": "rouler"}, "benchmark='rouler' is unknown; choose from 'ruler'"),
         ("restkv", {"refit": 0}, "ridge=0 must be above 0"),
+        ("best", {"refit": 0.1}, "best has a correction of its own; give its ridge"),
     ],
 )
 def test_bad_options_are_named(method, options, message):

@@ -10,7 +10,9 @@ from tiny import CONFIG, tokenizer
 
 import restkv_jax as rk
 from restkv_jax.generation.encoding import (
+    MARK,
     encode_continuation,
+    encode_in_parts,
     encode_messages,
     encode_next_turn,
     encode_opening,
@@ -140,6 +142,16 @@ def test_a_conversation_may_be_answered_twice():
     assert say(conversation, "Once", POLICY)[0] == say(conversation, "Once", POLICY)[0]
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("<s>", "")])
+def test_a_turn_in_parts_is_the_turn(template):
+    made = with_byte_fallback()
+    made.chat_template = template
+    whole = encode_messages(made, [{"role": "user", "content": "a b a\n\nb"}])
+    assert encode_opening(made, "a b a") + encode_question(made, "b") == whole
+    parts = encode_in_parts(made, [{"role": "user", "content": f"a b{MARK} a\n\nb"}])
+    assert [*parts[0], *parts[1]] == whole and len(parts) == 2
+
+
 @pytest.mark.parametrize("text", ["ab", " a", "b a\n", "\nb", "aab"])
 def test_a_text_goes_on_without_a_space_of_the_tokenizers(text):
     made = with_byte_fallback()
@@ -165,7 +177,7 @@ def test_what_a_stop_string_cuts_off_is_not_read():
     said, conversation = say(rk.start_conversation(*tiny()), "Hello", stop=whole[place])
     assert said == whole[:place] and conversation.unread == ()
     messages, made = [{"role": "user", "content": "Hello"}], chat_tokenizer()
-    assert conversation.num_tokens == len(encode_messages(made, messages)) + len(said.encode())
+    assert conversation.num_tokens == len(encode_messages(made, messages)) + len(said)  # a token each
     assert np.asarray(ended.cache.next_positions) > np.asarray(conversation.cache.next_positions)
     said, _ = say(rk.start_conversation(*tiny()), "Hello", stop="</s>", eos_token_ids=())
     assert said == whole

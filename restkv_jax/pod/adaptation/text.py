@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from restkv_jax.generation.encoding import encode_beginning, encode_continuation
 from restkv_jax.models.files import written_whole
 
 PIECE = 2**20
@@ -41,9 +42,9 @@ def _encode(paths: Sequence[pathlib.Path], tokenizer: Any, begin: list[int], end
         try:
             for document in _documents(path):
                 yield begin
-                for piece in document:
+                for number, piece in enumerate(document):
                     empty = empty and not piece.strip()
-                    yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+                    yield encode_continuation(tokenizer, piece) if number else encode_beginning(tokenizer, piece)
                 yield end
         except UnicodeDecodeError as error:
             raise ValueError(f"{str(path)!r} cannot be read as text ({error}); give text in UTF-8") from error
