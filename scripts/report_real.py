@@ -70,6 +70,7 @@ PAIRS = (
     "best > laprox(kernel_size=21, scope=layer)",
     "best > laprox",
     "best > h2o",
+    "best > tova",
     "best > snapkv",
     "best > restkv",
     "best > restkv(kernel_size=5)",

@@ -18,7 +18,7 @@ OF_ANY: dict[str, Any] = {
     "sinks": Annotated[int | None, Parameter(help="first tokens of the prompt, always kept.")],
     "refit": Annotated[
         float | None,
-        Parameter(help="ridge of a correction of the kept values for the window's queries; see the README."),
+        Parameter(help="ridge of a least-squares correction of the kept values."),
     ],
     "candidates": Annotated[
         int | None, Parameter(help="keys that each layer and KV head carries to a selection over all layers.")
