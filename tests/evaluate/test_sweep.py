@@ -186,12 +186,14 @@ def test_options_that_would_not_count_are_refused(tmp_path, capsys):
     for options, words in {
         ("--coordinator", "localhost:1"): "go with --distributed, which is missing",
         ("--process-id", "1"): "go with --distributed, which is missing",
-        ("--depths", "0.5", "--tasks", "multivalue", "divergence"): "depths are only for tasks that ask for one needle",
         ("--model", str(tmp_path / "adapted"), "--errors"): "--errors is for models that do not share keys",
     }.items():
         assert evaluate(tmp_path / "out", "--tasks", "single", *options) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
+    assert evaluate(tmp_path / "out", "--tasks", "multivalue", "divergence", "--depths", "0.5") == 2
+    err = capsys.readouterr().err
+    assert "depths are only for tasks that ask for one needle" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
