@@ -170,7 +170,7 @@ def _note_of(args: Sequence[str]) -> dict[str, Any]:
         return {}
     with as_usage_error():
         note = read_note(pathlib.Path(path))
-    if not isinstance(note.get("messages"), list):
+    if not isinstance(note.get("messages"), list) or not isinstance(note.get("method_options", {}), dict):
         raise UsageError(f"--resume {path!r} holds a cache, but not a chat; `restkv ask` reads it")
     return note
 

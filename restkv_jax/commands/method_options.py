@@ -16,10 +16,7 @@ from restkv_jax.eviction.presets import find_preset, make_policy, takes_budget
 
 OF_ANY: dict[str, Any] = {
     "sinks": Annotated[int | None, Parameter(help="first tokens of the prompt, always kept.")],
-    "refit": Annotated[
-        float | None,
-        Parameter(help="ridge of a least-squares correction of the kept values."),
-    ],
+    "refit": Annotated[float | None, Parameter(help="ridge of a least-squares correction of the kept values.")],
     "candidates": Annotated[
         int | None, Parameter(help="keys that each layer and KV head carries to a selection over all layers.")
     ],
@@ -84,7 +81,7 @@ def parse_method(
 
 
 def given_option(args: Sequence[str], name: str, default: str | None = None) -> str | None:
-    """The value of an option that has to be known before the others are parsed."""
+    """The value of an option that has to be known before the others are parsed; None, or `default`, if not given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument(f"--{name}", nargs="?", default=default)
     return getattr(first.parse_known_args(list(itertools.takewhile(lambda arg: arg != "--", args)))[0], name)
